@@ -1,0 +1,7 @@
+"""Callbacks that compress the model of a running ``fit``, and that measure what it gained."""
+
+from lightning_optim.callbacks.compressed_checkpoint import CompressedCheckpoint
+from lightning_optim.callbacks.performance_score import PerformanceScore
+from lightning_optim.callbacks.weight_pruning import WeightPruning
+
+__all__ = ["CompressedCheckpoint", "PerformanceScore", "WeightPruning"]

@@ -1,0 +1,543 @@
+"""PerformanceScore: the score P of the model at the end of every epoch, as it would be deployed."""
+
+import copy
+import math
+import time
+import weakref
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import nn
+
+from lightning_optim import checkpoint
+from lightning_optim.callbacks.base import callbacks_of, compressions, mro_names
+from lightning_optim.functional.score import DEFAULT_WEIGHTS, Terms, guarded, performance_score
+from lightning_optim.measure.latency import interleaved_latency
+from lightning_optim.measure.size import SIZES
+from lightning_optim.tables import render
+from lightning_optim.target import ForwardInputs, as_forward_inputs, catch_forward_inputs, find_target, first_rows
+from lightning_optim.target import move_inputs as to_device
+
+__all__ = ["PerformanceScore"]
+
+MEASURED = ("size", "train_time", "inference_time")
+LEAST_SECONDS = 0.05
+"""Time given to latency pairs even in short epochs."""
+
+
+@dataclass
+class _Row:
+    """One epoch's score and what it is made of."""
+
+    epoch: int
+    score: float
+    feasible: bool
+    size: float | None
+    train_time: float | None
+    inference_time: float | None
+    error: float
+
+
+class PerformanceScore(pl.Callback):
+    """Compute the score P at the end of every validated epoch; lower is better.
+
+    ``P = wS*S/Sref + wTtrain*Ttrain/Tref + wTinfer*Tinfer/Tref + wA*(1 - A)``: size S, training time of the epoch,
+    inference time of one call, accuracy A on held-out data. With ``reference="raw"`` this is the source's formula to
+    the letter. Without a floor under the accuracy the formula prefers an empty model: set ``max_drop`` or
+    ``min_accuracy`` and choose by ``P``, never by ``P/unguarded``.
+
+    Args:
+        accuracy: Name of the held-out metric, as the LightningModule logs it in validation.
+        mode: ``"max"``: the metric is an accuracy in [0, 1]; ``"loss"``: it stands for 1 - A.
+        weights: Of ``size``, ``train_time``, ``inference_time``, ``accuracy``: non-negative numbers, used as they
+            are; what is missing is 0 and not measured. None is the source's example for a recommender (0.4, 0, 0.6,
+            0.1).
+        reference: ``"baseline"``: the model as it was at fit start (training time: the first epoch after the warm-up
+            epoch and before any compression event; the warm-up epoch itself where there is none); ``"raw"``: all 1;
+            or a dict of ``size``, ``train_time`` (s), ``inference_time`` (ms).
+        size: ``"parameters"``, ``"nonzero"`` or ``"bits"`` (parameters times their bits, over 32).
+        max_drop: A model whose accuracy is more than this below the best seen before the compression began is
+            infeasible.
+        min_accuracy: A model below this accuracy is infeasible.
+        until_reached: ``"infeasible"``: a model is infeasible until every compression callback reached its end;
+            ``"score"``: it is scored as it is.
+        batch_size: Rows in the timed call.
+        every_n_epochs: Epochs between scores.
+        example_inputs: What the LightningModule's forward receives (tensor, tuple or dict of keywords), taken as it
+            is. Default: its ``example_input_array``, else caught from the first training batch and cut to
+            ``batch_size`` rows.
+
+    Logged: ``P`` (an infeasible model's is ``1000 * (P + 1)``), ``P/unguarded``, ``P/feasible``, the ratios
+    ``P/size``, ``P/train_time``, ``P/inference_time`` and ``P/error``, and ``P/raw/size``, ``P/raw/train_time_s``,
+    ``P/raw/inference_time_ms``, ``P/raw/accuracy``. An epoch without validation has no P.
+
+    How it is measured: training time is the wall time of the epoch without validation, without this callback's own
+    work and without the events of the compression callbacks. Inference time is the ratio of minima over interleaved
+    calls of the model and of a frozen copy, on one thread in eval mode and full precision of the stored weights
+    (no autocast, not compiled); weights, RNG and BatchNorm statistics are not touched. Under DDP rank 0 measures.
+
+    State: references, best accuracy and the rows of the final table, so a resumed run keeps its baseline. The copy
+    costs the model's memory once more.
+    """
+
+    def __init__(
+        self,
+        accuracy: str = "val_acc",
+        *,
+        mode: Literal["max", "loss"] = "max",
+        weights: Mapping[str, float] | None = None,
+        reference: Literal["baseline", "raw"] | dict[str, float] = "baseline",
+        size: str = "parameters",
+        max_drop: float | None = None,
+        min_accuracy: float | None = None,
+        until_reached: Literal["infeasible", "score"] = "infeasible",
+        batch_size: int = 1,
+        every_n_epochs: int = 1,
+        example_inputs: Any = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(accuracy, str):
+            raise TypeError(f"`accuracy` must be the name of a logged metric, got {accuracy!r}.")
+        _check_choice("mode", mode, ("max", "loss"))
+        _check_choice("until_reached", until_reached, ("infeasible", "score"))
+        _check_fraction("max_drop", max_drop)
+        _check_fraction("min_accuracy", min_accuracy)
+        _check_count("batch_size", batch_size)
+        _check_count("every_n_epochs", every_n_epochs)
+        self.accuracy = accuracy
+        self.mode = mode
+        self.weights = _checked_weights(weights)
+        self.reference = _checked_reference(reference, self.weights)
+        self.size = SIZES.resolve(size)
+        self.max_drop = max_drop
+        self.min_accuracy = min_accuracy
+        self.until_reached = until_reached
+        self.batch_size = batch_size
+        self.every_n_epochs = every_n_epochs
+        self.example_inputs = example_inputs
+        self._fitted: tuple[Any, Any] | None = None
+        self._restored = False
+        self._forget()
+
+    def _forget(self) -> None:
+        """Begin a new run: no references, no rows."""
+        self._references: dict[str, float] = {}
+        self._reference_plan: dict[str, Any] = dict(checkpoint.EMPTY)
+        self._train_reference_is_warm_up = True
+        self._dense_accuracy: float | None = None
+        self._best: _Row | None = None
+        self._last: _Row | None = None
+        self._epochs = 0
+        self._event_seconds = 0.0
+        self._drop_measurements()
+
+    def _drop_measurements(self) -> None:
+        self._measured: tuple[str, ForwardInputs] | None = None
+        self._reference_copy: nn.Module | None = None
+        self._catcher: catch_forward_inputs | None = None
+        self._caught_from: nn.Module | None = None
+        self._began = 0.0
+        self._validation_began = 0.0
+        self._not_training = 0.0
+        self._events_before = 0.0
+        self._validated = False
+
+    # Checks before the first step.
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Refuse what could only give a wrong or stale P."""
+        if stage != "fit":
+            return
+        if trainer.barebones:
+            raise MisconfigurationException(
+                "PerformanceScore reads the logged accuracy, and Trainer(barebones=True) logs nothing. Take the "
+                "callback out, or train without barebones."
+            )
+        if mro_names(trainer.strategy).isdisjoint({"SingleDeviceStrategy", "DDPStrategy"}):
+            raise MisconfigurationException(
+                f"PerformanceScore is not supported under {type(trainer.strategy).__name__}. Take "
+                "Trainer(strategy='ddp'), or a single device."
+            )
+        for callback in callbacks_of(trainer):
+            self._check_monitor(trainer, callback)
+
+    def _check_monitor(self, trainer: pl.Trainer, callback: Any) -> None:
+        monitor = getattr(callback, "monitor", None)
+        if not isinstance(monitor, str) or not (monitor == "P" or monitor.startswith("P/")):
+            return
+        every = trainer.check_val_every_n_epoch
+        if trainer.val_check_interval != 1.0 or every is None:
+            raise MisconfigurationException(
+                f"{type(callback).__name__}(monitor={monitor!r}) needs one validation per epoch, and "
+                f"val_check_interval={trainer.val_check_interval!r} asks for others: P is known at epoch ends only. "
+                "Set val_check_interval=1.0."
+            )
+        every = math.lcm(every, self.every_n_epochs)
+        if every == 1:
+            return
+        names = mro_names(callback)
+        if "ModelCheckpoint" in names:
+            at_epoch_end = getattr(callback, "_save_on_train_epoch_end", None)
+            if at_epoch_end is not True or callback._every_n_epochs % every:
+                raise MisconfigurationException(
+                    f"{type(callback).__name__}(monitor={monitor!r}): P is known every {every} epochs, so pass it "
+                    f"save_on_train_epoch_end=True and every_n_epochs={every} (or a multiple)."
+                )
+        elif "EarlyStopping" in names and (
+            getattr(callback, "_check_on_train_epoch_end", None) is not True or callback.strict
+        ):
+            raise MisconfigurationException(
+                f"EarlyStopping(monitor={monitor!r}): P is known every {every} epochs, so pass it "
+                "check_on_train_epoch_end=True and strict=False (its patience counts every epoch)."
+            )
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Take the references from the model as it is, unless the run goes on."""
+        goes_on = self._fitted is not None and (self._fitted[0]() is trainer and self._fitted[1]() is pl_module)
+        self._fitted = (weakref.ref(trainer), weakref.ref(pl_module))
+        if not self._restored and not goes_on:
+            self._forget()
+            self._references = dict(self.reference) if isinstance(self.reference, dict) else {}
+            if self.reference == "baseline":
+                self._references["size"] = self.size(find_target(pl_module)[1])
+            self._reference_plan = checkpoint.plain_plan(pl_module)
+        self._drop_measurements()
+        if self.weights["inference_time"] > 0:
+            self._prepare_inference(pl_module)
+
+    def _prepare_inference(self, pl_module: pl.LightningModule) -> None:
+        if self.reference == "baseline":
+            self._reference_copy = self._rebuild_reference(pl_module)
+        given = self.example_inputs is not None
+        example = self.example_inputs if given else getattr(pl_module, "example_input_array", None)
+        if example is not None:
+            inputs = to_device(as_forward_inputs(example), pl_module.device)
+            self._measured = ("", inputs if given else first_rows(inputs, self.batch_size))
+        elif getattr(pl_module, "_compiler_ctx", None) is not None:
+            raise MisconfigurationException(
+                "PerformanceScore cannot catch inputs from a compiled LightningModule. Pass `example_inputs`."
+            )
+
+    def _rebuild_reference(self, pl_module: pl.LightningModule) -> nn.Module:
+        """Return a frozen copy with the structure the model had at the first fit start."""
+        duplicate = copy.deepcopy(pl_module)
+        for patched in ("forward", "training_step", "validation_step", "test_step", "predict_step"):
+            duplicate.__dict__.pop(patched, None)  # bound to the original (compiled, or redirected by DDP)
+        checkpoint.conform(duplicate, self._reference_plan)
+        return duplicate.eval().requires_grad_(False)
+
+    def on_sanity_check_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Check the accuracy's name before the first step, where the sanity check logged anything."""
+        logged = trainer.callback_metrics
+        if logged and self.accuracy not in logged:
+            raise MisconfigurationException(self._unknown_name(trainer))
+
+    def _unknown_name(self, trainer: pl.Trainer) -> str:
+        return (
+            f"PerformanceScore(accuracy={self.accuracy!r}): validation logged "
+            f"{', '.join(sorted(trainer.callback_metrics)) or 'nothing'}. Log the held-out accuracy in "
+            "validation_step with self.log, or name one that is logged."
+        )
+
+    # Times.
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Start the clock."""
+        self._began = time.perf_counter()
+        self._not_training = 0.0
+        self._validated = False
+        self._events_before = _event_seconds(trainer)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Catch what forward receives from the first batch, where no example was given."""
+        if self.weights["inference_time"] > 0 and self._measured is None and self._catcher is None:
+            self._caught_from = find_target(pl_module)[1]
+            self._catcher = catch_forward_inputs(self._caught_from).__enter__()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Read what was caught."""
+        if self._catcher is None:
+            return
+        self._catcher.close()
+        layer, inputs = self._catcher.result()
+        name = next(name for name, child in pl_module.named_modules() if child is layer)
+        self._measured = (name, first_rows(inputs, self.batch_size))
+        self._catcher = None
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Stop the clock."""
+        self._validation_began = time.perf_counter()
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Go on with the clock; this epoch has an accuracy."""
+        if not trainer.sanity_checking:
+            self._not_training += time.perf_counter() - self._validation_began
+            self._validated = True
+
+    # The score.
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Measure, score and log; nothing in an epoch without validation."""
+        train_seconds = self._train_seconds(trainer)
+        self._epochs += 1
+        self._take_train_reference(trainer, train_seconds)
+        if not self._validated or (trainer.current_epoch + 1) % self.every_n_epochs:
+            return
+        accuracy = self._read_accuracy(trainer)
+        raw = {
+            "size": self.size(find_target(pl_module)[1]) if self.weights["size"] > 0 else None,
+            "train_time": train_seconds if self.weights["train_time"] > 0 else None,
+        }
+        ratios = {name: self._ratio(name, value) for name, value in raw.items()}
+        ratios["inference_time"], raw["inference_time"] = self._inference_time(trainer, pl_module, train_seconds)
+        terms = Terms(**ratios, error=1.0 - accuracy)
+        score = performance_score(terms, self.weights)
+        if not math.isfinite(score):
+            rank_zero_warn(
+                f"P is {score} at epoch {trainer.current_epoch} ({terms}): a term that has weight could not be "
+                "measured. EarlyStopping on P stops here unless check_finite=False."
+            )
+        feasible = self._is_feasible(trainer, accuracy)
+        self._last = _Row(trainer.current_epoch, score, feasible, **asdict(terms))
+        if feasible and (self._best is None or score < self._best.score):
+            self._best = self._last
+        self._log(pl_module, terms, raw, accuracy, score, feasible)
+
+    def _train_seconds(self, trainer: pl.Trainer) -> float:
+        elapsed = time.perf_counter() - self._began - self._not_training
+        elapsed -= _event_seconds(trainer) - self._events_before
+        if trainer.world_size > 1:
+            seconds = torch.tensor(elapsed, device=trainer.strategy.root_device)
+            elapsed = float(trainer.strategy.reduce(seconds, reduce_op="max"))
+        return elapsed
+
+    def _take_train_reference(self, trainer: pl.Trainer, seconds: float) -> None:
+        """Take the warm-up epoch until there is a later one before the first event."""
+        if self.reference != "baseline" or self.weights["train_time"] == 0:
+            return
+        if self._epochs == 1:
+            self._references["train_time"] = seconds
+        elif self._train_reference_is_warm_up and _event_seconds(trainer) == 0.0:
+            self._references["train_time"] = seconds
+            self._train_reference_is_warm_up = False
+
+    def _read_accuracy(self, trainer: pl.Trainer) -> float:
+        if self.accuracy not in trainer.callback_metrics:
+            raise MisconfigurationException(self._unknown_name(trainer))
+        value = float(trainer.callback_metrics[self.accuracy])
+        if self.mode == "loss":
+            return 1.0 - value
+        if not math.isnan(value) and not 0.0 <= value <= 1.0:
+            raise ValueError(
+                f"PerformanceScore(accuracy={self.accuracy!r}): an accuracy is in [0, 1], got {value:g}. Divide "
+                "percent by 100; for a loss pass mode='loss'."
+            )
+        return value
+
+    def _ratio(self, name: str, value: float | None) -> float | None:
+        return None if value is None else value / self._references.get(name, 1.0)
+
+    def _inference_time(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, train_seconds: float
+    ) -> tuple[float | None, float | None]:
+        """Return the ratio and the milliseconds; rank 0 measures while the others wait."""
+        if self.weights["inference_time"] == 0:
+            return None, None
+        measured: tuple[float, float] = (math.nan, math.nan)
+        if trainer.is_global_zero and self._measured is not None:
+            measured = self._measure(pl_module, train_seconds)
+        if trainer.world_size > 1:
+            measured = trainer.strategy.broadcast(measured, src=0)
+        return measured
+
+    def _measure(self, pl_module: pl.LightningModule, train_seconds: float) -> tuple[float, float]:
+        name, inputs = self._measured or ("", ForwardInputs())
+        budget = max(0.01 * train_seconds, LEAST_SECONDS)
+        live = _Called(pl_module.get_submodule(name))
+        frozen = None
+        if self._reference_copy is not None:
+            frozen = _Called(self._reference_copy.to(pl_module.device).get_submodule(name))
+        result = interleaved_latency(live, inputs, frozen, seconds=budget, least=10, most=100)
+        if result.ratio is None:
+            return result.milliseconds / self._references.get("inference_time", 1.0), result.milliseconds
+        return result.ratio, result.milliseconds
+
+    def _is_feasible(self, trainer: pl.Trainer, accuracy: float) -> bool:
+        begun = any(callback.window.last_event >= 0 for callback in compressions(trainer))
+        if not begun or self._dense_accuracy is None:
+            self._dense_accuracy = max(accuracy, self._dense_accuracy or accuracy)
+        if self.until_reached == "infeasible" and not all(callback.reached_end for callback in compressions(trainer)):
+            return False
+        if self.min_accuracy is not None and not accuracy >= self.min_accuracy:
+            return False
+        return self.max_drop is None or accuracy >= self._dense_accuracy - self.max_drop
+
+    def _log(
+        self,
+        pl_module: pl.LightningModule,
+        terms: Terms,
+        raw: Mapping[str, float | None],
+        accuracy: float,
+        score: float,
+        feasible: bool,
+    ) -> None:
+        metrics: dict[str, float | None] = {
+            "P": guarded(score, feasible),
+            "P/unguarded": score,
+            "P/feasible": float(feasible),
+            "P/raw/size": raw["size"],
+            "P/raw/train_time_s": raw["train_time"],
+            "P/raw/inference_time_ms": raw["inference_time"],
+            "P/raw/accuracy": accuracy,
+            **{f"P/{name}": value for name, value in asdict(terms).items()},
+        }
+        known = {name: torch.tensor(value) for name, value in metrics.items() if value is not None}
+        pl_module.log_dict(known, sync_dist=True)
+
+    # The end of a run.
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Print the table of the terms at baseline, best and last."""
+        if self._last is not None:
+            rank_zero_info(self._table())
+
+    def _table(self) -> str:
+        rows = [self._baseline_cells()]
+        rows += [(word, *_cells(row)) for word, row in (("best", self._best), ("last", self._last)) if row is not None]
+        warm_up = self.weights["train_time"] > 0 and self.reference == "baseline" and self._train_reference_is_warm_up
+        title = "PerformanceScore, lower is better" + (" (training time against the warm-up epoch)" if warm_up else "")
+        return render(title, ("", "epoch", "size", "train time", "inference time", "1 - A", "P", "feasible"), rows)
+
+    def _baseline_cells(self) -> tuple[str, ...]:
+        ones = {name: 1.0 if self.weights[name] > 0 else None for name in MEASURED}
+        if self.reference != "baseline" or self._dense_accuracy is None:
+            return ("reference", *[""] * 7)
+        terms = Terms(**ones, error=1.0 - self._dense_accuracy)
+        score = performance_score(terms, self.weights)
+        return ("baseline", "", *(_number(value) for value in asdict(terms).values()), _number(score), "")
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Free the reference copy."""
+        self._release()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Free the reference copy: Lightning calls no ``teardown`` after an exception."""
+        self._release()
+
+    def _release(self) -> None:
+        if self._catcher is not None:
+            self._catcher.close()
+        self._drop_measurements()
+        self._restored = False
+
+    # State.
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return references and rows as plain types."""
+        return {
+            "references": dict(self._references),
+            "reference_plan": dict(self._reference_plan),
+            "train_reference_is_warm_up": self._train_reference_is_warm_up,
+            "dense_accuracy": self._dense_accuracy,
+            "best": None if self._best is None else asdict(self._best),
+            "last": None if self._last is None else asdict(self._last),
+            "epochs": self._epochs,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what :meth:`state_dict` returned."""
+        self._references = dict(state_dict["references"])
+        self._reference_plan = dict(state_dict["reference_plan"])
+        self._train_reference_is_warm_up = state_dict["train_reference_is_warm_up"]
+        self._dense_accuracy = state_dict["dense_accuracy"]
+        self._best = None if state_dict["best"] is None else _Row(**state_dict["best"])
+        self._last = None if state_dict["last"] is None else _Row(**state_dict["last"])
+        self._epochs = state_dict["epochs"]
+        self._restored = bool(self._references) or self.reference == "raw"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_fitted": None, "_catcher": None, "_reference_copy": None}
+
+
+class _Called(nn.Module):
+    """Calls a module's class-level forward: not the compiled one, not the one DDP redirects."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if "forward" in self.module.__dict__:
+            return type(self.module).forward(self.module, *args, **kwargs)
+        return self.module(*args, **kwargs)
+
+
+def _event_seconds(trainer: pl.Trainer) -> float:
+    return sum(callback.event_seconds for callback in compressions(trainer))
+
+
+def _cells(row: _Row) -> tuple[str, ...]:
+    values = (row.size, row.train_time, row.inference_time, row.error, row.score)
+    return (str(row.epoch), *(_number(value) for value in values), "yes" if row.feasible else "no")
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
+
+
+def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}.")
+
+
+def _check_fraction(name: str, value: Any) -> None:
+    if value is not None and not (isinstance(value, (int, float)) and 0.0 <= value <= 1.0):
+        raise ValueError(f"`{name}` must be a fraction in [0, 1] or None, got {value!r}.")
+
+
+def _check_count(name: str, value: Any) -> None:
+    if type(value) is not int or value < 1:
+        raise ValueError(f"`{name}` must be a whole number >= 1, got {value!r}.")
+
+
+def _checked_weights(weights: Mapping[str, float] | None) -> dict[str, float]:
+    if weights is None:
+        return dict(DEFAULT_WEIGHTS)
+    _check_names("weights", weights, tuple(DEFAULT_WEIGHTS))
+    for name, value in weights.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 <= value < math.inf:
+            raise ValueError(f"`weights` must be non-negative numbers, got {name}={value!r}.")
+    if not any(weights.values()):
+        raise ValueError("`weights` are all 0, so P would always be 0. Give at least one term weight.")
+    return {name: float(weights.get(name, 0.0)) for name in DEFAULT_WEIGHTS}
+
+
+def _checked_reference(reference: Any, weights: Mapping[str, float]) -> str | dict[str, float]:
+    if isinstance(reference, str):
+        _check_choice("reference", reference, ("baseline", "raw"))
+        return reference
+    if not isinstance(reference, Mapping):
+        raise TypeError(f"`reference` must be 'baseline', 'raw' or a dict of numbers, got {reference!r}.")
+    _check_names("reference", reference, MEASURED)
+    missing = [name for name in MEASURED if weights[name] > 0 and name not in reference]
+    if missing:
+        raise ValueError(f"`reference` lacks {', '.join(missing)}, which has weight in P. Give all terms with weight.")
+    for name, value in reference.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 < value < math.inf:
+            raise ValueError(f"`reference` must hold positive numbers, got {name}={value!r}.")
+    return {name: float(value) for name, value in reference.items()}
+
+
+def _check_names(word: str, given: Mapping[str, Any], known: tuple[str, ...]) -> None:
+    unknown = [name for name in given if name not in known]
+    if unknown:
+        raise ValueError(f"`{word}` has no {unknown[0]!r}; known: {', '.join(known)}.")

@@ -1,0 +1,602 @@
+"""WeightPruning: zeros that grow by a schedule while the model trains, and stay zero."""
+
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
+from torch.optim import Optimizer
+
+from lightning_optim.callbacks.base import CompressionCallback, compressions
+from lightning_optim.functional.criteria import CRITERIA, Criterion, Statistics, parameter_generator, scores_of
+from lightning_optim.functional.masks import (
+    apply_masks,
+    global_masks,
+    keep_bits,
+    pack_mask,
+    parse_granularity,
+    sparsity_of,
+    unpack_mask,
+)
+from lightning_optim.functional.schedules import SCHEDULES
+from lightning_optim.functional.thresholds import Scores
+from lightning_optim.tables import render
+from lightning_optim.target import Pattern, Selection, Weight, averaged_copies, matches, select_weights
+from lightning_optim.window import Window
+
+__all__ = ["WeightPruning"]
+
+CHANCE_ZEROS = 1e-3
+"""Fewer zeros than this fraction are not taken for an earlier pruning: initialisation and rounding leave a few."""
+
+
+@dataclass
+class _Goal:
+    """Weights that are ranked together, the sparsity they began with and the one they end with."""
+
+    names: list[str]
+    initial: float
+    final: float
+
+
+class WeightPruning(CompressionCallback):
+    """Set the least important weights to zero while the model trains, more of them at every event.
+
+    At each event of the window the schedule gives the sparsity due, the criterion ranks the weights, and the lowest
+    become zero. From then on they stay zero: masks are applied right after every optimizer step, before any other
+    forward pass, averaging or checkpoint sees the weights.
+
+    Masks make a model smaller on disk (compressed) and prepare it for sparse kernels. They do **not** make dense
+    kernels faster.
+
+    Args:
+        sparsity: Fraction of the selected weights that are zero at the end, in [0, 1); a dict
+            ``{pattern: sparsity}``, the first matching pattern counts and what matches none stays dense; ``"hold"``
+            keeps the zeros a module has and prunes nothing (to fine-tune a sparse model); ``None`` means 0.8, or
+            ``1 - n/m`` for ``n:m``.
+        granularity: What is removed together: ``"weight"``, ``"row"`` (all weights of an output), ``"column"`` (all
+            weights of an input), blocks such as ``"4x4"``, or ``"n:m"`` such as ``"2:4"``, which keeps n of each m
+            consecutive weights along the input (for a convolution along input channel x kernel, the order of
+            ``torch.nn.functional.unfold``); along the schedule the number kept falls from m to n.
+        criterion: Name in ``functional.criteria.CRITERIA`` or a callable ``(weight, stats) -> scores``.
+        scope: ``"global"`` ranks all selected weights (of one pattern) together, ``"layer"`` each layer by itself.
+        schedule: Name in ``functional.schedules.SCHEDULES`` or a callable ``(u, initial, final) -> sparsity``.
+        start: First event: a step (int) or a fraction of the planned steps (float).
+        end: Last event, where the final sparsity is reached.
+        every_n_steps: Steps between events.
+        module: Dotted name of the module to prune; default the whole model.
+        include: Exactly what is pruned (names, glob patterns, layer classes), instead of the default: matrices and
+            kernels of all layers but norms, embeddings and the last Linear/Conv. Biases only by ``"*.bias"``.
+        exclude: What is left alone.
+
+    Logged: ``pruning/sparsity`` and ``pruning/asked`` at every event (with the module's name at the end where several
+    instances run). One line per event says asked and achieved.
+
+    State: window, masks at one bit per weight, and for a criterion that needs the gradient one float32 per selected
+    weight. A resumed run continues bit for bit; the weights in a checkpoint are the masked ones, so it loads
+    everywhere. A new ``fit`` keeps the zeros that the module has.
+
+    Strategies: a single device and DDP. Live masks cost the memory of the selected weights once more.
+
+    References:
+        Zhu and Gupta 2017, "To prune, or not to prune"; Mishra et al. 2021, "Accelerating Sparse Deep Neural
+        Networks" (2:4).
+
+    Example:
+        >>> pruning = WeightPruning(0.8, start=100, end=500, every_n_steps=100)
+        >>> pruning.preview(1000)[-1]
+        (500, 0.8)
+    """
+
+    def __init__(
+        self,
+        sparsity: float | dict[str, float] | Literal["hold"] | None = None,
+        *,
+        granularity: str = "weight",
+        criterion: str | Criterion = "magnitude",
+        scope: Literal["global", "layer"] = "global",
+        schedule: str | Callable[[float, float, float], float] = "cubic",
+        start: int | float = 0.1,
+        end: int | float = 0.7,
+        every_n_steps: int = 100,
+        module: str | None = None,
+        include: Sequence[Pattern] | None = None,
+        exclude: Sequence[Pattern] | None = None,
+    ) -> None:
+        super().__init__(
+            Window(start, end, every_n_steps=every_n_steps), module=module, include=include, exclude=exclude
+        )
+        self.granularity = parse_granularity(granularity)
+        self.criterion = CRITERIA.resolve(criterion)
+        self.schedule = SCHEDULES.resolve(schedule)
+        if scope not in ("global", "layer"):
+            raise ValueError(f"`scope` must be 'global' or 'layer', got {scope!r}.")
+        self.scope = scope
+        self.sparsity = _checked_sparsity(sparsity, self.granularity.final_sparsity)
+        self._needs: tuple[str, ...] = getattr(self.criterion, "needs", ())
+        self._weights: dict[str, Weight] = {}
+        self._keeps: dict[str, Tensor] = {}
+        self._goals: list[_Goal] = []
+        self._restored_masks: dict[str, tuple[Tensor, tuple[int, ...]]] = {}
+        self._initial: dict[str, float] = {}
+        self._squares: dict[str, Tensor] = {}
+        self._square_counts: dict[str, int] = {}
+        self._input_handles: list[Any] = []
+
+    @property
+    def reached_end(self) -> bool:
+        """Whether the model is as sparse as was asked."""
+        return self.sparsity == "hold" or self.window.closed
+
+    @property
+    def masks(self) -> dict[str, Tensor]:
+        """The masks in force, bool (True keeps), by the weight's name in ``state_dict()``; empty before any zero."""
+        return {name: keep != 0 for name, keep in self._keeps.items()}
+
+    def preview(self, total_steps: int) -> list[tuple[int, float]]:
+        """Return ``(step, sparsity)`` at every event of a run of ``total_steps`` on a dense model.
+
+        Raises:
+            TypeError: If there is no single sparsity (``"hold"``, or a dict).
+        """
+        if not isinstance(self.sparsity, float):
+            raise TypeError(f"preview shows one sparsity, got {self.sparsity!r}.")
+        window = Window(self.window.start, self.window.end, every_n_steps=self.window.every_n_steps)
+        window.resolve(total_steps)
+        return [(step, self._due(0.0, self.sparsity, window.progress(step))) for step in window.event_steps()]
+
+    def _due(self, initial: float, final: float, progress: float) -> float:
+        return max(initial, self.schedule(progress, min(initial, final), final))
+
+    # What the base asks for.
+
+    def target_parameters(self) -> dict[str, nn.Parameter]:
+        """Return the selected weights."""
+        return {name: weight.parameter for name, weight in self._weights.items()}
+
+    def start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *, fresh: bool) -> None:
+        """Select the weights, take up masks from state or from the zeros that are there, and set the goals."""
+        prefix, target = self.find_target(pl_module)
+        selection = select_weights(target, prefix, include=self._include_or_patterns(), exclude=self.exclude)
+        self._weights = selection.chosen
+        self._check_weights(selection)
+        self._check_peers(trainer)
+        if fresh:
+            self._keeps, self._squares, self._square_counts, self._restored_masks = {}, {}, {}, {}
+            self._take_up_zeros()
+        elif self._restored_masks:
+            self._take_up_state()
+        self._goals = self._make_goals(prefix)
+        self._check_goals()
+        if self._keeps:
+            self._apply(trainer, self._keeps)
+        rank_zero_info(self._table(selection))
+
+    def after_step(self, optimizer: Optimizer) -> None:
+        """Zero what the optimizer revived; note gradients while the window is open."""
+        if self._keeps:
+            held = self._held_by(optimizer)
+            apply_masks((self._weights[name].parameter for name in held), (self._keeps[name] for name in held))
+        if "gradient" in self._needs and not self.reached_end and self._in_window():
+            self._note_gradients(self._selected_by(optimizer))
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Watch the layers' inputs in the batches that lead to an event, where the criterion needs them."""
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        if "input_norm" in self._needs and not self._input_handles and self.window.due(self.window.step + 1):
+            self._input_handles = [
+                weight.layer.register_forward_pre_hook(_InputNorm(self, weight)) for weight in self._weights.values()
+            ]
+
+    def apply_event(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Prune to what the schedule asks now. A failed event leaves the model as it was."""
+        self._stop_watching_inputs()
+        asked = 0.0
+        keeps: dict[str, Tensor] = {}
+        progress = self.window.progress()
+        for goal in self._goals:
+            due = self._due(goal.initial, goal.final, progress)
+            asked += due * self._numel(goal.names)
+            for name, mask in self._new_masks(trainer, goal, due).items():
+                keeps[name] = keep_bits(mask, self._weights[name].parameter.dtype)
+        asked /= self._numel(self._weights)
+        self._check_ranks_agree(trainer, keeps)
+        self._keeps = keeps
+        self._squares, self._square_counts = {}, {}
+        self._apply(trainer, keeps)
+        self._report(trainer, pl_module, asked)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return window, packed masks and what the criterion has gathered, as plain types and tensors."""
+        masks = self._packed_masks()
+        return {
+            **super().state_dict(),
+            "masks": {name: packed for name, (packed, _) in masks.items()},
+            "shapes": {name: shape for name, (_, shape) in masks.items()},
+            "initial": dict(self._initial),
+            "squares": dict(self._squares),
+            "square_counts": dict(self._square_counts),
+        }
+
+    def _packed_masks(self) -> dict[str, tuple[Tensor, tuple[int, ...]]]:
+        """Return the masks at one bit per weight; those of a loaded file as they came until a fit takes them up."""
+        packed = {name: (pack_mask(mask), tuple(mask.shape)) for name, mask in self.masks.items()}
+        return self._restored_masks or packed
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what :meth:`state_dict` returned; masks are matched with the module at fit start."""
+        super().load_state_dict(state_dict)
+        self._restored_masks = {
+            name: (packed, tuple(state_dict["shapes"][name])) for name, packed in state_dict["masks"].items()
+        }
+        self._restored = self._restored or bool(self._restored_masks)
+        self._keeps = {}
+        self._initial = dict(state_dict["initial"])
+        self._squares = dict(state_dict["squares"])
+        self._square_counts = dict(state_dict["square_counts"])
+
+    def plan_entry(self) -> dict[str, Any]:
+        """Return names and shapes of the masks, what was asked and what is reached."""
+        return {
+            "technique": "WeightPruning",
+            "masks": {name: tuple(keep.shape) for name, keep in self._keeps.items()},
+            "asked": self.sparsity if isinstance(self.sparsity, (float, str)) else dict(self.sparsity),
+            "reached": self._reached(),
+        }
+
+    def last_line(self, pl_module: pl.LightningModule) -> str:
+        """Return the sentence that says what was asked and what the weights are now."""
+        zeros = sum(_zeros(weight.parameter) for weight in self._weights.values())
+        reached = f"{zeros / self._numel(self._weights):.2%} of the selected weights are zero"
+        if self.sparsity == "hold":
+            return f"{self._label()}: held the zeros of the module; {reached}."
+        asked = sum(goal.final * self._numel(goal.names) for goal in self._goals) / self._numel(self._weights)
+        if self.reached_end:
+            return f"{self._label()}: asked {asked:.2%} zeros; {reached}."
+        return (
+            f"{self._label()}: the run ended at step {self.window.step}, before the window's end at step "
+            f"{self.window.end_step}: asked {asked:.2%} zeros; {reached}."
+        )
+
+    def _resolve_window(self, trainer: pl.Trainer, pl_module: pl.LightningModule, passed: int = 0) -> None:
+        if self.sparsity != "hold":
+            super()._resolve_window(trainer, pl_module, passed)
+
+    def _release(self, pl_module: pl.LightningModule) -> None:
+        self._stop_watching_inputs()
+        super()._release(pl_module)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_input_handles": []}
+
+    # Selection and goals.
+
+    def _include_or_patterns(self) -> Sequence[Pattern] | None:
+        if self.include is None and isinstance(self.sparsity, dict):
+            return list(self.sparsity)
+        return self.include
+
+    def _check_weights(self, selection: Selection) -> None:
+        if not selection.chosen:
+            reasons = ", ".join(f"{name} ({reason})" for name, reason in list(selection.left_out.items())[:6])
+            raise MisconfigurationException(
+                f"WeightPruning selects no layer: left out are {reasons or 'none, the module has no parameters'}. "
+                "Name what to prune with include=[...]."
+            )
+        for name, weight in selection.chosen.items():
+            problem = _problem(weight.parameter)
+            if problem:
+                layer = name.rpartition(".")[0]
+                raise MisconfigurationException(
+                    f"WeightPruning cannot prune {name}: it is {problem}. Pass exclude=[{layer!r}]."
+                )
+        if "input_norm" in self._needs:
+            _check_input_norms(selection.chosen)
+
+    def _check_peers(self, trainer: pl.Trainer) -> None:
+        for peer in compressions(trainer):
+            if isinstance(peer, WeightPruning) and peer is not self:
+                ours = {id(w.parameter): name for name, w in self._weights.items()}
+                both = [ours[id(w.parameter)] for w in peer._weights.values() if id(w.parameter) in ours]
+                if both:
+                    raise MisconfigurationException(
+                        f"{both[0]} is selected by two WeightPruning callbacks: {self.state_key} and {peer.state_key}. "
+                        "Select different layers with `module`, `include` or `exclude`."
+                    )
+
+    def _take_up_zeros(self) -> None:
+        """Hold the zeros that the module has: what was once removed stays removed."""
+        zeros = {name: _zeros(weight.parameter) for name, weight in self._weights.items()}
+        if sum(zeros.values()) == self._numel(self._weights):
+            raise MisconfigurationException(
+                f"all {self._numel(self._weights)} weights that WeightPruning selected are zero, so there is nothing "
+                "to rank. Was the model initialised (or loaded)?"
+            )
+        # A layer that is zero as a whole was initialised so (a residual branch, an adapter), not pruned.
+        held = {name for name, count in zeros.items() if 0 < count < self._weights[name].parameter.numel()}
+        if sum(zeros[name] for name in held) <= CHANCE_ZEROS * self._numel(self._weights):
+            held = set()
+        self._initial = {name: zeros[name] / self._numel([name]) if name in held else 0.0 for name in self._weights}
+        if held:
+            for name, parameter in self.target_parameters().items():
+                mask = parameter.detach() != 0 if name in held else torch.ones_like(parameter, dtype=torch.bool)
+                self._keeps[name] = keep_bits(mask, parameter.dtype)
+        elif self.sparsity == "hold":
+            raise MisconfigurationException(
+                f"WeightPruning('hold') keeps the zeros a module has, and the {len(self._weights)} selected weights "
+                f"have {sum(zeros.values())}. Load the sparse weights first, or give a sparsity."
+            )
+
+    def _take_up_state(self) -> None:
+        expected = {name: shape for name, (_, shape) in self._restored_masks.items()}
+        found = {name: tuple(weight.parameter.shape) for name, weight in self._weights.items()}
+        if expected != found:
+            differ = sorted(name for name in expected | found if expected.get(name) != found.get(name))
+            raise MisconfigurationException(
+                f"the checkpoint's masks do not fit the module: {differ[0]} is {expected.get(differ[0], 'absent')} in "
+                f"the checkpoint and {found.get(differ[0], 'absent')} in the selection. Resume with the model and the "
+                "selection that wrote the file."
+            )
+        self._keeps = {
+            name: keep_bits(
+                unpack_mask(packed, shape).to(self._weights[name].parameter.device), self._weights[name].parameter.dtype
+            )
+            for name, (packed, shape) in self._restored_masks.items()
+        }
+        device = {name: weight.parameter.device for name, weight in self._weights.items()}
+        self._squares = {name: square.to(device[name]) for name, square in self._squares.items()}
+        self._restored_masks = {}
+
+    def _make_goals(self, prefix: str) -> list[_Goal]:
+        if self.sparsity == "hold":
+            return []
+        groups: list[tuple[list[str], float]] = []
+        if isinstance(self.sparsity, dict):
+            first = {name: self._first_pattern(name, prefix) for name in self._weights}
+            for pattern, sparsity in self.sparsity.items():
+                names = [name for name in self._weights if first[name] == pattern]
+                if not names:
+                    raise MisconfigurationException(
+                        f"sparsity: {pattern!r} matches no selected layer that an earlier pattern does not match. "
+                        f"Selected: {', '.join(self._weights)}."
+                    )
+                groups.append((names, sparsity))
+        else:
+            groups.append((list(self._weights), float(self.sparsity)))
+        if self.scope == "layer":
+            groups = [([name], sparsity) for names, sparsity in groups for name in names]
+        return [_Goal(names, self._initial_of(names), sparsity) for names, sparsity in groups if names]
+
+    def _first_pattern(self, name: str, prefix: str) -> str | None:
+        patterns = self.sparsity if isinstance(self.sparsity, dict) else {}
+        return next((p for p in patterns if matches(p, name, self._weights[name].layer, prefix)), None)
+
+    def _initial_of(self, names: Sequence[str]) -> float:
+        return sum(self._initial.get(name, 0.0) * self._numel([name]) for name in names) / self._numel(names)
+
+    def _check_goals(self) -> None:
+        for goal in self._goals:
+            if goal.initial > goal.final + CHANCE_ZEROS:
+                raise MisconfigurationException(
+                    f"the module already has {goal.initial:.2%} zeros in {', '.join(goal.names[:3])}"
+                    f"{' and more' if len(goal.names) > 3 else ''}, more than the {goal.final:.2%} asked. What is "
+                    "removed stays removed: ask for more, or pass 'hold'."
+                )
+
+    def _numel(self, names: Sequence[str] | Mapping[str, Any]) -> int:
+        return sum(self._weights[name].parameter.numel() for name in names)
+
+    # Events.
+
+    def _new_masks(self, trainer: pl.Trainer, goal: _Goal, due: float) -> dict[str, Tensor]:
+        if self.window.progress() == 0.0:  # the schedule begins with what is there: nothing to rank
+            return {name: self._mask(name) for name in goal.names}
+        scores = {name: self._scores(trainer, name) for name in goal.names}
+        previous = {name: self._keeps[name] != 0 for name in goal.names if name in self._keeps}
+        return global_masks(scores, due, self.granularity, previous=previous or None)
+
+    def _mask(self, name: str) -> Tensor:
+        if name in self._keeps:
+            return self._keeps[name] != 0
+        return torch.ones_like(self._weights[name].parameter, dtype=torch.bool)
+
+    def _scores(self, trainer: pl.Trainer, name: str) -> Scores:
+        weight = self._weights[name].parameter.detach()
+        stats = Statistics(
+            gradient=self._rms(trainer, name, "gradient"),
+            input_norm=self._rms(trainer, name, "input_norm"),
+            generator=parameter_generator(name) if "generator" in self._needs else None,
+        )
+        return scores_of(self.criterion, weight, stats)
+
+    def _rms(self, trainer: pl.Trainer, name: str, statistic: str) -> Tensor | None:
+        """Return the root of the mean square gathered since the last event."""
+        if statistic not in self._needs:
+            return None
+        if name not in self._squares:
+            raise MisconfigurationException(
+                f"the criterion needs the {statistic} of {name}, and none was seen before this event: the layer took "
+                "no part in training. Pass it in `exclude`, or start at step 1 or later."
+            )
+        squares, count = self._squares[name], self._square_counts[name]
+        if statistic == "input_norm":
+            squares = trainer.strategy.reduce(squares.clone(), reduce_op="sum")
+            return squares.sqrt()
+        return (squares / count).sqrt()
+
+    def _in_window(self) -> bool:
+        start, end = self.window.start_step, self.window.end_step
+        return start is not None and end is not None and start <= self.window.step <= end
+
+    def _note_gradients(self, names: Sequence[str]) -> None:
+        for name in names:
+            gradient = self._weights[name].parameter.grad
+            if gradient is not None:
+                self._add_squares(name, gradient.detach().float().square())
+
+    def _add_squares(self, name: str, squares: Tensor) -> None:
+        self._squares[name] = self._squares[name].add_(squares) if name in self._squares else squares
+        self._square_counts[name] = self._square_counts.get(name, 0) + 1
+
+    def _stop_watching_inputs(self) -> None:
+        for handle in self._input_handles:
+            handle.remove()
+        self._input_handles = []
+
+    def _selected_by(self, optimizer: Optimizer) -> list[str]:
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        return [name for name, weight in self._weights.items() if id(weight.parameter) in held]
+
+    def _held_by(self, optimizer: Optimizer) -> list[str]:
+        names = list(self._keeps) if len(self._holders) == 1 else self._selected_by(optimizer)
+        return [name for name in names if name in self._keeps]
+
+    def _apply(self, trainer: pl.Trainer, keeps: Mapping[str, Tensor]) -> None:
+        """Mask the model and the averaged copies of it: an average of zeros stays zero from then on."""
+        apply_masks((self._weights[name].parameter for name in keeps), keeps.values())
+        for copy in averaged_copies(trainer):
+            averaged = dict(copy.named_parameters())
+            apply_masks((averaged[name] for name in keeps), (keeps[name].to(averaged[name].device) for name in keeps))
+
+    def _check_ranks_agree(self, trainer: pl.Trainer, keeps: Mapping[str, Tensor]) -> None:
+        if trainer.world_size == 1:
+            return
+        checksum = 0
+        for keep in keeps.values():
+            checksum = zlib.crc32(pack_mask(keep != 0).cpu().numpy().tobytes(), checksum)
+        ours = torch.tensor(float(checksum), dtype=torch.float64, device=trainer.strategy.root_device)
+        low = trainer.strategy.reduce(ours.clone(), reduce_op="min")
+        high = trainer.strategy.reduce(ours.clone(), reduce_op="max")
+        if float(low) != float(high):
+            raise RuntimeError(
+                f"rank {trainer.global_rank} computed other masks than another rank (checksum {checksum:#x}): the "
+                "weights or statistics differ between ranks. Does every rank train the same model?"
+            )
+
+    def _reached(self) -> float:
+        return sparsity_of(self.masks.values()) if self._keeps else 0.0
+
+    def _report(self, trainer: pl.Trainer, pl_module: pl.LightningModule, asked: float) -> None:
+        reached = self._reached()
+        rank_zero_info(
+            f"{self._label()}: step {self.window.step}, asked {asked:.2%} zeros, achieved {reached:.2%} "
+            f"in {len(self._weights)} tensors."
+        )
+        if trainer.barebones:
+            return
+        end = f"/{self.module or self.state_key}" if self._has_peers(trainer) else ""
+        metrics = {f"pruning/sparsity{end}": reached, f"pruning/asked{end}": asked}
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=trainer.global_step)
+        pl_module.log_dict(metrics, logger=False)
+
+    def _has_peers(self, trainer: pl.Trainer) -> bool:
+        return any(isinstance(peer, WeightPruning) and peer is not self for peer in compressions(trainer))
+
+    def _label(self) -> str:
+        return "WeightPruning" if self.module is None else f"WeightPruning({self.module})"
+
+    def _table(self, selection: Selection) -> str:
+        finals = {name: goal.final for goal in self._goals for name in goal.names}
+        asked = {name: f"{finals[name]:.2%}" if name in finals else "held" for name in selection.chosen}
+        rows = [
+            (name, "x".join(map(str, weight.parameter.shape)), asked[name], f"{self.granularity}, {self.scope}")
+            for name, weight in selection.chosen.items()
+        ]
+        rows += [(name, "", "-", reason) for name, reason in selection.left_out.items()]
+        start, end = self.window.start_step, self.window.end_step
+        title = f"{self._label()}: steps {start} to {end}" if self._goals else f"{self._label()}: hold"
+        return render(title, ("parameter", "shape", "zeros asked", "how, or why not"), rows)
+
+
+class _InputNorm:
+    """Forward pre-hook that adds up the squared inputs of one layer, per input feature."""
+
+    def __init__(self, callback: WeightPruning, weight: Weight) -> None:
+        self.callback = callback
+        self.weight = weight
+
+    def __call__(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
+        if layer.training:
+            self.callback._add_squares(self.weight.name, squared_inputs(layer, args[0].detach().float()))
+
+
+def squared_inputs(layer: nn.Module, inputs: Tensor) -> Tensor:
+    """Return the summed squares of a layer's input per input feature, broadcastable to its weight.
+
+    Args:
+        layer: A Linear or Conv layer.
+        inputs: Linear ``[..., in]``; Conv ``[batch, in, *space]`` (the batch dimension may be missing).
+
+    Returns:
+        Linear ``[1, in]``; Conv ``[1, in, 1, ...]``, or ``[out, in / groups, 1, ...]`` for grouped convolutions.
+    """
+    if isinstance(layer, nn.Linear):
+        return inputs.flatten(0, -2).square().sum(0, keepdim=True) if inputs.ndim > 1 else inputs.square()[None]
+    if not isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        raise TypeError(f"input norms are known for Linear and Conv layers, got {type(layer).__name__}.")
+    space = layer.weight.ndim - 2
+    channel = inputs.ndim - space - 1
+    squares = inputs.square().sum([d for d in range(inputs.ndim) if d != channel])
+    per_group = squares.view(layer.groups, layer.in_channels // layer.groups)
+    per_output = per_group.repeat_interleave(layer.out_channels // layer.groups, 0) if layer.groups > 1 else per_group
+    return per_output.reshape(*per_output.shape, *[1] * space)
+
+
+def _check_input_norms(weights: Mapping[str, Weight]) -> None:
+    for name, weight in weights.items():
+        if not isinstance(weight.layer, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)) or not name.endswith("weight"):
+            raise MisconfigurationException(
+                f"the criterion needs input norms, which are known for Linear and Conv weights; {name} belongs to a "
+                f"{type(weight.layer).__name__}. Pass it in `exclude`, or take another criterion."
+            )
+
+
+def _checked_sparsity(
+    sparsity: float | dict[str, float] | str | None, final: float | None
+) -> float | dict[str, float] | Literal["hold"]:
+    if sparsity is None:
+        return 0.8 if final is None else final
+    if sparsity == "hold":
+        return "hold"
+    if isinstance(sparsity, dict):
+        if not sparsity:
+            raise ValueError("`sparsity` as a dict maps patterns to fractions, got an empty one.")
+        return {pattern: _checked_fraction(value, final) for pattern, value in sparsity.items()}
+    return _checked_fraction(sparsity, final)
+
+
+def _checked_fraction(value: Any, final: float | None) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"`sparsity` must be a fraction in [0, 1), a dict of them, 'hold' or None, got {value!r}.")
+    if not 0.0 <= value < 1.0:
+        hint = f" For {value:g} % zeros pass {value / 100:g}." if 1 < value < 100 else ""
+        raise ValueError(f"`sparsity` must be a fraction in [0, 1), got {value!r}.{hint}")
+    if final is not None and abs(value - final) > 1e-9:
+        raise ValueError(
+            f"n:m granularity ends at the sparsity 1 - n/m = {final:g}, got sparsity={value:g}. Leave `sparsity` out, "
+            "or take another granularity."
+        )
+    return float(value)
+
+
+def _problem(parameter: Tensor) -> str | None:
+    if isinstance(parameter, UninitializedTensorMixin):
+        return "lazy (not initialised); run one forward pass before fit"
+    if parameter.layout != torch.strided:
+        return f"a sparse tensor ({parameter.layout})"
+    if not parameter.is_floating_point():
+        return f"of type {parameter.dtype}, not floating point"
+    return None
+
+
+def _zeros(parameter: Tensor) -> int:
+    return parameter.numel() - int(torch.count_nonzero(parameter.detach()))

@@ -1,0 +1,6 @@
+"""What a model costs, measured: latency, size."""
+
+from lightning_optim.measure.latency import LatencyResult, measure_latency
+from lightning_optim.measure.size import SIZES
+
+__all__ = ["SIZES", "LatencyResult", "measure_latency"]

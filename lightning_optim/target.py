@@ -1,0 +1,433 @@
+"""Which module and which parameters the callbacks act on, and what that module's forward receives.
+
+Every technique asks here, so that ``module``, ``include`` and ``exclude`` mean the same everywhere.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
+from torch.utils._pytree import tree_flatten, tree_map_only
+
+__all__ = [
+    "ForwardInputs",
+    "Pattern",
+    "Selection",
+    "averaged_copies",
+    "catch_forward_inputs",
+    "find_target",
+    "first_rows",
+    "named_layers",
+    "select_weights",
+]
+
+Pattern = str | type[nn.Module]
+
+_LINEAR_AND_CONV = (
+    nn.Linear,
+    nn.Bilinear,
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+)
+# Layers whose weights are pruned by default, and the names those weights begin with.
+_PRUNED_BY_DEFAULT: tuple[tuple[tuple[type[nn.Module], ...], str], ...] = (
+    (_LINEAR_AND_CONV, "weight"),
+    ((nn.MultiheadAttention,), "in_proj_weight"),
+    ((nn.MultiheadAttention,), "q_proj_weight"),
+    ((nn.MultiheadAttention,), "k_proj_weight"),
+    ((nn.MultiheadAttention,), "v_proj_weight"),
+    ((nn.RNNBase, nn.RNNCellBase), "weight_"),
+)
+
+
+@dataclass(frozen=True)
+class ForwardInputs:
+    """What one call of a module's ``forward`` received."""
+
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] | None = None
+
+    def call(self, module: nn.Module) -> Any:
+        """Call ``module`` with these inputs."""
+        return module(*self.args, **(self.kwargs or {}))
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One selected parameter: its name as in ``state_dict()``, the layer that holds it, the parameter."""
+
+    name: str
+    layer: nn.Module
+    parameter: nn.Parameter
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The selected weights by name, and every other parameter with the reason why it was left out."""
+
+    chosen: dict[str, Weight]
+    left_out: dict[str, str]
+
+
+def find_target(pl_module: nn.Module, module: str | None = None) -> tuple[str, nn.Module]:
+    """Return the module that a technique acts on, and the prefix of its names in ``pl_module.state_dict()``.
+
+    The first that applies: the dotted name ``module``; what the LightningModule declares as ``optim_target`` (a
+    distillation module answers with its student); the LightningModule itself.
+
+    Args:
+        pl_module: The LightningModule.
+        module: A dotted name below it.
+
+    Returns:
+        ``(prefix, target)``; the prefix is empty or ends in a dot.
+
+    Raises:
+        ValueError: If there is no module of that name (the nearest level that exists is listed), or
+            ``optim_target`` is no module below ``pl_module``.
+    """
+    if module is not None:
+        return f"{module}.", _submodule(pl_module, module)
+    declared = getattr(pl_module, "optim_target", None)
+    if declared is None or declared is pl_module:
+        return "", pl_module
+    for name, child in pl_module.named_modules():
+        if child is declared:
+            return f"{name}.", child
+    raise ValueError(
+        f"`optim_target` of {type(pl_module).__name__} must be a module below it, got "
+        f"{type(declared).__name__}. Register it as an attribute of the module."
+    )
+
+
+def _submodule(root: nn.Module, dotted: str) -> nn.Module:
+    module = root
+    for part in dotted.split("."):
+        children = dict(module.named_children())
+        compiled = children.get("_orig_mod")  # below torch.compile's wrapper
+        if part not in children and compiled is not None:
+            children = dict(compiled.named_children())
+        if part not in children:
+            raise ValueError(
+                f"module={dotted!r} names no module of {type(root).__name__}: there is no {part!r} among "
+                f"{', '.join(sorted(children)) or 'no submodules'}."
+            )
+        module = children[part]
+    return module
+
+
+def named_layers(target: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Yield the target's modules in registration order, without metrics and what is below them.
+
+    Args:
+        target: The module to walk.
+        prefix: What the names begin with; empty or ending in a dot.
+    """
+    metrics: set[nn.Module] = set()
+    for name, layer in target.named_modules(prefix=prefix.rstrip(".")):
+        if _is_metric(layer):
+            metrics.update(layer.modules())
+        elif layer not in metrics:
+            yield name, layer
+
+
+def _is_metric(layer: nn.Module) -> bool:
+    return any(base.__name__ == "Metric" and "torchmetrics" in base.__module__ for base in type(layer).__mro__)
+
+
+def select_weights(
+    target: nn.Module,
+    prefix: str = "",
+    *,
+    include: Sequence[Pattern] | None = None,
+    exclude: Sequence[Pattern] | None = None,
+) -> Selection:
+    """Select the weights that pruning acts on.
+
+    By default these are the matrices and kernels of Linear, Bilinear, Conv, ConvTranspose, MultiheadAttention and
+    RNN layers (and of their subclasses), except the last Linear/Conv in registration order. Norms, biases,
+    embeddings and a user's own parameters are left alone unless ``include`` names them. A shared parameter is taken
+    once, under its first name.
+
+    Args:
+        target: The module whose parameters are walked.
+        prefix: What ``target``'s names begin with in the ``state_dict()`` of the LightningModule.
+        include: Exactly what is selected, instead of the default: names, glob patterns or layer classes. A name of
+            a layer or of a module above it takes the layer's weight; a bias is taken only by a pattern that ends in
+            its name (``"*.bias"``). Names may be written from the LightningModule or from the target.
+        exclude: What is left out, in the same words; it wins over ``include``.
+
+    Returns:
+        The selection; ``chosen`` may be empty.
+
+    Raises:
+        ValueError: If a pattern of ``include`` or ``exclude`` matches nothing, or a selected weight is computed by a
+            parametrization.
+    """
+    matched: set[int] = set()
+    chosen: dict[str, Weight] = {}
+    left_out: dict[str, str] = {}
+    seen: dict[int, str] = {}
+    last = _last_layer(target)
+    for name, layer, parameter in _named_weights(target, prefix):
+        if id(parameter) in seen:
+            left_out[name] = f"shared with {seen[id(parameter)]}"
+            continue
+        seen[id(parameter)] = name
+        reason = _reason_to_leave(name, layer, prefix, include, exclude, layer is last, matched)
+        if reason is not None:
+            left_out[name] = reason
+        elif not isinstance(parameter, nn.Parameter):
+            raise ValueError(
+                f"{name} is computed by a parametrization (weight_norm, spectral_norm, prune, ...), so there is no "
+                f"weight to act on. Remove the parametrization first, or pass exclude=[{name.rpartition('.')[0]!r}]."
+            )
+        else:
+            chosen[name] = Weight(name, layer, parameter)
+    _check_all_matched(include, exclude, matched, left_out)
+    return Selection(chosen, left_out)
+
+
+def _named_weights(target: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module, Tensor]]:
+    """Yield every parameter, and in the place of a parametrized one the tensor that is computed from it."""
+    for layer_name, layer in named_layers(target, prefix):
+        if isinstance(layer, nn.utils.parametrize.ParametrizationList):
+            continue
+        dot = f"{layer_name}." if layer_name else ""
+        if is_parametrized(layer):
+            for leaf in layer.parametrizations:  # type: ignore[union-attr]
+                yield dot + leaf, layer, getattr(layer, leaf)
+        for leaf, parameter in layer.named_parameters(recurse=False):
+            computed = next((leaf[: -len(end)] for end in ("_g", "_v", "_orig") if leaf.endswith(end)), None)
+            if computed and isinstance(getattr(layer, computed, None), Tensor):  # hook-based weight_norm and prune
+                yield dot + computed, layer, getattr(layer, computed)
+            else:
+                yield dot + leaf, layer, parameter
+
+
+def _last_layer(target: nn.Module) -> nn.Module | None:
+    layers = [layer for _, layer in named_layers(target) if isinstance(layer, _LINEAR_AND_CONV)]
+    return layers[-1] if layers else None
+
+
+def _reason_to_leave(
+    name: str,
+    layer: nn.Module,
+    prefix: str,
+    include: Sequence[Pattern] | None,
+    exclude: Sequence[Pattern] | None,
+    is_last: bool,
+    matched: set[int],
+) -> str | None:
+    """Return why a parameter is left out, or None when it is taken; notes which patterns matched."""
+    included = [p for p in include or () if matches(p, name, layer, prefix)]
+    excluded = [p for p in exclude or () if matches(p, name, layer, prefix)]
+    matched.update(id(p) for p in (*included, *excluded))
+    if excluded:
+        return f"excluded by {_word(excluded[0])}"
+    if include is not None:
+        return None if included else "not in include"
+    leaf = name.rpartition(".")[2]
+    if not _pruned_by_default(layer, leaf):
+        return f"{type(layer).__name__} {leaf}"
+    return "last layer" if is_last else None
+
+
+def _pruned_by_default(layer: nn.Module, leaf: str) -> bool:
+    return any(isinstance(layer, classes) and leaf.startswith(name) for classes, name in _PRUNED_BY_DEFAULT)
+
+
+def matches(pattern: Pattern, name: str, layer: nn.Module, prefix: str = "") -> bool:
+    """Tell whether a name, glob pattern or layer class selects a parameter.
+
+    Args:
+        pattern: What the user wrote.
+        name: The parameter's full name.
+        layer: The module that holds it.
+        prefix: The target's prefix: names are compared with it and without.
+    """
+    leaf = name.rpartition(".")[2]
+    is_weight = "bias" not in leaf and ("weight" in leaf or not _is_torch_layer(layer))
+    if not isinstance(pattern, str):
+        return isinstance(layer, pattern) and is_weight
+    return any(
+        _matches_parameter(pattern, candidate, leaf) or (is_weight and _matches_module(pattern, candidate))
+        for candidate in {name, name.removeprefix(prefix)}
+    )
+
+
+def _is_torch_layer(layer: nn.Module) -> bool:
+    return type(layer).__module__.startswith("torch.nn.")
+
+
+def _matches_parameter(pattern: str, name: str, leaf: str) -> bool:
+    return pattern.rpartition(".")[2].rpartition("*")[2].endswith(leaf) and fnmatchcase(name, pattern)
+
+
+def _matches_module(pattern: str, name: str) -> bool:
+    """A pattern takes a layer when it matches the layer's name or that of a module above it."""
+    parts = name.split(".")[:-1]
+    return any(fnmatchcase(".".join(parts[:depth]), pattern) for depth in range(len(parts) + 1))
+
+
+def _word(pattern: Pattern) -> str:
+    return repr(pattern) if isinstance(pattern, str) else pattern.__name__
+
+
+def _check_all_matched(
+    include: Sequence[Pattern] | None,
+    exclude: Sequence[Pattern] | None,
+    matched: set[int],
+    left_out: dict[str, str],
+) -> None:
+    for word, patterns in (("include", include), ("exclude", exclude)):
+        for pattern in patterns or ():
+            if id(pattern) not in matched:
+                names = sorted(name for name in left_out if "weight" in name)
+                raise ValueError(
+                    f"{word}: {_word(pattern)} matches no layer. Names look like: {', '.join(names[:6]) or 'none'}. "
+                    "Write a module's name, a glob pattern such as 'encoder.*', or a layer class."
+                )
+
+
+def averaged_copies(trainer: Any) -> list[nn.Module]:
+    """Return the averaged copies of the LightningModule that the Trainer's callbacks keep.
+
+    WeightAveraging, EMAWeightAveraging and StochasticWeightAveraging keep theirs as ``_average_model`` (Lightning
+    2.6); what changes in the model must change there too.
+    """
+    copies = (getattr(callback, "_average_model", None) for callback in trainer.callbacks)
+    return [getattr(copy, "module", copy) for copy in copies if isinstance(copy, nn.Module)]
+
+
+class catch_forward_inputs:
+    """Catch what a module's ``forward`` receives while other code runs.
+
+    Used around a LightningModule's own step. When ``module`` itself is not called (a step that calls
+    ``self.net(x)``), the one module directly called inside the block is caught instead.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(2, 3), nn.ReLU())
+        >>> with catch_forward_inputs(net) as caught:
+        ...     _ = net(torch.zeros(4, 2))
+        >>> caught.calls[0][1].args[0].shape
+        torch.Size([4, 2])
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.calls: list[tuple[nn.Module, ForwardInputs]] = []
+        self._module = module
+        self._depth = 0
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> "catch_forward_inputs":
+        for name, layer in named_layers(self._module):
+            if "_orig_mod" in name.split("."):  # inside a compiled module, where a hook would be traced
+                continue
+            self._handles.append(layer.register_forward_pre_hook(self._enter, with_kwargs=True))
+            self._handles.append(layer.register_forward_hook(self._leave, always_call=True))
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Remove the hooks; calling it twice is harmless."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def _enter(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if _is_redirected(layer):
+            return
+        if self._depth == 0:
+            self.calls.append((layer, detached(ForwardInputs(args, kwargs))))
+        self._depth += 1
+
+    def _leave(self, layer: nn.Module, args: Any, output: Any) -> None:
+        self._depth = max(self._depth - 1, 0)
+
+    def result(self) -> tuple[nn.Module, ForwardInputs]:
+        """Return the module that was called and its inputs.
+
+        Raises:
+            ValueError: If nothing was called, or several modules were and none of them is the target.
+        """
+        own = [call for call in self.calls if call[0] is self._module]
+        called = {id(layer): layer for layer, _ in self.calls if any(True for _ in layer.parameters())}
+        if own:
+            return own[0]
+        if len(called) == 1:
+            layer = next(iter(called.values()))
+            return next(call for call in self.calls if call[0] is layer)
+        names = [type(layer).__name__ for layer in called.values()]
+        raise ValueError(
+            f"the training step calls {', '.join(names) or 'no module with parameters'} and never "
+            f"{type(self._module).__name__}'s own forward, so what is deployed cannot be told. Pass `example_inputs` "
+            "for the LightningModule's forward (or set its `example_input_array`)."
+        )
+
+
+def _is_redirected(layer: nn.Module) -> bool:
+    """DDP calls a LightningModule's step through its ``forward``, which Lightning patches for that one call."""
+    return getattr(layer.__dict__.get("forward"), "__qualname__", "").startswith("_ForwardRedirection")
+
+
+def detached(inputs: ForwardInputs) -> ForwardInputs:
+    """Return the inputs with every tensor detached and cloned, so that training cannot change them."""
+    copy: Callable[[Tensor], Tensor] = lambda tensor: tensor.detach().clone()  # noqa: E731
+    args, kwargs = tree_map_only(Tensor, copy, (inputs.args, inputs.kwargs or {}))
+    return ForwardInputs(args, kwargs)
+
+
+def as_forward_inputs(example_inputs: Any) -> ForwardInputs:
+    """Read example inputs as Lightning reads ``example_input_array``: a tensor, a tuple, or a dict of keywords."""
+    if isinstance(example_inputs, ForwardInputs):
+        return example_inputs
+    if isinstance(example_inputs, dict):
+        return ForwardInputs((), dict(example_inputs))
+    if isinstance(example_inputs, (tuple, list)):
+        return ForwardInputs(tuple(example_inputs))
+    return ForwardInputs((example_inputs,))
+
+
+def first_rows(inputs: ForwardInputs, rows: int) -> ForwardInputs:
+    """Cut (or repeat) the batch in ``inputs`` to a number of rows.
+
+    Args:
+        inputs: Caught inputs; all their tensors share dimension 0, the batch.
+        rows: Rows wanted; when the batch has fewer they are repeated.
+
+    Raises:
+        ValueError: If the tensors disagree in dimension 0, so that no batch can be told.
+    """
+    tensors = [leaf for leaf in tree_flatten((inputs.args, inputs.kwargs or {}))[0] if isinstance(leaf, Tensor)]
+    sizes = {tensor.shape[0] for tensor in tensors if tensor.ndim}
+    if len(sizes) > 1:
+        raise ValueError(
+            f"the inputs of forward have {sorted(sizes)} rows in dimension 0, so one sample cannot be cut from the "
+            "batch. Pass `example_inputs` with the sample to measure."
+        )
+
+    def cut(tensor: Tensor) -> Tensor:
+        if tensor.ndim == 0:
+            return tensor
+        index = torch.arange(rows, device=tensor.device) % tensor.shape[0]
+        return tensor.index_select(0, index)
+
+    args, kwargs = tree_map_only(Tensor, cut, (inputs.args, inputs.kwargs or {}))
+    return ForwardInputs(args, kwargs)
+
+
+def move_inputs(inputs: ForwardInputs, device: torch.device) -> ForwardInputs:
+    """Return the inputs on another device."""
+    args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.to(device), (inputs.args, inputs.kwargs or {}))
+    return ForwardInputs(args, kwargs)

@@ -1,0 +1,12 @@
+"""What every test gets: one thread, a folder of its own, seeds and environment that come back."""
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _state_of_its_own(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)  # two threads spin at every barrier when another process wants a core: 30x slower
+    torch.manual_seed(0)

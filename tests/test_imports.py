@@ -1,0 +1,60 @@
+"""Imports point one way, and importing the package loads nothing heavy."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import lightning_optim
+
+PACKAGE = Path(lightning_optim.__file__).parent
+LAYERS = [
+    {"functional", "registry", "_version", "tables"},
+    {"structured", "quantization", "measure", "export", "checkpoint", "target", "window"},
+    {"callbacks", "strategies", "distillation", "cli"},
+    {"__init__"},
+]
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+
+
+def imports_of(path: Path) -> set[str]:
+    """Names of the package's own top modules that a file imports."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = []
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        found |= {name.split(".")[1] for name in names if name.startswith("lightning_optim.")}
+    return found & LEVEL.keys()
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_point_one_way(path):
+    own = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    assert own in LEVEL, f"{own} has no place in LAYERS"
+    above = {name for name in imports_of(path) if LEVEL[name] > LEVEL[own]}
+    assert not above
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "functional").glob("*.py")), ids=lambda path: path.name)
+def test_functional_is_pure(path):
+    roots = {
+        (node.module or "").split(".")[0] if isinstance(node, ast.ImportFrom) else node.names[0].name.split(".")[0]
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, (ast.Import, ast.ImportFrom))
+    }
+    assert "lightning" not in roots
+
+
+def test_importing_loads_nothing_heavy_and_touches_no_gpu():
+    heavy = ["torch_pruning", "onnx", "onnxruntime", "openvino", "matplotlib", "pandas", "sklearn", "torch._dynamo"]
+    code = (
+        "import sys, lightning.pytorch, torch; before = set(sys.modules); import lightning_optim;"
+        f"print([m for m in {heavy} if m in sys.modules and m not in before], torch.cuda.is_initialized())"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.strip() == "[] False"
