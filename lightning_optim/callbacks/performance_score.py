@@ -409,6 +409,8 @@ class PerformanceScore(pl.Callback):
         """Print the table of the terms at baseline, best and last."""
         if self._last is not None:
             rank_zero_info(self._table())
+        elif self._epochs >= self.every_n_epochs:
+            rank_zero_warn("PerformanceScore computed no P: no epoch was validated. Pass a validation loader.")
 
     def _table(self) -> str:
         rows = [self._baseline_cells()]

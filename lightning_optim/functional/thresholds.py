@@ -360,16 +360,20 @@ def _signed(digit: int) -> int:
     return digit - _BINS if digit >= _BINS // 2 else digit
 
 
+def _in_numpy(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu"
+
+
 def _with_prefix(bits: Tensor, shift: int, prefix: int) -> Tensor:
     high = bits >> shift
-    if bits.device.type == "cpu":
+    if _in_numpy(bits):
         return torch.from_numpy(bits.numpy()[high.numpy() == prefix])
     return bits[high == prefix]
 
 
 def _split_piece(scores: Tensor, low: float, high: float) -> tuple[int, Tensor]:
     """How many are below ``low``, and which are neither below it nor above ``high`` (NaN is neither)."""
-    if scores.device.type == "cpu":
+    if _in_numpy(scores):
         values = scores.numpy()
         below, above = values < low, values > high
         return int(np.count_nonzero(below)), torch.from_numpy(values[~(below | above)])
@@ -383,7 +387,7 @@ def _mask(reader: ScoreReader, cut: Cut, quota: int) -> tuple[Tensor, int]:
     start, left = 0, quota
     for piece in _pieces(reader):
         scores, part = piece.to(cut.dtype), mask[start : start + len(piece)]
-        if scores.device.type == "cpu":
+        if _in_numpy(scores):
             np.greater_equal(scores.numpy(), cut.value, out=part.numpy())
         else:
             torch.ge(scores, cut.value, out=part)
@@ -396,7 +400,7 @@ def _mask(reader: ScoreReader, cut: Cut, quota: int) -> tuple[Tensor, int]:
 
 
 def _positions(scores: Tensor, value: float) -> Tensor:
-    if scores.device.type == "cpu":
+    if _in_numpy(scores):
         return torch.from_numpy(np.flatnonzero(scores.numpy() == value))
     return (scores == value).nonzero().view(-1)
 

@@ -12,6 +12,7 @@ from helpers.models import (
     Classifier,
     ConvNet,
     Files,
+    SeededByStep,
     assert_same_state,
     data,
     fit,
@@ -568,20 +569,39 @@ def resumable(criterion):
     return pruning(0.8, start=2, end=0.8, criterion=criterion)
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 @pytest.mark.parametrize("criterion", sorted(CRITERIA))
-def test_resumed_at_every_epoch_equals_uninterrupted(tmp_path, criterion):
-    plain, module, files = new(), new(), tmp_path / "files"
-    fit(tmp_path, plain, Files(tmp_path / "plain"), max_epochs=4)
-    again = new()
-    fit(tmp_path, again, ckpt_path=tmp_path / "plain" / "1.ckpt", max_epochs=4)
+def test_resumed_at_every_epoch_equals_uninterrupted(tmp_path, criterion, precision, dropout):
+    options = {"precision": precision, "max_epochs": 4}
+    plain, module, files = new(dropout=dropout), new(dropout=dropout), tmp_path / "files"
+    fit(tmp_path, plain, SeededByStep(), Files(tmp_path / "plain"), **options)
+    again = new(dropout=dropout)
+    fit(tmp_path, again, SeededByStep(), ckpt_path=tmp_path / "plain" / "1.ckpt", **options)
     assert_same_state(plain, again)  # Lightning itself resumes this run
     cut = resumable(criterion)
-    fit(tmp_path, module, cut, Files(files), max_epochs=4)
+    fit(tmp_path, module, cut, SeededByStep(), Files(files), **options)
     for epoch in range(3):
-        again, other = new(), resumable(criterion)
-        fit(tmp_path, again, other, ckpt_path=files / f"{epoch}.ckpt", max_epochs=4)
+        again, other = new(dropout=dropout), resumable(criterion)
+        fit(tmp_path, again, other, SeededByStep(), ckpt_path=files / f"{epoch}.ckpt", **options)
         assert_same_state(module, again)
         assert_same_state(cut.masks, other.masks)
+
+
+@pytest.mark.parametrize("kind", ["manual", "accumulate", "ema"])
+def test_other_runs_resume_bitwise_too(tmp_path, kind):
+    cls = Manual if kind == "manual" else Classifier
+    options = {"accumulate_grad_batches": 3} if kind == "accumulate" else {}
+
+    def callbacks():
+        return [resumable("taylor"), *([EMAWeightAveraging(decay=0.9)] if kind == "ema" else [])]
+
+    module = new(cls)
+    fit(tmp_path, module, *callbacks(), Files(tmp_path / "files"), **options)
+    for epoch in range(2):
+        again = new(cls)
+        fit(tmp_path, again, *callbacks(), ckpt_path=tmp_path / "files" / f"{epoch}.ckpt", **options)
+        assert_same_state(module, again)
 
 
 class ResumableLoader:

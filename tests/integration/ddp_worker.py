@@ -1,0 +1,109 @@
+"""Runs named cases on two processes and writes what each rank ended with: ``ddp_worker.py OUT CASE...``."""
+
+import sys
+import warnings
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+from helpers.models import Classifier, Files, data, new, trainer, val_loader
+from torch.utils.data import DataLoader, DistributedSampler
+
+from lightning_optim import PerformanceScore, WeightPruning
+
+EPOCHS = 3
+
+
+def loader() -> DataLoader:
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    sampler = DistributedSampler(data(), world, rank, shuffle=True, seed=1)
+    return DataLoader(data(), 4, sampler=sampler)
+
+
+class InDDP(Classifier):
+    def train_dataloader(self):
+        return loader()
+
+    def val_dataloader(self):
+        return val_loader()
+
+
+def callbacks(name: str) -> list:
+    words = {"every_n_steps": 3, "start": 2, "end": 0.8}
+    return {
+        "magnitude": lambda: [WeightPruning(0.8, **words)],
+        "random": lambda: [WeightPruning(0.8, criterion="random", scope="layer", **words)],
+        "taylor": lambda: [WeightPruning(0.8, criterion="taylor", **words)],
+        "wanda": lambda: [WeightPruning(0.8, criterion="wanda", **words)],
+        "nofm": lambda: [WeightPruning(granularity="2:4", **words)],
+        "score": lambda: [
+            PerformanceScore(weights=dict.fromkeys(("size", "train_time", "inference_time", "accuracy"), 1)),
+            WeightPruning(0.8, **words),
+        ],
+    }[name]()
+
+
+def run(folder: Path, name: str, precision: str, ckpt_path: Path | None = None) -> dict:
+    """One fit; the first one writes a file per epoch."""
+    ours = callbacks(name)
+    extra = [Files(folder)] if ckpt_path is None else []
+    torch.manual_seed(0)
+    module = new(InDDP)
+    fitted = trainer(
+        folder,
+        *ours,
+        *extra,
+        strategy="ddp",
+        devices=2,
+        max_epochs=EPOCHS,
+        precision=precision,
+        use_distributed_sampler=False,
+    )
+    fitted.fit(module, ckpt_path=ckpt_path)
+    pruning = next(c for c in ours if isinstance(c, WeightPruning))
+    return {
+        "parameters": {n: p.detach().clone() for n, p in module.named_parameters()},
+        "state": {n: v.clone() for n, v in module.state_dict().items()},
+        "masks": pruning.masks,
+        "step": pruning.window.step,
+        "metrics": {n: float(v) for n, v in fitted.callback_metrics.items() if n.startswith(("P", "pruning"))},
+    }
+
+
+def disagreeing(folder: Path) -> str:
+    """Ranks whose weights differ must be found at the event."""
+
+    class Differs(InDDP):
+        def on_train_batch_start(self, batch, batch_idx):
+            if batch_idx == 3 and self.global_rank == 1:
+                with torch.no_grad():
+                    self.net[0].weight.neg_().add_(torch.arange(192.0).view(16, 12))
+
+    try:
+        trainer(
+            folder, *callbacks("magnitude"), strategy="ddp", devices=2, max_epochs=1, use_distributed_sampler=False
+        ).fit(new(Differs))
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def main() -> None:
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    out, cases = Path(sys.argv[1]), sys.argv[2:]
+    for case in cases:
+        name, precision = case.split("/")
+        folder = out / case.replace("/", "-")
+        results = {"straight": run(folder / "files", name, precision)}
+        for epoch in range(EPOCHS - 1):
+            results[f"resumed after {epoch}"] = run(folder, name, precision, folder / "files" / f"{epoch}.ckpt")
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.save(results, folder / f"rank{torch.distributed.get_rank()}.pt")
+    message = disagreeing(out)
+    (out / f"disagree{torch.distributed.get_rank()}.txt").write_text(message)
+
+
+if __name__ == "__main__":
+    main()

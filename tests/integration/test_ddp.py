@@ -1,0 +1,89 @@
+"""Two gloo processes: ranks agree, and a resumed run equals the uninterrupted one bit for bit.
+
+One launch runs all cases; a test each then reads what the ranks wrote.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.models import Classifier, assert_same_state, trainer, val_loader
+
+from lightning_optim import WeightPruning, load_from_checkpoint
+
+WORKER = Path(__file__).with_name("ddp_worker.py")
+CASES = [
+    *(f"{name}/{precision}" for name in ("magnitude", "taylor") for precision in ("32-true", "bf16-mixed")),
+    "random/32-true",
+    "wanda/32-true",
+    "nofm/32-true",
+    "score/32-true",
+]
+
+pytestmark = pytest.mark.distributed
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory):
+    out = tmp_path_factory.mktemp("ddp")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(WORKER)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, str(out), *CASES], env=environment, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return out
+
+
+def results(out, case, rank):
+    return torch.load(out / case.replace("/", "-") / f"rank{rank}.pt", weights_only=True)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_ranks_agree_on_masks_and_weights(launched, case):
+    first, second = results(launched, case, 0), results(launched, case, 1)
+    for run in first:
+        assert_same_state(first[run]["parameters"], second[run]["parameters"])
+        assert_same_state(first[run]["masks"], second[run]["masks"])
+        assert first[run]["metrics"] == pytest.approx(second[run]["metrics"])
+        assert first[run]["metrics"].keys() == second[run]["metrics"].keys()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_resumed_at_every_epoch_equals_uninterrupted(launched, case):
+    runs = results(launched, case, 0)
+    for name, run in runs.items():
+        assert_same_state(runs["straight"]["state"], run["state"]), name
+        assert_same_state(runs["straight"]["masks"], run["masks"])
+        assert run["step"] == 24
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_is_asked_is_reached(launched, case):
+    run = results(launched, case, 0)["straight"]
+    asked = 0.5 if case.startswith("nofm") else 0.8
+    zeros = sum(int((run["parameters"][name] == 0).sum()) for name in run["masks"])
+    assert zeros == pytest.approx(asked * 448, abs=1)
+    assert run["metrics"]["pruning/sparsity"] == pytest.approx(asked, abs=1 / 448)
+
+
+def test_all_ranks_log_the_same_p(launched):
+    metrics = [results(launched, "score/32-true", rank)["straight"]["metrics"] for rank in (0, 1)]
+    assert metrics[0]["P"] == pytest.approx(metrics[1]["P"], rel=1e-6)
+    assert {"P/train_time", "P/inference_time", "P/size", "P/error"} <= metrics[0].keys()
+
+
+def test_a_file_of_two_processes_loads_in_one(launched, tmp_path):
+    path = launched / "magnitude-32-true" / "files" / "2.ckpt"
+    expected = results(launched, "magnitude/32-true", 0)["straight"]["state"]
+    assert_same_state(load_from_checkpoint(Classifier, path), expected)
+    fresh = Classifier()
+    trainer(tmp_path, WeightPruning(0.8)).test(fresh, val_loader(), path, verbose=False)
+    assert_same_state(fresh, expected)
+
+
+def test_masks_that_differ_between_ranks_are_found_at_the_event(launched):
+    for rank in (0, 1):
+        message = (launched / f"disagree{rank}.txt").read_text()
+        assert f"rank {rank} computed other masks than another rank" in message
