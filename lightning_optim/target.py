@@ -25,7 +25,7 @@ __all__ = [
     "select_weights",
 ]
 
-Pattern = str | type[nn.Module]
+Pattern = type[nn.Module] | str  # in this order: jsonargparse takes the first that fits
 
 _LINEAR_AND_CONV = (
     nn.Linear,

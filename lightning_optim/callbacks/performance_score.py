@@ -361,7 +361,7 @@ class PerformanceScore(pl.Callback):
 
     def _measure(self, pl_module: pl.LightningModule, train_seconds: float) -> tuple[float, float]:
         name, inputs = self._measured or ("", ForwardInputs())
-        budget = max(0.01 * train_seconds, LEAST_SECONDS)
+        budget = max(0.008 * train_seconds, LEAST_SECONDS)
         live = _Called(pl_module.get_submodule(name))
         frozen = None
         if self._reference_copy is not None:

@@ -164,6 +164,7 @@ class WeightPruning(CompressionCallback):
         """Select the weights, take up masks from state or from the zeros that are there, and set the goals."""
         prefix, target = self.find_target(pl_module)
         selection = select_weights(target, prefix, include=self._include_or_patterns(), exclude=self.exclude)
+        selection = self._with_a_pattern(selection, prefix)
         self._weights = selection.chosen
         self._check_weights(selection)
         self._check_peers(trainer)
@@ -284,6 +285,14 @@ class WeightPruning(CompressionCallback):
             return list(self.sparsity)
         return self.include
 
+    def _with_a_pattern(self, selection: Selection, prefix: str) -> Selection:
+        """Leave out what no pattern of a sparsity dict matches: it stays dense."""
+        if not isinstance(self.sparsity, dict):
+            return selection
+        chosen = {n: w for n, w in selection.chosen.items() if self._first_pattern(w, prefix) is not None}
+        unmatched = {name: "no pattern of sparsity" for name in selection.chosen if name not in chosen}
+        return Selection(chosen, {**unmatched, **selection.left_out})
+
     def _check_weights(self, selection: Selection) -> None:
         if not selection.chosen:
             reasons = ", ".join(f"{name} ({reason})" for name, reason in list(selection.left_out.items())[:6])
@@ -360,7 +369,7 @@ class WeightPruning(CompressionCallback):
             return []
         groups: list[tuple[list[str], float]] = []
         if isinstance(self.sparsity, dict):
-            first = {name: self._first_pattern(name, prefix) for name in self._weights}
+            first = {name: self._first_pattern(weight, prefix) for name, weight in self._weights.items()}
             for pattern, sparsity in self.sparsity.items():
                 names = [name for name in self._weights if first[name] == pattern]
                 if not names:
@@ -375,9 +384,9 @@ class WeightPruning(CompressionCallback):
             groups = [([name], sparsity) for names, sparsity in groups for name in names]
         return [_Goal(names, self._initial_of(names), sparsity) for names, sparsity in groups if names]
 
-    def _first_pattern(self, name: str, prefix: str) -> str | None:
+    def _first_pattern(self, weight: Weight, prefix: str) -> str | None:
         patterns = self.sparsity if isinstance(self.sparsity, dict) else {}
-        return next((p for p in patterns if matches(p, name, self._weights[name].layer, prefix)), None)
+        return next((p for p in patterns if matches(p, weight.name, weight.layer, prefix)), None)
 
     def _initial_of(self, names: Sequence[str]) -> float:
         return sum(self._initial.get(name, 0.0) * self._numel([name]) for name in names) / self._numel(names)

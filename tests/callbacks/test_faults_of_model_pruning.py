@@ -8,7 +8,7 @@ import copy
 
 import pytest
 import torch
-from helpers.models import Classifier, Files, assert_same_state, fit, new, train_loader, val_loader
+from helpers.models import Classifier, Files, Quiet, assert_same_state, fit, new, train_loader, val_loader
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelPruning
 
 from lightning_optim import WeightPruning, load_from_checkpoint
@@ -85,7 +85,7 @@ def test_fault_5_averaging_crashes(tmp_path):
 
 @pytest.mark.slow
 def test_fault_6_compiled_modules_crash(tmp_path):
-    module = new()
+    module = new(Quiet)
     fit(tmp_path, torch.compile(module, backend="aot_eager"), ours())
     assert sparsity(module) == 0.5
 

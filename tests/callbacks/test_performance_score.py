@@ -62,7 +62,7 @@ def test_a_users_references_divide(tmp_path):
 def test_the_baseline_is_the_model_at_fit_start(tmp_path):
     rows = scored(tmp_path)
     assert all(row["P/size"] == 1.0 for row in rows)
-    assert all(row["P/inference_time"] == pytest.approx(1.0, abs=0.25) for row in rows)
+    assert all(0.3 < row["P/inference_time"] < 3 for row in rows)  # a clock on a busy machine; the benchmark says more
 
 
 def test_a_term_of_weight_zero_is_not_measured(tmp_path):
@@ -181,36 +181,56 @@ def test_a_new_trainer_takes_a_new_baseline(tmp_path):
 # Times.
 
 
-class Slow(pl.Callback):
-    def __init__(self, **seconds):
-        self.seconds = seconds
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that stands still until somebody moves it."""
+
+    class Clock:
+        now = 100.0
+
+    monkeypatch.setattr(time, "perf_counter", lambda: Clock.now)
+    return Clock
+
+
+class Takes(pl.Callback):
+    """Takes time in validation and in every batch."""
+
+    def __init__(self, clock, validation, batch):
+        self.clock, self.validation, self.batch = clock, validation, batch
 
     def on_validation_epoch_start(self, trainer, pl_module):
-        time.sleep(self.seconds.get("validation", 0))
+        self.clock.now += self.validation
 
     def on_train_batch_end(self, *_):
-        time.sleep(self.seconds.get("batch", 0))
+        self.clock.now += self.batch
 
 
-class SlowPruning(WeightPruning):
-    def apply_event(self, trainer, pl_module):
-        time.sleep(0.2)
-        super().apply_event(trainer, pl_module)
+def test_training_time_has_no_validation_and_no_events_in_it(tmp_path, clock):
+    class SlowPruning(WeightPruning):
+        def apply_event(self, trainer, pl_module):
+            clock.now += 7
+            super().apply_event(trainer, pl_module)
+
+    pruning = SlowPruning(0.5, start=9, end=14, every_n_steps=1)
+    rows = scored(tmp_path, Takes(clock, validation=4, batch=0.5), pruning, weights={"train_time": 1.0})
+    assert [row["P/raw/train_time_s"] for row in rows] == [4.0, 4.0, 4.0]  # 8 batches
+    assert pruning.event_seconds == 42
 
 
-def test_training_time_has_no_validation_and_no_events_in_it(tmp_path):
-    weights = {"train_time": 1.0}
-    rows = scored(tmp_path, Slow(validation=0.4), SlowPruning(0.5, start=9, end=14, every_n_steps=1), weights=weights)
-    assert all(row["P/raw/train_time_s"] < 0.35 for row in rows)
-    rows = scored(tmp_path, Slow(batch=0.05), weights=weights)
-    assert all(row["P/raw/train_time_s"] > 0.4 for row in rows)
+def test_the_training_time_reference_is_the_second_epoch(tmp_path, clock):
+    takes = Takes(clock, validation=0, batch=1)
+
+    class Changes(pl.Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            takes.batch = {0: 3.0, 1: 1.0, 2: 0.5}[trainer.current_epoch]
+
+    rows = scored(tmp_path, takes, Changes(), weights={"train_time": 1.0})
+    assert [row["P/train_time"] for row in rows] == [1.0, 1.0, 0.5]
 
 
-def test_the_training_time_reference_is_the_second_epoch(tmp_path):
-    rows = scored(tmp_path, weights={"train_time": 1.0}, options={"max_epochs": 3})
-    assert rows[0]["P/train_time"] == rows[1]["P/train_time"] == 1.0
-    expected = rows[2]["P/raw/train_time_s"] / rows[1]["P/raw/train_time_s"]
-    assert rows[2]["P/train_time"] == pytest.approx(expected, rel=1e-4)
+def test_the_warm_up_epoch_is_the_reference_when_the_second_has_events(tmp_path, clock):
+    rows = scored(tmp_path, Takes(clock, 0, 1), WeightPruning(0.5, start=9, end=10), weights={"train_time": 1.0})
+    assert [row["P/train_time"] for row in rows] == [1.0, 1.0, 1.0]
 
 
 def test_a_warm_up_reference_is_flagged(tmp_path, caplog):

@@ -12,6 +12,7 @@ from helpers.models import (
     Classifier,
     ConvNet,
     Files,
+    Quiet,
     SeededByStep,
     assert_same_state,
     data,
@@ -121,6 +122,18 @@ def test_a_sparsity_by_pattern(tmp_path):
     fit(tmp_path, module, pruning({"net.0": 0.9, "net.*": 0.25}))
     assert sparsity(module, ["net.0.weight"]) == pytest.approx(0.9, abs=1 / 192)
     assert sparsity(module, ["net.1.weight", "net.4.weight", "net.6.weight"]) == pytest.approx(0.25, abs=1 / 200)
+
+
+def test_what_no_pattern_matches_stays_dense_and_resumes(tmp_path):
+    def cut():
+        return pruning({"net.0": 0.9}, include=["net.0", "net.4"])
+
+    module, again = new(), new()
+    fit(tmp_path, module, cut(), Files(tmp_path / "files"))
+    assert zeros(module, ["net.0.weight"]) == 173
+    assert zeros(module, ["net.4.weight"]) == 0
+    fit(tmp_path, again, cut(), ckpt_path=tmp_path / "files" / "1.ckpt")
+    assert_same_state(module, again)
 
 
 def test_zero_sparsity_changes_nothing(tmp_path):
@@ -279,7 +292,7 @@ def test_skipped_steps_count_as_global_step_counts_them(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("when", ["module", "part"])
 def test_torch_compile(tmp_path, when):
-    module = new()
+    module = new(Quiet)
     if when == "part":
         module.net = torch.compile(module.net, backend="aot_eager")
         fit(tmp_path, module, pruning(0.8))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.models import Classifier, assert_same_state, trainer, val_loader
+from helpers.models import Classifier, assert_same_state, train_loader, trainer, val_loader
 
 from lightning_optim import WeightPruning, load_from_checkpoint
 
@@ -87,3 +87,12 @@ def test_masks_that_differ_between_ranks_are_found_at_the_event(launched):
     for rank in (0, 1):
         message = (launched / f"disagree{rank}.txt").read_text()
         assert f"rank {rank} computed other masks than another rank" in message
+
+
+@pytest.mark.slow
+def test_spawned_processes(tmp_path):
+    """Callbacks, hooks and the module pickle."""
+    run = trainer(tmp_path, WeightPruning(0.8, every_n_steps=4), strategy="ddp_spawn", devices=2, max_epochs=2)
+    module = Classifier()
+    run.fit(module, train_loader(), val_loader())
+    assert sum(int((module.net[i].weight == 0).sum()) for i in (0, 4)) == 358
