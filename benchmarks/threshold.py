@@ -67,15 +67,16 @@ def check(masks: Masks, size: int, *, exact: bool) -> None:
     assert 0 <= off <= (0 if exact else 50), off
 
 
-def time_methods(size: int, seeds: int) -> dict[str, list[float]]:
-    seconds: dict[str, list[float]] = {name: [] for name in METHODS}
+def time_methods(size: int, seeds: int) -> dict[str, list[tuple[float, float]]]:
+    """Wall and CPU seconds of each method, one pair per seed."""
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in METHODS}
     for seed in range(seeds):
         weights = weights_of(size, seed)
         earlier = global_masks({name: weight.abs() for name, weight in weights.items()}, EARLIER)
         for name, method in METHODS.items():
-            start = time.perf_counter()
+            wall, cpu = time.perf_counter(), time.process_time()
             masks = method(weights, earlier)
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append((time.perf_counter() - wall, time.process_time() - cpu))
             check(masks, size, exact=name.endswith("event"))
             del masks
     return seconds
@@ -106,13 +107,19 @@ def rows(size: int, seeds: int) -> list[str]:
     memory = {name: extra_memory(name, size) for name in METHODS}
     seconds = time_methods(size, seeds)
     result = []
-    for name, times in seconds.items():
-        ratio = mean(t / first for t, first in zip(times, seconds["first event"], strict=True))
+    first_event = [cpu for _, cpu in seconds["first event"]]
+    for name, pairs in seconds.items():
+        wall, cpu = zip(*pairs, strict=True)
+        ratio = mean(own / first for own, first in zip(cpu, first_event, strict=True))
         result.append(
-            f"| {size // 1_000_000} M | {name} | {mean(times) * 1e3:.1f} ± {stdev(times) * 1e3:.1f} | {ratio:.2f}x | "
+            f"| {size // 1_000_000} M | {name} | {mean_std_ms(wall)} | {mean_std_ms(cpu)} | {ratio:.2f}x | "
             f"{memory[name] / 1e6:.1f} | {memory[name] / size:.2f} |"
         )
     return result
+
+
+def mean_std_ms(seconds: tuple[float, ...]) -> str:
+    return f"{mean(seconds) * 1e3:.1f} ± {stdev(seconds) * 1e3:.1f}"
 
 
 def machine() -> str:
@@ -129,11 +136,12 @@ def report(seeds: int) -> str:
         f"Mean ± std over {seeds} seeds, methods in turn; global sparsity {SPARSITY:g} of float32 weights in {TENSORS} "
         f"tensors, a later event from {EARLIER:g}. Extra memory includes the masks, 1 byte per weight.",
         "",
-        "Command: `python benchmarks/threshold.py`. Times are read on a machine that does other work too; the methods "
-        "take turns, so read the ratios.",
+        "Command: `python benchmarks/threshold.py`. The machine did other work at the same time, which lengthens the "
+        "wall time and less so the CPU time; the methods take turns, so read the ratios (of CPU time, to a first "
+        "event).",
         "",
-        "| weights | method | time, ms | against first event | extra memory, MB | bytes per weight |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| weights | method | wall time, ms | CPU time, ms | ratio | extra memory, MB | bytes per weight |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for size in SIZES:
         lines += rows(size, seeds)

@@ -12,7 +12,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch import nn
 
-from lightning_optim import PerformanceScore, WeightPruning
+from lightning_optim import CompressedCheckpoint, PerformanceScore, WeightPruning
 from lightning_optim.functional.score import Terms, performance_score
 
 
@@ -447,3 +447,18 @@ def test_a_run_without_any_validation_says_that_there_was_no_p(tmp_path):
 def test_fast_dev_run(tmp_path):
     rows = scored(tmp_path, WeightPruning(0.5), options={"fast_dev_run": True})
     assert rows[0]["P/feasible"] == 1
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true", "64-true"])
+def test_precisions(tmp_path, precision):
+    class Cast(Classifier):
+        def forward(self, x):
+            return super().forward(x.to(self.net[0].weight.dtype)).float()
+
+    best = CompressedCheckpoint(tmp_path / "best", monitor="P")
+    score = PerformanceScore(size="bits")
+    run = fit(tmp_path, new(Cast), score, WeightPruning(0.5, every_n_steps=4), best, precision=precision)
+    assert math.isfinite(run.callback_metrics["P"])
+    half = {"bf16-true": 0.5, "64-true": 2.0}.get(precision, 1.0)
+    assert run.callback_metrics["P/raw/size"] == 563 * half
+    assert best.best_model_path
