@@ -23,6 +23,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from lightning_optim._version import __version__
+from lightning_optim.target import averaged_copies
 
 __all__ = ["KEY", "VERSION", "Plan", "conform", "layer_class", "load_from_checkpoint", "plan_of"]
 
@@ -250,8 +251,10 @@ class _LoadHook(_Hook):
     def __call__(self, checkpoint: dict[str, Any]) -> None:
         plain = checkpoint.get(KEY, EMPTY)
         _check_version(plain)
-        _check_claims(plain, getattr(self.module, "_trainer", None))
-        plan_of(self.module).conform(plain)
+        trainer = getattr(self.module, "_trainer", None)
+        _check_claims(plain, trainer)
+        for module in (self.module, *(averaged_copies(trainer) if trainer is not None else ())):
+            plan_of(module).conform(plain)
         self.call_replaced(checkpoint)
 
 

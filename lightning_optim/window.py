@@ -21,6 +21,8 @@ class Window:
         start: First step (``int``), or a fraction of the planned steps (``float`` in [0, 1]).
         end: Last step, in the same words. ``1`` is the first step, ``1.0`` the end of the run.
         every_n_steps: Steps between events.
+        events: How many events to spread evenly over the window after the one at ``start``, instead of
+            ``every_n_steps``.
         names: What ``start`` and ``end`` are called in the owner's arguments, for error texts.
 
     Raises:
@@ -40,6 +42,7 @@ class Window:
         end: int | float,
         *,
         every_n_steps: int = 1,
+        events: int | None = None,
         names: tuple[str, str] = ("start", "end"),
     ) -> None:
         self.names = names
@@ -47,7 +50,10 @@ class Window:
         self.end = _checked(names[1], end)
         if type(every_n_steps) is not int or every_n_steps < 1:
             raise ValueError(f"`every_n_steps` must be a whole number >= 1, got {every_n_steps!r}.")
+        if events is not None and (type(events) is not int or events < 1):
+            raise ValueError(f"`events` must be a whole number >= 1, got {events!r}.")
         self.every_n_steps = every_n_steps
+        self.events = events
         if type(start) is type(end) and start > end:
             raise ValueError(f"`{names[0]}` must not be after `{names[1]}`, got {start!r} > {end!r}.")
         self.restart()
@@ -115,7 +121,12 @@ class Window:
             return False
         if not self.start_step <= step <= self.end_step:
             return False
-        return step in (self.start_step, self.end_step) or (step - self.start_step) % self.every_n_steps == 0
+        return step == self.end_step or (step - self.start_step) % self._interval() == 0
+
+    def _interval(self) -> int:
+        if self.events is None or self.start_step is None or self.end_step is None:
+            return self.every_n_steps
+        return max(1, math.ceil((self.end_step - self.start_step) / self.events))
 
     def event_done(self) -> None:
         """Note that the event of this step has happened."""
@@ -144,7 +155,7 @@ class Window:
         """Return the steps of all events of the resolved window."""
         if self.start_step is None or self.end_step is None:
             raise RuntimeError("the window is not resolved yet; call `resolve` first.")
-        return sorted({*range(self.start_step, self.end_step + 1, self.every_n_steps), self.end_step})
+        return sorted({*range(self.start_step, self.end_step + 1, self._interval()), self.end_step})
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as plain types."""

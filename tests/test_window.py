@@ -46,6 +46,17 @@ def test_fractions_are_of_the_planned_steps_and_ints_are_steps():
     assert window.event_steps() == [5, 15, 25, 30]
 
 
+def test_a_number_of_events_is_spread_over_the_window():
+    window = Window(10, 50, events=4)
+    window.resolve(100)
+    assert window.event_steps() == [10, 20, 30, 40, 50]
+    window = Window(10, 12, events=8)
+    window.resolve(100)
+    assert window.event_steps() == [10, 11, 12]
+    with pytest.raises(ValueError, match="`events` must be a whole number"):
+        Window(0.1, 0.5, events=0)
+
+
 def test_one_event_when_start_is_end():
     window = Window(0.5, 0.5)
     window.resolve(10)

@@ -1,7 +1,8 @@
 """Callbacks that compress the model of a running ``fit``, and that measure what it gained."""
 
+from lightning_optim.callbacks.channel_pruning import ChannelPruning
 from lightning_optim.callbacks.compressed_checkpoint import CompressedCheckpoint
 from lightning_optim.callbacks.performance_score import PerformanceScore
 from lightning_optim.callbacks.weight_pruning import WeightPruning
 
-__all__ = ["CompressedCheckpoint", "PerformanceScore", "WeightPruning"]
+__all__ = ["ChannelPruning", "CompressedCheckpoint", "PerformanceScore", "WeightPruning"]

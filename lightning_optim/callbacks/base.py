@@ -2,13 +2,13 @@
 
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_optim import checkpoint
@@ -99,6 +99,11 @@ class CompressionCallback(pl.Callback):
 
     def after_step(self, optimizer: Optimizer) -> None:
         """Run right after an optimizer that holds a target parameter stepped."""
+
+    def parameters_replaced(
+        self, pl_module: pl.LightningModule, kept: Mapping[str, tuple[Tensor, tuple[int, ...]]]
+    ) -> None:
+        """Another technique made parameters smaller: flat surviving indices and new shape by full name."""
 
     # Trainer events.
 

@@ -16,12 +16,12 @@ from torch import nn
 
 from lightning_optim import checkpoint
 from lightning_optim.callbacks.base import callbacks_of, compressions, mro_names
+from lightning_optim.callbacks.example_inputs import InputSource
 from lightning_optim.functional.score import DEFAULT_WEIGHTS, Terms, guarded, performance_score
 from lightning_optim.measure.latency import interleaved_latency
 from lightning_optim.measure.size import SIZES
 from lightning_optim.tables import render
-from lightning_optim.target import ForwardInputs, as_forward_inputs, catch_forward_inputs, find_target, first_rows
-from lightning_optim.target import move_inputs as to_device
+from lightning_optim.target import ForwardInputs, find_target
 
 __all__ = ["PerformanceScore"]
 
@@ -137,10 +137,8 @@ class PerformanceScore(pl.Callback):
         self._drop_measurements()
 
     def _drop_measurements(self) -> None:
-        self._measured: tuple[str, ForwardInputs] | None = None
+        self._inputs = InputSource(self.example_inputs, self.batch_size)
         self._reference_copy: nn.Module | None = None
-        self._catcher: catch_forward_inputs | None = None
-        self._caught_from: nn.Module | None = None
         self._began = 0.0
         self._validation_began = 0.0
         self._not_training = 0.0
@@ -213,15 +211,7 @@ class PerformanceScore(pl.Callback):
     def _prepare_inference(self, pl_module: pl.LightningModule) -> None:
         if self.reference == "baseline":
             self._reference_copy = self._rebuild_reference(pl_module)
-        given = self.example_inputs is not None
-        example = self.example_inputs if given else getattr(pl_module, "example_input_array", None)
-        if example is not None:
-            inputs = to_device(as_forward_inputs(example), pl_module.device)
-            self._measured = ("", inputs if given else first_rows(inputs, self.batch_size))
-        elif getattr(pl_module, "_compiler_ctx", None) is not None:
-            raise MisconfigurationException(
-                "PerformanceScore cannot catch inputs from a compiled LightningModule. Pass `example_inputs`."
-            )
+        self._inputs.prepare(pl_module, "PerformanceScore")
 
     def _rebuild_reference(self, pl_module: pl.LightningModule) -> nn.Module:
         """Return a frozen copy with the structure the model had at the first fit start."""
@@ -257,21 +247,14 @@ class PerformanceScore(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Catch what forward receives from the first batch, where no example was given."""
-        if self.weights["inference_time"] > 0 and self._measured is None and self._catcher is None:
-            self._caught_from = find_target(pl_module)[1]
-            self._catcher = catch_forward_inputs(self._caught_from).__enter__()
+        if self.weights["inference_time"] > 0:
+            self._inputs.begin_batch(pl_module)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Read what was caught."""
-        if self._catcher is None:
-            return
-        self._catcher.close()
-        layer, inputs = self._catcher.result()
-        name = next(name for name, child in pl_module.named_modules() if child is layer)
-        self._measured = (name, first_rows(inputs, self.batch_size))
-        self._catcher = None
+        self._inputs.end_batch(pl_module)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Stop the clock."""
@@ -353,19 +336,20 @@ class PerformanceScore(pl.Callback):
         if self.weights["inference_time"] == 0:
             return None, None
         measured: tuple[float, float] = (math.nan, math.nan)
-        if trainer.is_global_zero and self._measured is not None:
-            measured = self._measure(pl_module, train_seconds)
+        if trainer.is_global_zero and self._inputs.inputs is not None:
+            measured = self._measure(pl_module, self._inputs.inputs, train_seconds)
         if trainer.world_size > 1:
             measured = trainer.strategy.broadcast(measured, src=0)
         return measured
 
-    def _measure(self, pl_module: pl.LightningModule, train_seconds: float) -> tuple[float, float]:
-        name, inputs = self._measured or ("", ForwardInputs())
+    def _measure(
+        self, pl_module: pl.LightningModule, inputs: ForwardInputs, train_seconds: float
+    ) -> tuple[float, float]:
         budget = max(0.008 * train_seconds, LEAST_SECONDS)
-        live = _Called(pl_module.get_submodule(name))
+        live = _Called(self._inputs.called(pl_module))
         frozen = None
         if self._reference_copy is not None:
-            frozen = _Called(self._reference_copy.to(pl_module.device).get_submodule(name))
+            frozen = _Called(self._inputs.called(self._reference_copy.to(pl_module.device)))
         result = interleaved_latency(live, inputs, frozen, seconds=budget, least=10, most=100)
         if result.ratio is None:
             return result.milliseconds / self._references.get("inference_time", 1.0), result.milliseconds
@@ -436,8 +420,7 @@ class PerformanceScore(pl.Callback):
         self._release()
 
     def _release(self) -> None:
-        if self._catcher is not None:
-            self._catcher.close()
+        self._inputs.release()
         self._drop_measurements()
         self._restored = False
 
@@ -467,7 +450,7 @@ class PerformanceScore(pl.Callback):
         self._restored = bool(self._references) or self.reference == "raw"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_fitted": None, "_catcher": None, "_reference_copy": None}
+        return {**self.__dict__, "_fitted": None, "_reference_copy": None}
 
 
 class _Called(nn.Module):

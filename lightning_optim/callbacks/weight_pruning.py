@@ -2,7 +2,7 @@
 
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -26,6 +26,7 @@ from lightning_optim.functional.masks import (
 )
 from lightning_optim.functional.schedules import SCHEDULES
 from lightning_optim.functional.thresholds import Scores
+from lightning_optim.structured.removal import keep_channels
 from lightning_optim.tables import render
 from lightning_optim.target import Pattern, Selection, Weight, averaged_copies, matches, select_weights
 from lightning_optim.window import Window
@@ -186,6 +187,18 @@ class WeightPruning(CompressionCallback):
             apply_masks((self._weights[name].parameter for name in held), (self._keeps[name] for name in held))
         if "gradient" in self._needs and not self.reached_end and self._in_window():
             self._note_gradients(self._selected_by(optimizer))
+
+    def parameters_replaced(
+        self, pl_module: pl.LightningModule, kept: Mapping[str, tuple[Tensor, tuple[int, ...]]]
+    ) -> None:
+        """Follow channels that left: masks and statistics lose the same entries."""
+        parameters = dict(pl_module.named_parameters())
+        for name in self._weights.keys() & kept.keys():
+            indices, shape = kept[name]
+            self._weights[name] = replace(self._weights[name], parameter=parameters[name])
+            for tensors in (self._keeps, self._squares):
+                if name in tensors:
+                    tensors[name] = keep_channels(tensors[name], indices, shape)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int

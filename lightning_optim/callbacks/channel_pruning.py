@@ -1,0 +1,332 @@
+"""ChannelPruning: channels leave the model while it trains, and the run goes on."""
+
+import gc
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_optim import checkpoint
+from lightning_optim.callbacks.base import CompressionCallback, compressions, mro_names
+from lightning_optim.callbacks.example_inputs import InputSource
+from lightning_optim.functional.channels import ChannelCriterion
+from lightning_optim.functional.schedules import SCHEDULES
+from lightning_optim.measure.size import SIZES
+from lightning_optim.structured.events import Allocation, ChannelReport, check_ratio, find_prunable, plan_event
+from lightning_optim.structured.groups import Removal
+from lightning_optim.structured.removal import apply_removal, damage, slice_optimizer
+from lightning_optim.structured.selection import select_roots
+from lightning_optim.tables import render
+from lightning_optim.target import ForwardInputs, Pattern, averaged_copies
+from lightning_optim.window import Window
+
+__all__ = ["ChannelPruning"]
+
+
+@dataclass
+class _Progress:
+    """What the state holds: the dense model, and how far the pruning is."""
+
+    channels: dict[str, int]
+    parameters: float
+
+
+class ChannelPruning(CompressionCallback):
+    """Remove channels from layers while the model trains: the model gets smaller and faster on any hardware.
+
+    At each event the schedule gives the fraction of channels that should be gone; in every group of coupled layers
+    the least important ones leave all its layers at once: weights, biases, norm statistics, gradients and optimizer
+    state. The optimizer, schedulers and the run stay; the checkpoint says what changed, and
+    :func:`lightning_optim.load_from_checkpoint` rebuilds it in the user's class.
+
+    Args:
+        pruning_ratio: Fraction of each group's channels that is gone at the end, in (0, 1), or by layer
+            ``{pattern: ratio}`` (the first match counts, what matches none is left alone). Removing half of the
+            channels of every layer removes about three quarters of the parameters between them.
+        criterion: Name in ``functional.channels.CHANNEL_CRITERIA`` or a callable ``(slices) -> [channels]``.
+        scope: ``"global"`` ranks the channels of all groups together (none loses more than nine tenths),
+            ``"layer"`` takes the same fraction of each.
+        schedule: Name in ``functional.schedules.SCHEDULES`` or a callable.
+        start: Where the window opens: a step (int) or a fraction of the planned steps (float).
+        end: The last event.
+        events: How many events, spread evenly over the window.
+        round_to: Keep multiples of this. None: 8 on CUDA, no rounding on a CPU.
+        example_inputs: What the target's forward receives. Default: the module's ``example_input_array``, else caught
+            from the first training batch.
+        optimizer_state: ``"slice"`` keeps the state of the surviving weights, ``"reset"`` forgets it.
+        reduction: How the layers of a group decide together: ``"mean"``, ``"sum"`` or ``"max"``.
+        check: Try each group once, and every event, on copies of the model: removing must equal setting to zero. Costs
+            four copies and four forward passes of the example inputs per event.
+        module: Dotted name of the module to prune; default the whole model.
+        include: Exactly the layers whose outputs may leave (names, glob patterns, layer classes), instead of the
+            default: all but embeddings and the last Linear/Conv.
+        exclude: Layers whose outputs stay.
+
+    Logged: ``channels/parameters`` (fraction of the dense model's) at every event.
+
+    State: the window, the channels of the dense model, and for ``taylor`` one float32 per selected weight. A resumed
+    run continues bit for bit. Strategies: a single device and DDP (the model is wrapped anew after each event).
+
+    What cannot be treated (attention heads, recurrent layers, outputs of the model, whatever fails the check) is left
+    alone, with its reason in the table.
+
+    References:
+        Fang et al. 2023, "DepGraph: Towards Any Structural Pruning".
+    """
+
+    def __init__(
+        self,
+        pruning_ratio: float | dict[str, float] = 0.5,
+        *,
+        criterion: str | ChannelCriterion = "magnitude",
+        scope: Literal["global", "layer"] = "global",
+        schedule: str = "cubic",
+        start: int | float = 0.1,
+        end: int | float = 0.7,
+        events: int = 8,
+        round_to: int | None = None,
+        example_inputs: Any = None,
+        optimizer_state: Literal["slice", "reset"] = "slice",
+        reduction: Literal["mean", "sum", "max"] = "mean",
+        check: bool = True,
+        module: str | None = None,
+        include: Sequence[Pattern] | None = None,
+        exclude: Sequence[Pattern] | None = None,
+    ) -> None:
+        super().__init__(Window(start, end, events=events), module=module, include=include, exclude=exclude)
+        self.pruning_ratio = check_ratio(pruning_ratio)
+        self.schedule = SCHEDULES.resolve(schedule)
+        if optimizer_state not in ("slice", "reset"):
+            raise ValueError(f"`optimizer_state` must be 'slice' or 'reset', got {optimizer_state!r}.")
+        self.optimizer_state = optimizer_state
+        self.check = check
+        self.round_to = round_to
+        self.allocation = Allocation.of(criterion, scope=scope, reduction=reduction, round_to=round_to)
+        self._inputs = InputSource(example_inputs, 2, module)
+        self._report: ChannelReport | None = None
+        self._dense: _Progress | None = None
+        self._squares: dict[str, Tensor] = {}
+        self._square_counts: dict[str, int] = {}
+
+    # What the base asks for.
+
+    def target_parameters(self) -> dict[str, nn.Parameter]:
+        """Return the parameters of the target."""
+        return dict(self._target.named_parameters())
+
+    def start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *, fresh: bool) -> None:
+        """Take up the state, and find the groups where the inputs are known already."""
+        self._prefix, self._target = self.find_target(pl_module)
+        self._report = None
+        if fresh:
+            self._dense, self._squares, self._square_counts = None, {}, {}
+        self._inputs.prepare(pl_module, "ChannelPruning")
+        self._roots, self._left_alone = select_roots(self._target, self._prefix, self.include, self.exclude)
+        if self._inputs.inputs is not None:
+            self._find_groups(trainer)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Catch what forward receives from the first batch, where no example was given."""
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        if not self.window.closed:
+            self._inputs.begin_batch(pl_module)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Read what was caught, and run the event that is due."""
+        if self._report is None and not self.window.closed:
+            self._inputs.end_batch(pl_module)
+            self._inputs.inputs = trainer.strategy.broadcast(self._inputs.inputs, src=0)
+            self._find_groups(trainer)
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def after_step(self, optimizer: Optimizer) -> None:
+        """Note gradients while the window is open, where the criterion needs them."""
+        if "gradient" not in self.allocation.needs or not self.window.resolved or self.window.progress() in (0.0, 1.0):
+            return
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        for name, parameter in self._target.named_parameters():
+            if id(parameter) in held and parameter.grad is not None:
+                square = parameter.grad.detach().float().square()
+                self._squares[name] = self._squares[name].add_(square) if name in self._squares else square
+                self._square_counts[name] = self._square_counts.get(name, 0) + 1
+
+    def apply_event(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Remove what the schedule asks now. A failed event leaves the model as it was."""
+        if self._report is None or self._dense is None or self._inputs.inputs is None:
+            raise MisconfigurationException(
+                "ChannelPruning has an event before the first batch, and no example inputs yet. Pass `example_inputs`, "
+                "or start at step 1 or later."
+            )
+        progress = self.window.progress()
+        ratios = {name: self.schedule(progress, 0.0, ratio) for name, ratio in self._final_ratios().items()}
+        removal, counts, exact = plan_event(
+            self._target,
+            self._called_inputs(),
+            self._report.groups,
+            self._dense.channels,
+            ratios if isinstance(self.pruning_ratio, dict) else self.schedule(progress, 0.0, self.pruning_ratio),
+            self.allocation,
+            self._gradients(),
+            self._prefix,
+        )
+        if removal.kept:
+            problem = damage(self._target, self._called_inputs(), removal, exact=exact) if self.check else None
+            if problem is not None:
+                raise RuntimeError(f"ChannelPruning at step {self.window.step} changed nothing: {problem}.")
+            self._commit(trainer, pl_module, removal)
+        self._squares, self._square_counts = {}, {}
+        self._say(trainer, pl_module, counts)
+
+    def _gradients(self) -> dict[str, Tensor]:
+        return {name: (square / self._square_counts[name]).sqrt() for name, square in self._squares.items()}
+
+    def _called_inputs(self) -> ForwardInputs:
+        inputs = self._inputs.inputs
+        if inputs is None:
+            raise RuntimeError("no example inputs.")
+        return inputs
+
+    # Groups.
+
+    def _find_groups(self, trainer: pl.Trainer) -> None:
+        if self._inputs.layer != self._prefix.rstrip("."):
+            called = self._inputs.layer
+            raise MisconfigurationException(
+                f"the training step calls {called!r} and not the forward of what ChannelPruning prunes. Pass "
+                f"module={called!r}, or `example_inputs` for the LightningModule's own forward."
+            )
+        self._report = find_prunable(
+            self._target, self._called_inputs(), self._roots, self._left_alone, check=self.check
+        )
+        if not self._report.groups:
+            reasons = ", ".join(f"{name} ({reason})" for name, reason in self._report.left_out.items())
+            raise MisconfigurationException(
+                f"ChannelPruning can remove nothing: {reasons or 'the model has no layers'}."
+            )
+        if self._dense is None:
+            channels = {name: group.channels for name, group in self._report.groups.items()}
+            self._dense = _Progress(channels, SIZES["parameters"](self._target))
+        self._report.groups.update({n: g for n, g in self._report.groups.items() if n in self._dense.channels})
+        self._final_ratios()
+        if self.round_to is None and trainer.strategy.root_device.type == "cuda":
+            self.allocation = self.allocation.rounded(8)
+        rank_zero_info(self._table())
+
+    def _final_ratios(self) -> dict[str, float]:
+        """Return the ratio of each group at the end."""
+        if self._report is None:
+            return {}
+        if not isinstance(self.pruning_ratio, dict):
+            return dict.fromkeys(self._report.groups, self.pruning_ratio)
+        return self._report.ratios(self.pruning_ratio, self._prefix)
+
+    # The change.
+
+    def _commit(self, trainer: pl.Trainer, pl_module: pl.LightningModule, removal: Removal) -> None:
+        wrapped = "DDPStrategy" in mro_names(trainer.strategy)
+        if wrapped:
+            trainer.strategy.model = trainer.strategy.lightning_module
+            gc.collect()
+        replaced = self._shrink(pl_module, removal)
+        for optimizer in trainer.optimizers:
+            for shape in slice_optimizer(optimizer, replaced, reset=self.optimizer_state == "reset"):
+                rank_zero_info(f"{self._label()}: the optimizer state of a {shape} parameter cannot be sliced; reset.")
+        for copy in averaged_copies(trainer):
+            self._shrink(copy, removal)
+        kept = {self._prefix + name: (indices, removal.shapes[name]) for name, indices in removal.kept.items()}
+        for callback in compressions(trainer):
+            callback.parameters_replaced(pl_module, kept)
+        if wrapped:
+            trainer.strategy.configure_ddp()  # type: ignore[attr-defined]
+
+    def _shrink(self, root: nn.Module, removal: Removal) -> dict[nn.Parameter, tuple[nn.Parameter, Tensor]]:
+        """Remove from the model, or from an averaged copy of it, and let its plan know."""
+        plan = checkpoint.plan_of(root)
+
+        def track(name: str, attributes: tuple[str, ...]) -> None:
+            plan.track(f"{self._prefix}{name}" if name else self._prefix.rstrip("."), *attributes)
+
+        return apply_removal(root.get_submodule(self._prefix.rstrip(".")), removal, track)
+
+    def _say(self, trainer: pl.Trainer, pl_module: pl.LightningModule, counts: Mapping[str, tuple[int, int]]) -> None:
+        left = self._fraction_left()
+        channels = sum(after for _, after in counts.values())
+        dense = sum(self._dense.channels[name] for name in counts) if self._dense else channels
+        rank_zero_info(
+            f"{self._label()}: step {self.window.step}, {dense - channels} of {dense} channels gone in {len(counts)} "
+            f"groups; {left:.2%} of the parameters are left."
+        )
+        if trainer.barebones:
+            return
+        metrics = {"channels/parameters": left}
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=trainer.global_step)
+        pl_module.log_dict(metrics, logger=False)
+
+    def _fraction_left(self) -> float:
+        return SIZES["parameters"](self._target) / self._dense.parameters if self._dense else 1.0
+
+    # State.
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return window, dense model and gradients as plain types and tensors."""
+        return {
+            **super().state_dict(),
+            "channels": None if self._dense is None else dict(self._dense.channels),
+            "parameters": None if self._dense is None else self._dense.parameters,
+            "squares": dict(self._squares),
+            "square_counts": dict(self._square_counts),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what :meth:`state_dict` returned."""
+        super().load_state_dict(state_dict)
+        channels, parameters = state_dict["channels"], state_dict["parameters"]
+        self._dense = None if channels is None else _Progress(dict(channels), parameters)
+        self._squares = dict(state_dict["squares"])
+        self._square_counts = dict(state_dict["square_counts"])
+
+    def plan_entry(self) -> dict[str, Any]:
+        """Return what was asked."""
+        return {"technique": "ChannelPruning", "asked": self.pruning_ratio}
+
+    def last_line(self, pl_module: pl.LightningModule) -> str:
+        """Return the sentence that says what was asked and what is left."""
+        if self._dense is None:
+            return f"{self._label()}: the run ended before a batch was seen."
+        ended = "" if self.reached_end else f"the run ended at step {self.window.step}, before the window's end; "
+        return f"{self._label()}: {ended}{self._fraction_left():.2%} of the parameters are left."
+
+    def _release(self, pl_module: pl.LightningModule) -> None:
+        self._inputs.release()
+        super()._release(pl_module)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_target": None, "_report": None}
+
+    def _label(self) -> str:
+        return "ChannelPruning" if self.module is None else f"ChannelPruning({self.module})"
+
+    def _table(self) -> str:
+        if self._report is None or self._dense is None:
+            return ""
+        ratios = self._final_ratios()
+        rows = [
+            (name, str(self._dense.channels[name]), f"{ratios[name]:.0%}", ", ".join(sorted(group.layers - {name})))
+            for name, group in self._report.groups.items()
+        ]
+        rows += [(name, "", "-", reason) for name, reason in self._report.left_out.items()]
+        return render(
+            f"{self._label()}: steps {self.window.start_step} to {self.window.end_step}",
+            ("channels of", "dense", "removed at the end", "layers that change with it, or why not"),
+            rows,
+        )

@@ -1,0 +1,86 @@
+"""Where the inputs come from with which a callback calls the model by itself."""
+
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import nn
+
+from lightning_optim.target import (
+    ForwardInputs,
+    as_forward_inputs,
+    catch_forward_inputs,
+    find_target,
+    first_rows,
+    move_inputs,
+)
+
+__all__ = ["InputSource"]
+
+
+class InputSource:
+    """Example inputs: given, or the module's ``example_input_array``, or caught from the first training batch.
+
+    Args:
+        given: What the user passed: a tensor, a tuple of arguments or a dict of keywords, taken as it is.
+        rows: Rows that other inputs are cut to.
+        module: Dotted name of the target, as the callback has it.
+    """
+
+    def __init__(self, given: Any, rows: int, module: str | None = None) -> None:
+        self.given = given
+        self.rows = rows
+        self.module = module
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop what was found."""
+        self.inputs: ForwardInputs | None = None
+        self.layer = ""
+        """Dotted name of the module that takes the inputs; empty for the LightningModule."""
+        self._catcher: catch_forward_inputs | None = None
+
+    def prepare(self, pl_module: pl.LightningModule, user: str) -> None:
+        """Take what is there at fit start.
+
+        Raises:
+            MisconfigurationException: If inputs would have to be caught inside a compiled module.
+        """
+        prefix, _ = find_target(pl_module, self.module)
+        example = self.given if self.given is not None else getattr(pl_module, "example_input_array", None)
+        if example is not None and (self.given is not None or not prefix):
+            inputs = move_inputs(as_forward_inputs(example), pl_module.device)
+            self.layer = prefix.rstrip(".")
+            self.inputs = inputs if self.given is not None else first_rows(inputs, self.rows)
+        elif getattr(pl_module, "_compiler_ctx", None) is not None:
+            raise MisconfigurationException(
+                f"{user} cannot catch inputs from a compiled LightningModule. Pass `example_inputs`."
+            )
+
+    def begin_batch(self, pl_module: pl.LightningModule) -> None:
+        """Watch the batch that begins, where nothing is known yet."""
+        if self.inputs is None and self._catcher is None:
+            self._catcher = catch_forward_inputs(find_target(pl_module, self.module)[1]).__enter__()
+
+    def end_batch(self, pl_module: pl.LightningModule) -> None:
+        """Read what was caught."""
+        if self._catcher is None:
+            return
+        self._catcher.close()
+        layer, inputs = self._catcher.result()
+        self.layer = next(name for name, child in pl_module.named_modules() if child is layer)
+        self.inputs = first_rows(inputs, self.rows)
+        self._catcher = None
+
+    def release(self) -> None:
+        """Remove hooks that are left, and drop what was found."""
+        if self._catcher is not None:
+            self._catcher.close()
+        self.forget()
+
+    def called(self, pl_module: nn.Module) -> nn.Module:
+        """Return the module that takes the inputs."""
+        return pl_module.get_submodule(self.layer)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_catcher": None}

@@ -1,0 +1,170 @@
+"""Importance of coupled channels, and which of them leave."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lightning_optim.registry import Registry
+
+__all__ = ["CHANNEL_CRITERIA", "ChannelCriterion", "Slices", "channels_to_remove", "group_scores", "kept_channels"]
+
+
+_REDUCTIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "mean": lambda scores: scores.mean(0),
+    "sum": lambda scores: scores.sum(0),
+    "max": lambda scores: scores.amax(0),
+}
+
+
+@dataclass(frozen=True)
+class Slices:
+    """What one layer contributes to the importance of a group's channels.
+
+    Attributes:
+        weight: The layer's weights by channel of the group, ``[channels, entries]``.
+        gradient: Root mean square of their gradients, of the same shape; None unless the criterion needs it.
+        kind: ``"out"``, ``"in"`` or ``"norm"`` (scales of a norm layer, one entry a channel).
+        generator: For the random criterion.
+    """
+
+    weight: Tensor
+    kind: str
+    gradient: Tensor | None = None
+    generator: torch.Generator | None = None
+
+
+ChannelCriterion = Callable[[Slices], Tensor]
+CHANNEL_CRITERIA: Registry[ChannelCriterion] = Registry("criterion")
+"""``criterion(slices) -> [channels]``, higher is kept; a layer that has no say returns an empty tensor."""
+
+
+@CHANNEL_CRITERIA.register("magnitude")
+def magnitude(slices: Slices) -> Tensor:
+    """L2 norm of each channel's weights in this layer; norm layers have no say.
+
+    References:
+        Li et al. 2017, "Pruning Filters for Efficient ConvNets"; Fang et al. 2023, "DepGraph".
+    """
+    if slices.kind == "norm":
+        return slices.weight.new_empty(0)
+    norms: Tensor = torch.linalg.vector_norm(slices.weight.float(), dim=1)
+    return norms
+
+
+@CHANNEL_CRITERIA.register("taylor", needs=("gradient",))
+def taylor(slices: Slices) -> Tensor:
+    """Sum over a channel's weights of |weight x root-mean-square gradient|.
+
+    References:
+        Molchanov et al. 2019, "Importance Estimation for Neural Network Pruning".
+    """
+    if slices.gradient is None:
+        raise ValueError("the criterion taylor needs the gradient.")
+    return (slices.weight.float() * slices.gradient.float()).abs().sum(1)
+
+
+@CHANNEL_CRITERIA.register("bn_scale")
+def bn_scale(slices: Slices) -> Tensor:
+    """Absolute scale of the norm layers; groups without one cannot be ranked by it.
+
+    References:
+        Liu et al. 2017, "Learning Efficient Convolutional Networks through Network Slimming".
+    """
+    return slices.weight.float().abs().sum(1) if slices.kind == "norm" else slices.weight.new_empty(0)
+
+
+@CHANNEL_CRITERIA.register("random", needs=("generator",))
+def random(slices: Slices) -> Tensor:
+    """Uniform scores: the control."""
+    if slices.generator is None:
+        raise ValueError("the criterion random needs the generator.")
+    return torch.rand(len(slices.weight), generator=slices.generator)
+
+
+def group_scores(
+    layers: Sequence[Slices], criterion: ChannelCriterion, reduction: Literal["mean", "sum", "max"] = "mean"
+) -> Tensor:
+    """Return the importance of each channel of a group.
+
+    Args:
+        layers: What each layer contributes.
+        criterion: Scores the channels in one layer.
+        reduction: How the layers' scores become one.
+
+    Returns:
+        ``[channels]``, divided by their mean so that groups of different layers can be ranked together.
+
+    Raises:
+        ValueError: If no layer has a say, or scores are not finite.
+    """
+    each = [score.cpu() for score in (criterion(slices) for slices in layers) if score.numel()]
+    if not each:
+        raise ValueError("no layer of the group can be scored by this criterion.")
+    stacked = torch.stack(each)
+    combined = _REDUCTIONS[reduction](stacked)
+    if not bool(torch.isfinite(combined).all()):
+        raise ValueError("its scores contain NaN or infinity.")
+    return combined / combined.mean().clamp_min(1e-12)
+
+
+def kept_channels(dense: int, ratio: float, *, blocks: int = 1, round_to: int | None = None) -> int:
+    """Return how many of a layer's channels stay.
+
+    Args:
+        dense: Channels of the dense layer.
+        ratio: Fraction to remove, in [0, 1).
+        blocks: Equal blocks that lose the same number each.
+        round_to: Keep a multiple of this, rounded up: never more removed than asked.
+
+    Example:
+        >>> kept_channels(16, 0.3)
+        11
+        >>> kept_channels(16, 0.3, round_to=8)
+        16
+    """
+    unit = math.lcm(blocks, round_to or 1)
+    wanted = dense - math.floor(ratio * dense + 1e-9)
+    return min(dense, max(unit, math.ceil(wanted / unit) * unit))
+
+
+def channels_to_remove(scores: Tensor, keep: int, blocks: int = 1) -> list[int]:
+    """Return the lowest channels, the same relative ones from each block; equal scores leave in order.
+
+    Args:
+        scores: ``[channels]``.
+        keep: How many stay; a multiple of ``blocks``.
+        blocks: Equal blocks.
+    """
+    by_block = scores.view(blocks, -1)
+    leaving = by_block.shape[1] - keep // blocks
+    lowest = by_block.sum(0).sort(stable=True).indices[: max(leaving, 0)].tolist()
+    return sorted(block * by_block.shape[1] + index for block in range(blocks) for index in lowest)
+
+
+def global_ratios(scores: Mapping[str, Tensor], ratio: float, most: float = 0.9) -> dict[str, float]:
+    """Return each group's ratio when all channels are ranked together.
+
+    Args:
+        scores: Group name -> ``[channels]``, normalised.
+        ratio: Fraction of all channels to remove.
+        most: No group loses more than this fraction: no layer is starved.
+    """
+    names = list(scores)
+    flat = torch.cat([scores[name] for name in names])
+    owner = torch.cat([torch.full((len(scores[name]),), index) for index, name in enumerate(names)])
+    order = flat.sort(stable=True).indices
+    limits = torch.tensor([math.floor(most * len(scores[name])) for name in names])
+    taken = torch.zeros(len(names), dtype=torch.long)
+    left = math.floor(ratio * len(flat) + 1e-9)
+    for channel in order.tolist():
+        group = int(owner[channel])
+        if left == 0:
+            break
+        if taken[group] < limits[group]:
+            taken[group] += 1
+            left -= 1
+    return {name: int(taken[index]) / len(scores[name]) for index, name in enumerate(names)}

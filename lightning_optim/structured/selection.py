@@ -1,0 +1,47 @@
+"""Which layers' channels may leave."""
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from lightning_optim.target import Pattern, select_weights
+
+__all__ = ["select_roots"]
+
+
+def select_roots(
+    target: nn.Module,
+    prefix: str = "",
+    include: Sequence[Pattern] | None = None,
+    exclude: Sequence[Pattern] | None = None,
+) -> tuple[set[str], dict[str, str]]:
+    """Return the layers whose outputs may leave, and the others that must be left alone with the reason.
+
+    Args:
+        target: The module to prune.
+        prefix: What its names begin with in the LightningModule.
+        include: Exactly these layers instead of the default: all but embeddings and the last Linear/Conv.
+        exclude: Layers whose outputs stay.
+
+    Returns:
+        Names below the target. Attention, recurrent and parametrized layers are left alone always.
+    """
+    selection = select_weights(target, prefix, include=include, exclude=exclude)
+    chosen = {name.removeprefix(prefix).rpartition(".")[0] for name in selection.chosen}
+    left_alone: dict[str, str] = {}
+    for name, layer in target.named_modules():
+        if isinstance(layer, nn.MultiheadAttention):
+            left_alone |= dict.fromkeys((name, f"{name}.out_proj"), "nn.MultiheadAttention would be scrambled")
+        elif isinstance(layer, (nn.RNNBase, nn.RNNCellBase)):
+            left_alone[name] = f"{type(layer).__name__} cannot lose channels"
+    for parameter, reason in selection.left_out.items():
+        name, _, leaf = parameter.removeprefix(prefix).rpartition(".")
+        if leaf == "weight" and name not in chosen and _has_channels(target.get_submodule(name)):
+            left_alone.setdefault(name, reason)
+    return chosen - left_alone.keys(), left_alone
+
+
+def _has_channels(layer: nn.Module) -> bool:
+    """Norms follow the layers before them; embeddings and others decide for themselves."""
+    norms = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
+    return not isinstance(layer, norms)
