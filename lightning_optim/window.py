@@ -142,9 +142,11 @@ class Window:
         return (step - self.start_step) / (self.end_step - self.start_step)
 
     @property
-    def opened(self) -> bool:
-        """Whether the next step lies in the window."""
-        return self.start_step is not None and self.start_step <= self.step + 1 and not self.closed
+    def within(self) -> bool:
+        """Whether the step that was just counted lies in the window, its ends included."""
+        return (
+            self.start_step is not None and self.end_step is not None and self.start_step <= self.step <= self.end_step
+        )
 
     @property
     def closed(self) -> bool:

@@ -1,7 +1,7 @@
 """ChannelPruning: channels leave the model while it trains, and the run goes on."""
 
 import gc
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,7 +18,7 @@ from lightning_optim.functional.channels import ChannelCriterion
 from lightning_optim.functional.schedules import SCHEDULES
 from lightning_optim.measure.size import SIZES
 from lightning_optim.structured.events import Allocation, ChannelReport, check_ratio, find_prunable, plan_event
-from lightning_optim.structured.groups import Removal
+from lightning_optim.structured.groups import Removal, TracedModel
 from lightning_optim.structured.removal import apply_removal, damage, slice_optimizer
 from lightning_optim.structured.selection import select_roots
 from lightning_optim.tables import render
@@ -150,7 +150,7 @@ class ChannelPruning(CompressionCallback):
 
     def after_step(self, optimizer: Optimizer) -> None:
         """Note gradients while the window is open, where the criterion needs them."""
-        if "gradient" not in self.allocation.needs or not self.window.resolved or self.window.progress() in (0.0, 1.0):
+        if "gradient" not in self.allocation.needs or not self.window.within:
             return
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         for name, parameter in self._target.named_parameters():
@@ -161,30 +161,45 @@ class ChannelPruning(CompressionCallback):
 
     def apply_event(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Remove what the schedule asks now. A failed event leaves the model as it was."""
-        if self._report is None or self._dense is None or self._inputs.inputs is None:
+        if self._report is None or self._dense is None:
             raise MisconfigurationException(
                 "ChannelPruning has an event before the first batch, and no example inputs yet. Pass `example_inputs`, "
                 "or start at step 1 or later."
             )
         progress = self.window.progress()
-        ratios = {name: self.schedule(progress, 0.0, ratio) for name, ratio in self._final_ratios().items()}
-        removal, counts, exact = plan_event(
+        if progress > 0.0:  # the schedule begins with the dense model: nothing to rank
+            self._remove(trainer, pl_module, self._asked(progress))
+            self._squares, self._square_counts = {}, {}
+        self._say(trainer, pl_module)
+
+    def _asked(self, progress: float) -> float | dict[str, float]:
+        if not isinstance(self.pruning_ratio, dict):
+            return self.schedule(progress, 0.0, self.pruning_ratio)
+        return {name: self.schedule(progress, 0.0, ratio) for name, ratio in self._final_ratios().items()}
+
+    def _remove(self, trainer: pl.Trainer, pl_module: pl.LightningModule, ratios: float | dict[str, float]) -> None:
+        report, dense = self._known()
+        removal, _, exact = plan_event(
             self._target,
             self._called_inputs(),
-            self._report.groups,
-            self._dense.channels,
-            ratios if isinstance(self.pruning_ratio, dict) else self.schedule(progress, 0.0, self.pruning_ratio),
+            report.groups,
+            dense.channels,
+            ratios,
             self.allocation,
             self._gradients(),
             self._prefix,
         )
-        if removal.kept:
-            problem = damage(self._target, self._called_inputs(), removal, exact=exact) if self.check else None
-            if problem is not None:
-                raise RuntimeError(f"ChannelPruning at step {self.window.step} changed nothing: {problem}.")
-            self._commit(trainer, pl_module, removal)
-        self._squares, self._square_counts = {}, {}
-        self._say(trainer, pl_module, counts)
+        if not removal.kept:
+            return
+        problem = damage(self._target, self._called_inputs(), removal, exact=exact) if self.check else None
+        if problem is not None:
+            raise RuntimeError(f"ChannelPruning at step {self.window.step} changed nothing: {problem}.")
+        self._commit(trainer, pl_module, removal)
+
+    def _known(self) -> tuple[ChannelReport, _Progress]:
+        if self._report is None or self._dense is None:
+            raise RuntimeError("the groups are not known yet.")
+        return self._report, self._dense
 
     def _gradients(self) -> dict[str, Tensor]:
         return {name: (square / self._square_counts[name]).sqrt() for name, square in self._squares.items()}
@@ -204,22 +219,26 @@ class ChannelPruning(CompressionCallback):
                 f"the training step calls {called!r} and not the forward of what ChannelPruning prunes. Pass "
                 f"module={called!r}, or `example_inputs` for the LightningModule's own forward."
             )
-        self._report = find_prunable(
-            self._target, self._called_inputs(), self._roots, self._left_alone, check=self.check
-        )
-        if not self._report.groups:
-            reasons = ", ".join(f"{name} ({reason})" for name, reason in self._report.left_out.items())
-            raise MisconfigurationException(
-                f"ChannelPruning can remove nothing: {reasons or 'the model has no layers'}."
-            )
         if self._dense is None:
+            self._report = self._prunable()
             channels = {name: group.channels for name, group in self._report.groups.items()}
             self._dense = _Progress(channels, SIZES["parameters"](self._target))
-        self._report.groups.update({n: g for n, g in self._report.groups.items() if n in self._dense.channels})
+        else:
+            groups = TracedModel(self._target, self._called_inputs()).groups()
+            self._report = ChannelReport({g.name: g for g in groups if g.name in self._dense.channels})
         self._final_ratios()
         if self.round_to is None and trainer.strategy.root_device.type == "cuda":
             self.allocation = self.allocation.rounded(8)
         rank_zero_info(self._table())
+
+    def _prunable(self) -> ChannelReport:
+        inputs = self._called_inputs()
+        report = find_prunable(self._target, inputs, self._roots, self._left_alone, check=self.check)
+        if not report.groups:
+            reasons = ", ".join(f"{name} ({reason})" for name, reason in report.left_out.items())
+            reasons = reasons or "the model has no layers"
+            raise MisconfigurationException(f"ChannelPruning can remove nothing: {reasons}.")
+        return report
 
     def _final_ratios(self) -> dict[str, float]:
         """Return the ratio of each group at the end."""
@@ -257,13 +276,14 @@ class ChannelPruning(CompressionCallback):
 
         return apply_removal(root.get_submodule(self._prefix.rstrip(".")), removal, track)
 
-    def _say(self, trainer: pl.Trainer, pl_module: pl.LightningModule, counts: Mapping[str, tuple[int, int]]) -> None:
+    def _say(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        report, dense = self._known()
         left = self._fraction_left()
-        channels = sum(after for _, after in counts.values())
-        dense = sum(self._dense.channels[name] for name in counts) if self._dense else channels
+        before = sum(dense.channels[name] for name in report.groups)
+        now = sum(_outputs(self._target.get_submodule(name)) for name in report.groups)
         rank_zero_info(
-            f"{self._label()}: step {self.window.step}, {dense - channels} of {dense} channels gone in {len(counts)} "
-            f"groups; {left:.2%} of the parameters are left."
+            f"{self._label()}: step {self.window.step}, {before - now} of {before} channels gone in "
+            f"{len(report.groups)} groups; {left:.2%} of the parameters are left."
         )
         if trainer.barebones:
             return
@@ -330,3 +350,9 @@ class ChannelPruning(CompressionCallback):
             ("channels of", "dense", "removed at the end", "layers that change with it, or why not"),
             rows,
         )
+
+
+def _outputs(layer: nn.Module) -> int:
+    """Number of output channels of a group's root layer."""
+    names = ("out_channels", "out_features", "embedding_dim")
+    return next(int(getattr(layer, name)) for name in names if hasattr(layer, name))

@@ -185,7 +185,7 @@ class WeightPruning(CompressionCallback):
         if self._keeps:
             held = self._held_by(optimizer)
             apply_masks((self._weights[name].parameter for name in held), (self._keeps[name] for name in held))
-        if "gradient" in self._needs and not self.reached_end and self._in_window():
+        if "gradient" in self._needs and self.window.within:
             self._note_gradients(self._selected_by(optimizer))
 
     def parameters_replaced(
@@ -453,10 +453,6 @@ class WeightPruning(CompressionCallback):
             squares = trainer.strategy.reduce(squares.clone(), reduce_op="sum")
             return squares.sqrt()
         return (squares / count).sqrt()
-
-    def _in_window(self) -> bool:
-        start, end = self.window.start_step, self.window.end_step
-        return start is not None and end is not None and start <= self.window.step <= end
 
     def _note_gradients(self, names: Sequence[str]) -> None:
         for name in names:

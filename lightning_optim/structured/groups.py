@@ -91,6 +91,8 @@ def copy_for_tracing(module: nn.Module) -> nn.Module:
     for layer in duplicate.modules():
         for patched in ("forward", "training_step", "validation_step", "test_step", "predict_step"):
             layer.__dict__.pop(patched, None)
+        if "_orig_mod" in layer._modules:  # torch.compile's wrapper: its module is called as it is
+            layer.__dict__["forward"] = layer._modules["_orig_mod"]
     return duplicate.eval()
 
 
