@@ -11,6 +11,7 @@ from helpers.models import Classifier, Files, data, new, trainer, val_loader
 from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_optim import PerformanceScore, WeightPruning
+from lightning_optim.callbacks import ChannelPruning
 
 EPOCHS = 3
 
@@ -36,6 +37,9 @@ def callbacks(name: str) -> list:
         "random": lambda: [WeightPruning(0.8, criterion="random", scope="layer", **words)],
         "taylor": lambda: [WeightPruning(0.8, criterion="taylor", **words)],
         "wanda": lambda: [WeightPruning(0.8, criterion="wanda", **words)],
+        "channels": lambda: [ChannelPruning(0.5, start=2, end=0.8, events=3)],
+        "channels-taylor": lambda: [ChannelPruning(0.5, criterion="taylor", start=2, end=0.8, events=3)],
+        "both": lambda: [ChannelPruning(0.5, start=2, end=0.8, events=3), WeightPruning(0.8, **words)],
         "nofm": lambda: [WeightPruning(granularity="2:4", **words)],
         "score": lambda: [
             PerformanceScore(weights=dict.fromkeys(("size", "train_time", "inference_time", "accuracy"), 1)),
@@ -61,13 +65,15 @@ def run(folder: Path, name: str, precision: str, ckpt_path: Path | None = None) 
         use_distributed_sampler=False,
     )
     fitted.fit(module, ckpt_path=ckpt_path)
-    pruning = next(c for c in ours if isinstance(c, WeightPruning))
+    pruning = next((c for c in ours if isinstance(c, WeightPruning)), ours[0])
     return {
         "parameters": {n: p.detach().clone() for n, p in module.named_parameters()},
         "state": {n: v.clone() for n, v in module.state_dict().items()},
-        "masks": pruning.masks,
+        "masks": getattr(pruning, "masks", {}),
         "step": pruning.window.step,
-        "metrics": {n: float(v) for n, v in fitted.callback_metrics.items() if n.startswith(("P", "pruning"))},
+        "metrics": {
+            n: float(v) for n, v in fitted.callback_metrics.items() if n.startswith(("P", "pruning", "channels"))
+        },
     }
 
 

@@ -21,6 +21,10 @@ CASES = [
     "wanda/32-true",
     "nofm/32-true",
     "score/32-true",
+    "channels/32-true",
+    "channels/bf16-mixed",
+    "channels-taylor/32-true",
+    "both/32-true",
 ]
 
 pytestmark = pytest.mark.distributed
@@ -59,7 +63,16 @@ def test_resumed_at_every_epoch_equals_uninterrupted(launched, case):
         assert run["step"] == 24
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [case for case in CASES if case.startswith(("channels", "both"))])
+def test_channels_left_on_both_ranks(launched, case):
+    for rank in (0, 1):
+        run = results(launched, case, rank)["straight"]
+        widths = [run["parameters"][f"net.{i}.weight"].shape[0] for i in (0, 4)]
+        assert sum(widths) == 16
+        assert run["metrics"]["channels/parameters"] < 0.6
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if not case.startswith(("channels", "both"))])
 def test_what_is_asked_is_reached(launched, case):
     run = results(launched, case, 0)["straight"]
     asked = 0.5 if case.startswith("nofm") else 0.8
