@@ -1,0 +1,268 @@
+"""Prune a two-tower recommender on the Online Retail transactions, and compare it with what needs no net at all.
+
+For each customer the net ranks the whole catalogue for the next basket. Run it with
+``python examples/recommender.py --data PATH``, or with ``--synthetic`` where the file is not at hand.
+"""
+
+import argparse
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import lightning.pytorch as pl
+import numpy as np
+import pandas as pd
+import torch
+from online_retail import find_file, merge_repeats, purchases, read_transactions
+from ranking import ranking_metrics
+from recommender_baselines import BASELINES
+from recommender_data import TEST, VALIDATION, NextBasket, Task, build_task, loader, relevant_and_seen
+from recommender_model import TwoTower
+from reporting import (
+    COST_COLUMNS,
+    REPEAT_NOTE,
+    SCORE_COLUMN,
+    Column,
+    History,
+    Report,
+    Row,
+    latency_facts,
+    model_facts,
+    no_speed_note,
+    prepare,
+    score_figures,
+    score_note,
+    trade_off_figure,
+)
+from synthetic_retail import generate_purchases
+from torch import Tensor, nn
+
+from lightning_optim import PerformanceScore, WeightPruning, measure_latency
+
+EPOCHS = 3  # in a fourth, recall over all items falls again on the validation customers
+BATCH_SIZE = 64
+FAST_CUSTOMERS = 1000
+THREADS = 1  # two threads save a third on an idle machine, and cost many times the time on a busy one
+ACCURACY = "val_new_recall"  # what P judges: over all items buying again hides what a net has lost
+FLOOR = 0.85  # of the dense tower's
+TABLES_AND_MATRICES = [nn.EmbeddingBag, nn.Linear]  # embeddings and the last layer are left alone unless named
+
+
+@dataclass(frozen=True)
+class Tower:
+    """Size of a tower, and the learning rate chosen for it on the validation customers."""
+
+    width: int
+    hidden: tuple[int, ...]
+    learning_rate: float
+
+    def build(self, items: int) -> TwoTower:
+        return TwoTower(items, width=self.width, hidden=self.hidden, learning_rate=self.learning_rate)
+
+
+LARGE = Tower(256, (1024, 1024), 5e-4)
+SMALL = Tower(64, (128,), 1.5e-3)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A row of the table: its name, what it is in the comparison, its tower and how that is pruned."""
+
+    name: str
+    kind: str
+    tower: Tower
+    sparsity: float | None = None
+    criterion: str = "taylor"
+
+    def pruning(self) -> list[WeightPruning]:
+        """Return the callback that makes this row, none for a dense one."""
+        if self.sparsity is None:
+            return []
+        return [WeightPruning(self.sparsity, criterion=self.criterion, include=TABLES_AND_MATRICES, every_n_steps=20)]
+
+
+LARGE_RUNS = (
+    Run("large", "dense", LARGE),
+    Run("large, 80 % zeros", "pruned", LARGE, 0.8),
+)
+SMALL_RUNS = (
+    Run("small", "dense", SMALL),
+    Run("small, 80 % zeros", "pruned", SMALL, 0.8),
+    Run("small, 80 % by magnitude", "pruned", SMALL, 0.8, "magnitude"),
+    Run("small, 80 % at random", "control", SMALL, 0.8, "random"),
+)
+
+
+def load_purchases(arguments: argparse.Namespace) -> pd.DataFrame:
+    """Return the real purchases, or generated ones; with ``--fast`` those of some customers."""
+    if arguments.synthetic:
+        return generate_purchases(seed=arguments.seed)
+    path = find_file(arguments.data)
+    print(f"reading {path}")
+    rows = merge_repeats(purchases(read_transactions(path)))
+    if not arguments.fast:
+        return rows
+    customers = np.sort(rows["customer"].unique())
+    chosen = np.random.default_rng(arguments.seed).choice(customers, FAST_CUSTOMERS, replace=False)
+    return rows[rows["customer"].isin(chosen)]
+
+
+def fit(run: Run, task: Task, callbacks: Sequence[pl.Callback], *, seed: int, validate: bool) -> TwoTower:
+    """Train a tower on the baskets before the task's cut: a plain Trainer with our callbacks."""
+    pl.seed_everything(seed, verbose=False)
+    model = run.tower.build(len(task.items))
+    trainer = pl.Trainer(
+        max_epochs=EPOCHS,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        gradient_clip_val=5.0,
+        limit_val_batches=1.0 if validate else 0,
+        callbacks=[*run.pruning(), *callbacks],
+    )
+    trainer.fit(
+        model,
+        loader(task.train, task.popularity, batch_size=BATCH_SIZE, train=True, seed=seed),
+        loader(task.evaluation, task.popularity, batch_size=BATCH_SIZE),
+    )
+    return model
+
+
+def one_customer(task: Task) -> dict[str, Tensor]:
+    """Return the inputs of one real customer, with a history of median length."""
+    lengths = np.diff(task.evaluation.starts)
+    median = int(np.argsort(lengths, kind="stable")[len(lengths) // 2])
+    return NextBasket(task.evaluation, task.popularity)[median]["inputs"]
+
+
+def score_run(run: Run, validation: Task, floor: float | None, seed: int) -> tuple[History, Row]:
+    """Train up to the validation cut; return what was logged, and P and its accuracy on the validation customers."""
+    history = History()
+    score = PerformanceScore(ACCURACY, size="nonzero", min_accuracy=floor, example_inputs=one_customer(validation))
+    fit(run, validation, [score, history], seed=seed, validate=True)
+    last = history.epochs[-1]
+    return history, {"P": last["P/unguarded"], "feasible": last["P/feasible"], ACCURACY: last[ACCURACY]}
+
+
+def rank(model: TwoTower, task: Task) -> Tensor:
+    """Score the catalogue for every customer of the evaluation."""
+    model.eval()
+    with torch.no_grad():
+        batches = loader(task.evaluation, task.popularity, batch_size=BATCH_SIZE)
+        return torch.cat([model(**batch["inputs"]) for batch in batches])
+
+
+def compare(runs: Sequence[Run], validation: Task, test: Task, *, seed: int) -> tuple[list[Row], dict[str, History]]:
+    """Train all runs, and measure each against the dense one of its tower."""
+    dense: dict[Tower, TwoTower] = {}
+    floors: dict[Tower, float] = {}
+    histories: dict[str, History] = {}
+    rows = []
+    relevant, seen = relevant_and_seen(test.evaluation, len(test.items))
+    for run in runs:
+        print(f"{run.name}: training to {VALIDATION[0]:%Y-%m-%d} for P, then to {TEST[0]:%Y-%m-%d} for the test")
+        histories[run.name], row = score_run(run, validation, floors.get(run.tower), seed)
+        floors.setdefault(run.tower, FLOOR * row[ACCURACY])
+        model = fit(run, test, [], seed=seed, validate=False)
+        dense.setdefault(run.tower, copy.deepcopy(model))  # against itself a model would find its weights in the cache
+        latency = measure_latency(model, one_customer(test), against=dense[run.tower], batch_size=None)
+        row |= ranking_metrics(rank(model, test), relevant, seen) | model_facts(model) | latency_facts(latency)
+        rows.append({"name": run.name, "kind": run.kind, **row})
+    return rows, histories
+
+
+def baseline_rows(test: Task) -> list[Row]:
+    """Judge the rankings that need no net."""
+    relevant, seen = relevant_and_seen(test.evaluation, len(test.items))
+    return [
+        {"name": name, "kind": "baseline", **ranking_metrics(torch.from_numpy(scores(test)), relevant, seen)}
+        for name, scores in BASELINES.items()
+    ]
+
+
+def build_report(rows: list[Row], histories: dict[str, History], test: Task, source: str) -> Report:
+    """Arrange the rows as a report."""
+    relevant, seen = relevant_and_seen(test.evaluation, len(test.items))
+    again = (relevant & seen).sum() / relevant.sum()
+    return Report(
+        title=f"Next-basket recommender on {source}, pruned while it trains",
+        summary=(
+            f"{len(test.train):,} baskets before {TEST[0]:%Y-%m-%d}; for each of {len(test.evaluation):,} customers "
+            f"all {len(test.items):,} items are ranked for the first basket after it, from what was known before. "
+            "Metrics are those of the first 20; 'new' leaves out what the customer had bought before."
+        ),
+        columns=[
+            Column("name", "model"),
+            *COST_COLUMNS,
+            Column("recall", "recall", "{:.4f}"),
+            Column("ndcg", "NDCG", "{:.4f}"),
+            Column("hit_rate", "hit rate", "{:.3f}"),
+            Column("new_recall", "recall, new", "{:.4f}"),
+            Column("new_ndcg", "NDCG, new", "{:.4f}"),
+            SCORE_COLUMN,
+        ],
+        rows=rows,
+        notes=[
+            no_speed_note(rows),
+            f"{again:.0%} of the items asked for had been bought before by the same customer, so buying again is hard "
+            "to beat over all items. What a recommender adds shows among the new ones.",
+            "Zeros are chosen by weight x gradient (taylor) unless the row says otherwise: most rows of the tables get "
+            "a gradient only now and then, and their size says more about how they were initialised.",
+            "A smaller dense tower is the control of a large pruned one: compare its parameters with the non-zeros.",
+            f"Every net is trained twice in the same way: up to {VALIDATION[0]:%Y-%m-%d} for P, up to "
+            f"{TEST[0]:%Y-%m-%d} for the other columns. Nothing is chosen on the test customers.",
+            score_note(
+                "with the recall of new items on the validation customers as accuracy (first baskets from "
+                f"{VALIDATION[0]:%Y-%m-%d} on), against the dense start of each run",
+                f"{FLOOR} of the dense tower's",
+            ),
+            REPEAT_NOTE,
+        ],
+        figures=[
+            *score_figures(rows, histories),
+            (
+                "trade_off_new",
+                "Recall among new items against file size.",
+                trade_off_figure(rows, "new_recall", "recall@20, new items"),
+            ),
+            ("trade_off", "Recall over all items against file size.", trade_off_figure(rows, "recall", "recall@20")),
+        ],
+    )
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", metavar="PATH", help="the Online Retail file (.xlsx, .csv, .csv.gz), or its folder")
+    parser.add_argument("--synthetic", action="store_true", help="a generated shop in place of the file")
+    parser.add_argument("--fast", action="store_true", help=f"the small tower on {FAST_CUSTOMERS:,} customers")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--report", default="reports/recommender", metavar="DIR", help="where the report is written")
+    parser.add_argument("--verbose", action="store_true", help="print what the Trainer and the callbacks say")
+    arguments = parser.parse_args(argv)
+    if arguments.synthetic and arguments.data:
+        parser.error("--data and --synthetic exclude each other")
+    return arguments
+
+
+def main(argv: Sequence[str] | None = None) -> list[Row]:
+    """Train, compare, print and write the report; return the table's rows."""
+    arguments = parse(argv)
+    prepare(threads=THREADS, verbose=arguments.verbose)
+    bought = load_purchases(arguments)
+    validation, test = build_task(bought, *VALIDATION), build_task(bought, *TEST)
+    runs = SMALL_RUNS if arguments.fast or arguments.synthetic else LARGE_RUNS + SMALL_RUNS
+    rows, histories = compare(runs, validation, test, seed=arguments.seed)
+    rows += baseline_rows(test)
+    source = "a generated shop" if arguments.synthetic else "Online Retail"
+    report = build_report(rows, histories, test, source)
+    report.print()
+    print(f"report: {report.write(arguments.report)}")
+    return rows
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (FileNotFoundError, ValueError) as problem:
+        raise SystemExit(f"error: {problem}") from problem

@@ -1,0 +1,127 @@
+"""The example scripts as a user runs them, in their short form."""
+
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import digits
+import pytest
+import recommender
+from reporting import Column, Report
+
+MEASURED = {"milliseconds", "latency", "latency_low", "latency_high", "P"}
+"""What a clock has a part in; all else repeats."""
+
+
+def repeatable(rows):
+    return [{key: value for key, value in row.items() if key not in MEASURED} for row in rows]
+
+
+def check_report(folder: Path, rows, figures: int):
+    """One self-contained page, and Markdown whose figures lie beside it."""
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert page.count("<img ") == figures
+    assert set(re.findall(r'(?:src|href)="([^":;,]*)', page)) == {"data"}
+    markdown = (folder / "report.md").read_text(encoding="utf-8")
+    links = re.findall(r"!\[.*?\]\((.*?)\)", markdown)
+    assert len(links) == figures
+    assert all((folder / link).is_file() for link in links)
+    for row in rows:
+        assert f"<td>{row['name']}</td>" in page
+        assert f"| {row['name']} |" in markdown
+
+
+@pytest.fixture(scope="module")
+def digits_rows(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("digits")
+    return digits.main(["--fast", "--report", str(folder)]), folder
+
+
+def test_digits_prunes_what_it_says_and_says_that_masks_give_no_speed(digits_rows):
+    rows, folder = digits_rows
+    dense, eighty, ninety, two_of_four, _ = rows
+    selected = 13 * 9 * (1 + 13 + 13) + 26 * 9 * (13 + 26 + 26)  # all convolutions; not norms, nor the last layer
+    others = dense["parameters"] - selected
+    for row, kept in ((eighty, 0.2), (ninety, 0.1)):
+        assert row["nonzero"] == pytest.approx(kept * selected + others, abs=1)
+    padded = 13 * 3  # of nine weights the last stands in a group of its own in the first layer's rows, and so on
+    assert two_of_four["nonzero"] == pytest.approx(0.5 * selected + others, abs=10 * padded)
+    assert {row["parameters"] for row in rows} == {dense["parameters"]}
+    assert dense["accuracy"] > 0.95
+    assert ninety["bytes"] < eighty["bytes"] < two_of_four["bytes"] < dense["bytes"]
+    assert ninety["P"] < eighty["P"] < dense["P"]
+    check_report(folder, rows, figures=6)
+    assert "Masks give no speed on dense kernels" in (folder / "report.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_digits_gives_the_same_numbers_again(digits_rows, tmp_path):
+    rows, _ = digits_rows
+    assert repeatable(digits.main(["--fast", "--report", str(tmp_path)])) == repeatable(rows)
+
+
+@pytest.mark.slow
+def test_digits_averages_over_seeds(tmp_path):
+    rows = digits.main(["--fast", "--seeds", "2", "--report", str(tmp_path)])
+    assert all(0 <= row["accuracy_std"] < 0.2 for row in rows)
+    assert "±" in (tmp_path / "report.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def shop_rows(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shop")
+    return recommender.main(["--synthetic", "--report", str(folder)]), folder
+
+
+def test_recommender_learns_the_structure_of_the_generated_shop(shop_rows):
+    rows, folder = shop_rows
+    by_name = {row["name"]: row for row in rows}
+    popular = by_name["popularity, last 30 days"]
+    for name in ("small", "small, 80 % zeros"):
+        assert by_name[name]["recall"] > 2 * popular["recall"]
+        assert by_name[name]["new_recall"] > 3 * popular["new_recall"]
+    dense, pruned = by_name["small"], by_name["small, 80 % zeros"]
+    assert pruned["new_recall"] > 1.2 * by_name["small, 80 % at random"]["new_recall"]
+    assert dense["feasible"] == 1
+    width, hidden, items = 64, 128, (dense["parameters"] - 64 * 128 * 2 - 128 - 64 - 128 - 9) // 129
+    selected = 2 * width * items + 2 * width * hidden  # both tables and both matrices; not biases, norm and terms
+    assert pruned["nonzero"] == pytest.approx(0.2 * selected + dense["parameters"] - selected, abs=1 + hidden)
+    assert pruned["P"] < dense["P"]
+    check_report(folder, rows, figures=7)
+
+
+@pytest.mark.slow
+def test_recommender_gives_the_same_numbers_again(shop_rows, tmp_path):
+    rows, _ = shop_rows
+    assert repeatable(recommender.main(["--synthetic", "--report", str(tmp_path)])) == repeatable(rows)
+
+
+@pytest.mark.slow
+def test_recommender_runs_on_some_customers_of_the_real_file(retail_file, tmp_path):
+    rows = recommender.main(["--fast", "--data", str(retail_file), "--report", str(tmp_path)])
+    by_name = {row["name"]: row for row in rows}
+    dense, popular = by_name["small"], by_name["popularity, last 30 days"]
+    assert dense["recall"] > 2 * popular["recall"]
+    assert dense["new_recall"] > popular["new_recall"]
+    assert by_name["small, 80 % zeros"]["recall"] > 0.95 * dense["recall"]
+    check_report(tmp_path, rows, figures=7)
+
+
+def test_a_missing_file_ends_in_one_sentence(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["recommender.py", "--data", str(tmp_path / "absent.csv")])
+    with pytest.raises(SystemExit, match=r"^error: there is no Online Retail file at .*doi:10\.24432/C5BW33.*--synth"):
+        runpy.run_path(recommender.__file__, run_name="__main__")
+
+
+def test_data_and_synthetic_exclude_each_other(capsys):
+    with pytest.raises(SystemExit):
+        recommender.main(["--synthetic", "--data", "x.csv"])
+    assert "exclude each other" in capsys.readouterr().err
+
+
+def test_a_report_escapes_what_it_is_given():
+    row = {"name": "<b>", "kind": "dense"}
+    page = Report("a & b", "c < d", [Column("name", "model"), Column("P", "P")], [row], ["e > f"]).to_html()
+    for text in ("a &amp; b", "c &lt; d", "e &gt; f", "<td>&lt;b&gt;</td><td>-</td>"):
+        assert text in page
