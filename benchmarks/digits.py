@@ -17,9 +17,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 from digits import EPOCHS, RUNS, THREADS, Run, load_splits, train
-from reporting import prepare
-
 from lightning_optim import WeightPruning
+from reporting import prepare
 
 EVENTS = {"every_n_steps": 10}
 ROWS = (

@@ -13,6 +13,12 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 import torch.nn.functional as F
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_optim import CompressedCheckpoint, PerformanceScore, WeightPruning, measure_latency
 from reporting import (
     COST_COLUMNS,
     REPEAT_NOTE,
@@ -29,12 +35,6 @@ from reporting import (
     score_note,
     trade_off_figure,
 )
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
-
-from lightning_optim import CompressedCheckpoint, PerformanceScore, WeightPruning, measure_latency
 
 TEST_IMAGES = 719
 VALIDATION_IMAGES = 120

@@ -13,6 +13,9 @@ import lightning.pytorch as pl
 import numpy as np
 import pandas as pd
 import torch
+from torch import Tensor, nn
+
+from lightning_optim import PerformanceScore, WeightPruning, measure_latency
 from online_retail import find_file, merge_repeats, purchases, read_transactions
 from ranking import ranking_metrics
 from recommender_baselines import BASELINES
@@ -35,9 +38,6 @@ from reporting import (
     trade_off_figure,
 )
 from synthetic_retail import generate_purchases
-from torch import Tensor, nn
-
-from lightning_optim import PerformanceScore, WeightPruning, measure_latency
 
 EPOCHS = 3  # in a fourth, recall over all items falls again on the validation customers
 BATCH_SIZE = 64

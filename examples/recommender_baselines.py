@@ -2,6 +2,7 @@
 
 import numpy as np
 import scipy.sparse as sparse
+
 from recommender_data import Examples, Task
 
 __all__ = ["BASELINES", "buy_again", "ease", "item_knn", "popularity"]

@@ -5,8 +5,9 @@ An ordinary LightningModule of plain layers; it knows nothing of lightning_optim
 
 import torch
 from lightning.pytorch import LightningModule
-from ranking import hits_at_k, recall
 from torch import Tensor, nn
+
+from ranking import hits_at_k, recall
 
 __all__ = ["TwoTower"]
 

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -16,9 +16,12 @@ from lightning_optim.callbacks.base import CompressionCallback, compressions, mr
 from lightning_optim.callbacks.example_inputs import InputSource
 from lightning_optim.functional.channels import ChannelCriterion
 from lightning_optim.functional.schedules import SCHEDULES
+from lightning_optim.measure.latency import interleaved_latency
+from lightning_optim.measure.macs import count_macs
 from lightning_optim.measure.size import SIZES
 from lightning_optim.structured.events import Allocation, ChannelReport, check_ratio, find_prunable, plan_event
-from lightning_optim.structured.groups import Removal, TracedModel
+from lightning_optim.structured.goal import Goal, smallest_ratio
+from lightning_optim.structured.groups import Removal, TracedModel, copy_for_tracing
 from lightning_optim.structured.removal import apply_removal, damage, slice_optimizer
 from lightning_optim.structured.selection import select_roots
 from lightning_optim.tables import render
@@ -34,6 +37,7 @@ class _Progress:
 
     channels: dict[str, int]
     parameters: float
+    macs: float | None = None
 
 
 class ChannelPruning(CompressionCallback):
@@ -48,6 +52,11 @@ class ChannelPruning(CompressionCallback):
         pruning_ratio: Fraction of each group's channels that is gone at the end, in (0, 1), or by layer
             ``{pattern: ratio}`` (the first match counts, what matches none is left alone). Removing half of the
             channels of every layer removes about three quarters of the parameters between them.
+        target: Instead of ``pruning_ratio``: ``{"parameters": 0.3}``, ``{"macs": 0.5}`` or ``{"latency": 0.5}``: at
+            most this fraction of the dense model's at the end. At each event the smallest ratio that reaches what the
+            schedule asks is found by halving. Latency is measured as PerformanceScore measures it (rank 0 decides), so
+            such a run is exempt from resuming bit for bit; widths already cut are restored exactly.
+        strict: Raise when ``target`` cannot be reached at the end of the window; else say so.
         criterion: Name in ``functional.channels.CHANNEL_CRITERIA`` or a callable ``(slices) -> [channels]``.
         scope: ``"global"`` ranks the channels of all groups together (none loses more than nine tenths),
             ``"layer"`` takes the same fraction of each.
@@ -83,6 +92,8 @@ class ChannelPruning(CompressionCallback):
         self,
         pruning_ratio: float | dict[str, float] = 0.5,
         *,
+        target: dict[str, float] | None = None,
+        strict: bool = True,
         criterion: str | ChannelCriterion = "magnitude",
         scope: Literal["global", "layer"] = "global",
         schedule: str = "cubic",
@@ -100,6 +111,8 @@ class ChannelPruning(CompressionCallback):
     ) -> None:
         super().__init__(Window(start, end, events=events), module=module, include=include, exclude=exclude)
         self.pruning_ratio = check_ratio(pruning_ratio)
+        self.target = None if target is None else Goal.of(target)
+        self.strict = strict
         self.schedule = SCHEDULES.resolve(schedule)
         if optimizer_state not in ("slice", "reset"):
             raise ValueError(f"`optimizer_state` must be 'slice' or 'reset', got {optimizer_state!r}.")
@@ -122,6 +135,7 @@ class ChannelPruning(CompressionCallback):
     def start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *, fresh: bool) -> None:
         """Take up the state, and find the groups where the inputs are known already."""
         self._prefix, self._target = self.find_target(pl_module)
+        self._whole = pl_module
         self._report = None
         if fresh:
             self._dense, self._squares, self._square_counts = None, {}, {}
@@ -168,11 +182,14 @@ class ChannelPruning(CompressionCallback):
             )
         progress = self.window.progress()
         if progress > 0.0:  # the schedule begins with the dense model: nothing to rank
-            self._remove(trainer, pl_module, self._asked(progress))
+            self._remove(trainer, pl_module, self._asked(trainer, progress))
             self._squares, self._square_counts = {}, {}
         self._say(trainer, pl_module)
 
-    def _asked(self, progress: float) -> float | dict[str, float]:
+    def _asked(self, trainer: pl.Trainer, progress: float) -> float | dict[str, float]:
+        if self.target is not None:
+            due = 1.0 - self.schedule(progress, 0.0, 1.0 - self.target.fraction)
+            return self._ratio_for(trainer, self.target, due)
         if not isinstance(self.pruning_ratio, dict):
             return self.schedule(progress, 0.0, self.pruning_ratio)
         return {name: self.schedule(progress, 0.0, ratio) for name, ratio in self._final_ratios().items()}
@@ -195,6 +212,46 @@ class ChannelPruning(CompressionCallback):
         if problem is not None:
             raise RuntimeError(f"ChannelPruning at step {self.window.step} changed nothing: {problem}.")
         self._commit(trainer, pl_module, removal)
+
+    def _ratio_for(self, trainer: pl.Trainer, goal: Goal, due: float) -> float:
+        """Return the smallest ratio that leaves at most the fraction ``due`` of the dense figure; rank 0 decides."""
+        found: tuple[float, float] = (0.0, 0.0)
+        if trainer.is_global_zero:
+            found = smallest_ratio(self._fraction_at, due)
+        ratio, reached = trainer.strategy.broadcast(found, src=0) if trainer.world_size > 1 else found
+        if self.window.progress() == 1.0 and reached > due:
+            report, _ = self._known()
+            smallest, left = ", ".join(report.groups), ", ".join(report.left_out) or "none"
+            sentence = (
+                f"{self._label()}: asked {goal.figure} at {due:.2%} of the dense model's, reached {reached:.2%}. What "
+                f"stops it: {smallest} are at their smallest; left alone are {left}."
+            )
+            if self.strict:
+                raise RuntimeError(sentence + " Ask for more, take more layers in, or pass strict=False.")
+            rank_zero_warn(sentence)
+        return ratio
+
+    def _fraction_at(self, ratio: float) -> float:
+        """Return the figure, as a fraction of the dense model's, if channels were removed at a ratio."""
+        report, dense = self._known()
+        goal, inputs = self.target, self._called_inputs()
+        removal, _, _ = plan_event(
+            self._target, inputs, report.groups, dense.channels, ratio, self.allocation, self._gradients(), self._prefix
+        )
+        smaller = copy_for_tracing(self._target)
+        apply_removal(smaller, removal)
+        if goal is None or goal.figure == "parameters":
+            return SIZES["parameters"](smaller) / dense.parameters
+        if goal.figure == "macs":
+            return count_macs(smaller, inputs) / (dense.macs or 1.0)
+        measured = interleaved_latency(smaller, inputs, self._dense_copy(), least=40)
+        return measured.ratio if measured.ratio is not None else 1.0
+
+    def _dense_copy(self) -> nn.Module:
+        """Return a copy with the structure of the user's class: what a latency is compared with."""
+        duplicate = copy_for_tracing(self._whole)
+        checkpoint.conform(duplicate, checkpoint.EMPTY)
+        return duplicate.get_submodule(self._prefix.rstrip("."))
 
     def _known(self) -> tuple[ChannelReport, _Progress]:
         if self._report is None or self._dense is None:
@@ -222,7 +279,12 @@ class ChannelPruning(CompressionCallback):
         if self._dense is None:
             self._report = self._prunable()
             channels = {name: group.channels for name, group in self._report.groups.items()}
-            self._dense = _Progress(channels, SIZES["parameters"](self._target))
+            macs = self.target is not None and self.target.figure == "macs"
+            self._dense = _Progress(
+                channels,
+                SIZES["parameters"](self._target),
+                float(count_macs(self._target, self._called_inputs())) if macs else None,
+            )
         else:
             groups = TracedModel(self._target, self._called_inputs()).groups()
             self._report = ChannelReport({g.name: g for g in groups if g.name in self._dense.channels})
@@ -303,6 +365,7 @@ class ChannelPruning(CompressionCallback):
             **super().state_dict(),
             "channels": None if self._dense is None else dict(self._dense.channels),
             "parameters": None if self._dense is None else self._dense.parameters,
+            "macs": None if self._dense is None else self._dense.macs,
             "squares": dict(self._squares),
             "square_counts": dict(self._square_counts),
         }
@@ -310,14 +373,19 @@ class ChannelPruning(CompressionCallback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned."""
         super().load_state_dict(state_dict)
-        channels, parameters = state_dict["channels"], state_dict["parameters"]
-        self._dense = None if channels is None else _Progress(dict(channels), parameters)
+        channels = state_dict["channels"]
+        self._dense = None
+        if channels is not None:
+            self._dense = _Progress(dict(channels), state_dict["parameters"], state_dict["macs"])
         self._squares = dict(state_dict["squares"])
         self._square_counts = dict(state_dict["square_counts"])
 
     def plan_entry(self) -> dict[str, Any]:
         """Return what was asked."""
-        return {"technique": "ChannelPruning", "asked": self.pruning_ratio}
+        return {
+            "technique": "ChannelPruning",
+            "asked": self.pruning_ratio if self.target is None else {self.target.figure: self.target.fraction},
+        }
 
     def last_line(self, pl_module: pl.LightningModule) -> str:
         """Return the sentence that says what was asked and what is left."""
@@ -331,7 +399,7 @@ class ChannelPruning(CompressionCallback):
         super()._release(pl_module)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_target": None, "_report": None}
+        return {**super().__getstate__(), "_target": None, "_report": None, "_whole": None}
 
     def _label(self) -> str:
         return "ChannelPruning" if self.module is None else f"ChannelPruning({self.module})"

@@ -77,9 +77,10 @@ class PerformanceScore(pl.Callback):
     ``P/raw/inference_time_ms``, ``P/raw/accuracy``. An epoch without validation has no P.
 
     How it is measured: training time is the wall time of the epoch without validation, without this callback's own
-    work and without the events of the compression callbacks. Inference time is the ratio of minima over interleaved
-    calls of the model and of a frozen copy, on one thread in eval mode and full precision of the stored weights
-    (no autocast, not compiled); weights, RNG and BatchNorm statistics are not touched. Under DDP rank 0 measures.
+    work and without the events of the compression callbacks. Inference time is the ratio over interleaved calls of the
+    model and of a frozen copy (each the mean of its faster calls), on one thread in eval mode and full precision of the
+    stored weights (no autocast, not compiled); weights, RNG and BatchNorm statistics are not touched. Under DDP rank 0
+    measures.
 
     State: references, best accuracy and the rows of the final table, so a resumed run keeps its baseline. The copy
     costs the model's memory once more.

@@ -8,6 +8,10 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging, WeightAveraging
+from torch import nn
+
 from helpers.models import (
     Classifier,
     ConvNet,
@@ -21,14 +25,11 @@ from helpers.models import (
     trainer,
     val_loader,
 )
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging, WeightAveraging
-from torch import nn
-
 from lightning_optim import CompressedCheckpoint, PerformanceScore, WeightPruning, load_from_checkpoint
 from lightning_optim.callbacks import ChannelPruning
 from lightning_optim.checkpoint import KEY
 from lightning_optim.functional.channels import CHANNEL_CRITERIA
+from lightning_optim.measure.macs import count_macs
 
 
 def channels(ratio=0.5, **words):
@@ -489,3 +490,53 @@ def test_a_model_in_which_nothing_can_be_removed(tmp_path):
 
     with pytest.raises(MisconfigurationException, match=r"can remove nothing: net\.0 \(last layer\)"):
         fit(tmp_path, new(OneLayer), channels())
+
+
+# Goals in a measured figure.
+
+
+@pytest.mark.parametrize(("figure", "fraction"), [("parameters", 0.4), ("macs", 0.5)])
+def test_a_goal_is_reached_and_not_passed_by_more_than_one_event(tmp_path, figure, fraction):
+    module, again = new(width=64), new(width=64)
+    words = {"target": {figure: fraction}, "events": 4}
+    run = fit(tmp_path, module, ChannelPruning(**words, start=2, end=0.8), Files(tmp_path / "files"))
+    x = torch.zeros(1, 12)
+    left = {
+        "parameters": parameters(module) / parameters(new(width=64)),
+        "macs": count_macs(module, x) / count_macs(new(width=64), x),
+    }
+    assert fraction - 0.05 <= left[figure] <= fraction
+    assert run.callback_metrics["channels/parameters"] == pytest.approx(left["parameters"])
+    fit(tmp_path, again, ChannelPruning(**words, start=2, end=0.8), ckpt_path=tmp_path / "files" / "1.ckpt")
+    assert_same_state(module, again)
+
+
+def test_a_goal_in_latency_is_measured(tmp_path):
+    module = new(width=512)
+    cut = ChannelPruning(target={"latency": 0.6}, start=2, end=0.8, events=2, strict=False)
+    fit(tmp_path, module, cut, max_epochs=2)
+    assert sum(widths(module)[:2]) < 1024
+    assert_same_state(module.state_dict(), module.state_dict())
+
+
+def test_a_goal_that_cannot_be_reached_says_what_stopped_it(tmp_path):
+    words = {"target": {"parameters": 0.05}, "include": ["net.4"], "events": 2}
+    with pytest.raises(RuntimeError, match=r"reached .* net\.4 are at their smallest; left alone are .*net\.0"):
+        fit(tmp_path, new(), ChannelPruning(**words))
+    with pytest.warns(UserWarning, match="are at their smallest"):
+        fit(tmp_path, new(), ChannelPruning(**words, strict=False))
+
+
+@pytest.mark.parametrize(
+    ("target", "error", "message"),
+    [
+        ({"macs": 1.5}, ValueError, r"fraction in \(0, 1\) of the dense model's macs, got 1\.5"),
+        ({"macs": 0.5, "latency": 0.5}, ValueError, "one key of parameters, macs, latency"),
+        ({"speed": 0.5}, ValueError, "one key of"),
+        ({}, ValueError, "one key of"),
+        (0.5, TypeError, "must be a dict"),
+    ],
+)
+def test_bad_goals_raise_at_once(target, error, message):
+    with pytest.raises(error, match=message):
+        ChannelPruning(target=target)

@@ -4,12 +4,12 @@ import sys
 
 import pytest
 import torch
-from helpers.models import Classifier, data
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.cli import LightningCLI
 from torch import nn
 from torch.utils.data import DataLoader
 
+from helpers.models import Classifier, data
 from lightning_optim import CompressedCheckpoint, PerformanceScore, WeightPruning
 
 CONFIG = """

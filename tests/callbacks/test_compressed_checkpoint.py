@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from helpers.models import Classifier, assert_same_state, fit, new, trainer, val_loader
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+from helpers.models import Classifier, assert_same_state, fit, new, trainer, val_loader
 from lightning_optim import CompressedCheckpoint, WeightPruning
 
 

@@ -8,9 +8,9 @@ import copy
 
 import pytest
 import torch
-from helpers.models import Classifier, Files, Quiet, assert_same_state, fit, new, train_loader, val_loader
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelPruning
 
+from helpers.models import Classifier, Files, Quiet, assert_same_state, fit, new, train_loader, val_loader
 from lightning_optim import WeightPruning, load_from_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*ModelPruning.*")

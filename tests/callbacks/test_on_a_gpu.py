@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from helpers.models import Classifier, Files, assert_same_state, new, train_loader, val_loader
 from lightning import pytorch as pl
 
+from helpers.models import Classifier, Files, assert_same_state, new, train_loader, val_loader
 from lightning_optim import PerformanceScore, WeightPruning, load_from_checkpoint, measure_latency
 
 pytestmark = [

@@ -7,11 +7,11 @@ import time
 import lightning.pytorch as pl
 import pytest
 import torch
-from helpers.models import Classifier, Files, assert_same_state, fit, new, train_loader, trainer, val_loader
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch import nn
 
+from helpers.models import Classifier, Files, assert_same_state, fit, new, train_loader, trainer, val_loader
 from lightning_optim import CompressedCheckpoint, PerformanceScore, WeightPruning
 from lightning_optim.functional.score import Terms, performance_score
 

@@ -8,20 +8,6 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.models import (
-    Classifier,
-    ConvNet,
-    Files,
-    Quiet,
-    SeededByStep,
-    assert_same_state,
-    data,
-    fit,
-    new,
-    train_loader,
-    trainer,
-    val_loader,
-)
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import (
     EarlyStopping,
@@ -36,6 +22,20 @@ from lightning.pytorch.tuner import Tuner
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
+from helpers.models import (
+    Classifier,
+    ConvNet,
+    Files,
+    Quiet,
+    SeededByStep,
+    assert_same_state,
+    data,
+    fit,
+    new,
+    train_loader,
+    trainer,
+    val_loader,
+)
 from lightning_optim import WeightPruning, load_from_checkpoint
 from lightning_optim.callbacks.weight_pruning import squared_inputs
 from lightning_optim.functional.criteria import CRITERIA

@@ -5,8 +5,9 @@ import runpy
 import sys
 from pathlib import Path
 
-import digits
 import pytest
+
+import digits
 import recommender
 from reporting import Column, Report
 

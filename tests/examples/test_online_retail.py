@@ -3,6 +3,7 @@
 import pandas as pd
 import pytest
 import torch
+
 from online_retail import COLUMNS, find_file, merge_repeats, purchases, read_transactions
 from recommender_baselines import buy_again, ease, item_knn, popularity
 from recommender_data import TEST, VALIDATION, build_task, relevant_and_seen

@@ -4,10 +4,11 @@ import doctest
 import math
 
 import pytest
-import ranking
 import torch
-from ranking import hit_rate, hits_at_k, ndcg, ranking_metrics, recall
 from torchmetrics.functional.retrieval import retrieval_hit_rate, retrieval_normalized_dcg, retrieval_recall
+
+import ranking
+from ranking import hit_rate, hits_at_k, ndcg, ranking_metrics, recall
 
 SCORES = torch.tensor([[0.9, 0.8, 0.7, 0.6, 0.5], [0.1, 0.2, 0.3, 0.4, 0.5]])
 RELEVANT = torch.tensor([[True, False, True, True, False], [True, False, False, False, False]])

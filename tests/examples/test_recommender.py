@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+
 from ranking import ranking_metrics
 from recommender_baselines import BASELINES, buy_again, popularity
 from recommender_data import NextBasket, build_task, history_before, loader, positions, relevant_and_seen

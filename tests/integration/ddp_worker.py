@@ -7,9 +7,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
-from helpers.models import Classifier, Files, data, new, trainer, val_loader
 from torch.utils.data import DataLoader, DistributedSampler
 
+from helpers.models import Classifier, Files, data, new, trainer, val_loader
 from lightning_optim import PerformanceScore, WeightPruning
 from lightning_optim.callbacks import ChannelPruning
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.models import Classifier, assert_same_state, train_loader, trainer, val_loader
 
+from helpers.models import Classifier, assert_same_state, train_loader, trainer, val_loader
 from lightning_optim import WeightPruning, load_from_checkpoint
 
 WORKER = Path(__file__).with_name("ddp_worker.py")
