@@ -5,13 +5,13 @@ import pickle
 
 import pytest
 import torch
-from helpers.models import Classifier, Files, assert_same_state, fit, new, train_loader, trainer, val_loader
-from helpers.toy import Narrow, ScaledLinear
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
 import lightning_optim
+from helpers.models import Classifier, Files, assert_same_state, fit, new, train_loader, trainer, val_loader
+from helpers.toy import Narrow, ScaledLinear
 from lightning_optim import WeightPruning, conform, load_from_checkpoint
 from lightning_optim.checkpoint import EMPTY, KEY, VERSION, plan_of
 

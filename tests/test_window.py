@@ -1,11 +1,11 @@
 import math
 
 import pytest
-from helpers.models import Classifier, new, train_loader, trainer, val_loader
 from hypothesis import given
 from hypothesis import strategies as st
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+from helpers.models import Classifier, new, train_loader, trainer, val_loader
 from lightning_optim.window import Window, planned_steps
 
 

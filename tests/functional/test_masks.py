@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from helpers.shards import on_ranks, sharded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.sparse._semi_structured_conversions import (
@@ -12,6 +11,7 @@ from torch.sparse._semi_structured_conversions import (
     sparse_semi_structured_to_dense_cutlass,
 )
 
+from helpers.shards import on_ranks, sharded
 from lightning_optim.functional.criteria import CRITERIA, Statistics, parameter_generator, scores_of
 from lightning_optim.functional.masks import (
     apply_masks,

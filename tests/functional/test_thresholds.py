@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from helpers.shards import on_ranks, sharded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers.shards import on_ranks, sharded
 from lightning_optim.functional import thresholds
 from lightning_optim.functional.criteria import Statistics, magnitude, scores_of
 from lightning_optim.functional.thresholds import keep_largest, smallest
