@@ -68,6 +68,7 @@ class ChannelPruning(CompressionCallback):
         example_inputs: What the target's forward receives. Default: the module's ``example_input_array``, else caught
             from the first training batch.
         optimizer_state: ``"slice"`` keeps the state of the surviving weights, ``"reset"`` forgets it.
+        warmup_steps: After an event the learning rates rise again from 0 over this many steps; 0: they do not.
         reduction: How the layers of a group decide together: ``"mean"``, ``"sum"`` or ``"max"``.
         check: Try each group once, and every event, on copies of the model: removing must equal setting to zero. Costs
             four copies and four forward passes of the example inputs per event.
@@ -103,6 +104,7 @@ class ChannelPruning(CompressionCallback):
         round_to: int | None = None,
         example_inputs: Any = None,
         optimizer_state: Literal["slice", "reset"] = "slice",
+        warmup_steps: int = 0,
         reduction: Literal["mean", "sum", "max"] = "mean",
         check: bool = True,
         module: str | None = None,
@@ -117,12 +119,16 @@ class ChannelPruning(CompressionCallback):
         if optimizer_state not in ("slice", "reset"):
             raise ValueError(f"`optimizer_state` must be 'slice' or 'reset', got {optimizer_state!r}.")
         self.optimizer_state = optimizer_state
+        if type(warmup_steps) is not int or warmup_steps < 0:
+            raise ValueError(f"`warmup_steps` must be a whole number >= 0, got {warmup_steps!r}.")
+        self.warmup_steps = warmup_steps
         self.check = check
         self.round_to = round_to
         self.allocation = Allocation.of(criterion, scope=scope, reduction=reduction, round_to=round_to)
         self._inputs = InputSource(example_inputs, 2, module)
         self._report: ChannelReport | None = None
         self._dense: _Progress | None = None
+        self._removed_at: int | None = None
         self._squares: dict[str, Tensor] = {}
         self._square_counts: dict[str, int] = {}
 
@@ -138,7 +144,7 @@ class ChannelPruning(CompressionCallback):
         self._whole = pl_module
         self._report = None
         if fresh:
-            self._dense, self._squares, self._square_counts = None, {}, {}
+            self._dense, self._squares, self._square_counts, self._removed_at = None, {}, {}, None
         self._inputs.prepare(pl_module, "ChannelPruning")
         self._roots, self._left_alone = select_roots(self._target, self._prefix, self.include, self.exclude)
         if self._inputs.inputs is not None:
@@ -161,6 +167,21 @@ class ChannelPruning(CompressionCallback):
             self._inputs.inputs = trainer.strategy.broadcast(self._inputs.inputs, src=0)
             self._find_groups(trainer)
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def _register_hooks(self, trainer: pl.Trainer) -> None:
+        super()._register_hooks(trainer)
+        if self.warmup_steps:
+            for optimizer in self._holders:
+                warm_up = _WarmUp(self)
+                self._handles.append(optimizer.register_step_pre_hook(warm_up.before))
+                self._handles.append(optimizer.register_step_post_hook(warm_up.after))
+
+    @property
+    def warmth(self) -> float:
+        """Factor on the learning rates of the next step, in (0, 1]."""
+        if self._removed_at is None or self.warmup_steps == 0:
+            return 1.0
+        return min(1.0, (self.window.step - self._removed_at + 1) / (self.warmup_steps + 1))
 
     def after_step(self, optimizer: Optimizer) -> None:
         """Note gradients while the window is open, where the criterion needs them."""
@@ -212,6 +233,7 @@ class ChannelPruning(CompressionCallback):
         if problem is not None:
             raise RuntimeError(f"ChannelPruning at step {self.window.step} changed nothing: {problem}.")
         self._commit(trainer, pl_module, removal)
+        self._removed_at = self.window.step
 
     def _ratio_for(self, trainer: pl.Trainer, goal: Goal, due: float) -> float:
         """Return the smallest ratio that leaves at most the fraction ``due`` of the dense figure; rank 0 decides."""
@@ -366,6 +388,7 @@ class ChannelPruning(CompressionCallback):
             "channels": None if self._dense is None else dict(self._dense.channels),
             "parameters": None if self._dense is None else self._dense.parameters,
             "macs": None if self._dense is None else self._dense.macs,
+            "removed_at": self._removed_at,
             "squares": dict(self._squares),
             "square_counts": dict(self._square_counts),
         }
@@ -377,6 +400,7 @@ class ChannelPruning(CompressionCallback):
         self._dense = None
         if channels is not None:
             self._dense = _Progress(dict(channels), state_dict["parameters"], state_dict["macs"])
+        self._removed_at = state_dict["removed_at"]
         self._squares = dict(state_dict["squares"])
         self._square_counts = dict(state_dict["square_counts"])
 
@@ -418,6 +442,25 @@ class ChannelPruning(CompressionCallback):
             ("channels of", "dense", "removed at the end", "layers that change with it, or why not"),
             rows,
         )
+
+
+class _WarmUp:
+    """Lowers an optimizer's learning rates for one step, so that schedulers never see it."""
+
+    def __init__(self, callback: ChannelPruning) -> None:
+        self.callback = callback
+        self.rates: list[Any] = []
+
+    def before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        """Step pre-hook."""
+        self.rates = [group["lr"] for group in optimizer.param_groups]
+        for group in optimizer.param_groups:
+            group["lr"] = group["lr"] * self.callback.warmth
+
+    def after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        """Step post-hook."""
+        for group, rate in zip(optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate
 
 
 def _outputs(layer: nn.Module) -> int:

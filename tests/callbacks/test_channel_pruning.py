@@ -492,6 +492,30 @@ def test_a_model_in_which_nothing_can_be_removed(tmp_path):
         fit(tmp_path, new(OneLayer), channels())
 
 
+def test_learning_rates_rise_again_after_an_event_and_schedulers_do_not_see_it(tmp_path):
+    def cut():
+        return channels(0.5, start=4, end=4, warmup_steps=3)
+
+    rates = []
+
+    class Looks(pl.Callback):
+        def on_train_start(self, trainer, pl_module):
+            (optimizer,) = trainer.optimizers
+            optimizer.register_step_pre_hook(lambda o, *_: rates.append(o.param_groups[0]["lr"]))
+
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if trainer.current_epoch == 0 and batch_idx < 7:
+                assert trainer.optimizers[0].param_groups[0]["lr"] == 1e-2
+
+    module, again = new(), new()
+    fit(tmp_path, module, cut(), Looks(), Files(tmp_path / "files"), max_epochs=2)
+    assert rates[:8] == pytest.approx([1e-2] * 4 + [2.5e-3, 5e-3, 7.5e-3, 1e-2])
+    fit(tmp_path, again, cut(), ckpt_path=tmp_path / "files" / "0.ckpt", max_epochs=2)
+    assert_same_state(module, again)
+    with pytest.raises(ValueError, match="`warmup_steps`"):
+        ChannelPruning(warmup_steps=-1)
+
+
 # Goals in a measured figure.
 
 
