@@ -68,6 +68,8 @@ class ChannelPruning(CompressionCallback):
         example_inputs: What the target's forward receives. Default: the module's ``example_input_array``, else caught
             from the first training batch.
         optimizer_state: ``"slice"`` keeps the state of the surviving weights, ``"reset"`` forgets it.
+        recalibrate_batches: After an event BatchNorm's running statistics become the plain mean over this many training
+            batches, instead of trailing behind by their momentum; 0: they are left to it.
         warmup_steps: After an event the learning rates rise again from 0 over this many steps; 0: they do not.
         reduction: How the layers of a group decide together: ``"mean"``, ``"sum"`` or ``"max"``.
         check: Try each group once, and every event, on copies of the model: removing must equal setting to zero. Costs
@@ -104,6 +106,7 @@ class ChannelPruning(CompressionCallback):
         round_to: int | None = None,
         example_inputs: Any = None,
         optimizer_state: Literal["slice", "reset"] = "slice",
+        recalibrate_batches: int = 0,
         warmup_steps: int = 0,
         reduction: Literal["mean", "sum", "max"] = "mean",
         check: bool = True,
@@ -119,9 +122,12 @@ class ChannelPruning(CompressionCallback):
         if optimizer_state not in ("slice", "reset"):
             raise ValueError(f"`optimizer_state` must be 'slice' or 'reset', got {optimizer_state!r}.")
         self.optimizer_state = optimizer_state
-        if type(warmup_steps) is not int or warmup_steps < 0:
-            raise ValueError(f"`warmup_steps` must be a whole number >= 0, got {warmup_steps!r}.")
+        for name, count in (("recalibrate_batches", recalibrate_batches), ("warmup_steps", warmup_steps)):
+            if type(count) is not int or count < 0:
+                raise ValueError(f"`{name}` must be a whole number >= 0, got {count!r}.")
+        self.recalibrate_batches = recalibrate_batches
         self.warmup_steps = warmup_steps
+        self._momenta: list[tuple[nn.Module, float | None]] = []
         self.check = check
         self.round_to = round_to
         self.allocation = Allocation.of(criterion, scope=scope, reduction=reduction, round_to=round_to)
@@ -157,11 +163,27 @@ class ChannelPruning(CompressionCallback):
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         if not self.window.closed:
             self._inputs.begin_batch(pl_module)
+        since = self.recalibrate_batches if self._removed_at is None else self.window.step - self._removed_at
+        if since < self.recalibrate_batches:
+            self._average_statistics(since)
+
+    def _average_statistics(self, since: int) -> None:
+        """Let this batch's BatchNorm statistics enter a plain mean: momentum 1, 1/2, 1/3 ..."""
+        for layer in self._target.modules():
+            if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.track_running_stats:
+                self._momenta.append((layer, layer.momentum))
+                layer.momentum = 1 / (since + 1)
+
+    def _restore_momenta(self) -> None:
+        for layer, momentum in self._momenta:
+            layer.momentum = momentum  # type: ignore[assignment]
+        self._momenta = []
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Read what was caught, and run the event that is due."""
+        self._restore_momenta()
         if self._report is None and not self.window.closed:
             self._inputs.end_batch(pl_module)
             self._inputs.inputs = trainer.strategy.broadcast(self._inputs.inputs, src=0)
@@ -420,10 +442,11 @@ class ChannelPruning(CompressionCallback):
 
     def _release(self, pl_module: pl.LightningModule) -> None:
         self._inputs.release()
+        self._restore_momenta()
         super()._release(pl_module)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_target": None, "_report": None, "_whole": None}
+        return {**super().__getstate__(), "_target": None, "_report": None, "_whole": None, "_momenta": []}
 
     def _label(self) -> str:
         return "ChannelPruning" if self.module is None else f"ChannelPruning({self.module})"

@@ -516,6 +516,29 @@ def test_learning_rates_rise_again_after_an_event_and_schedulers_do_not_see_it(t
         ChannelPruning(warmup_steps=-1)
 
 
+def test_batchnorm_statistics_become_the_mean_of_the_batches_after_an_event(tmp_path):
+    def cut():
+        return channels(0.5, start=4, end=4, recalibrate_batches=3, include=["net.4"])
+
+    seen = []
+
+    class Looks(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            inputs = F.linear(batch[0], before["w"], before["b"]) if before else None
+            seen.append((pl_module.net[1].running_mean.clone(), inputs, pl_module.net[1].momentum))
+            before.update(w=pl_module.net[0].weight.detach().clone(), b=pl_module.net[0].bias.detach().clone())
+
+    before = {}
+    module, again = new(), new()
+    fit(tmp_path, module, cut(), Looks(), Files(tmp_path / "files"), max_epochs=2)
+    means = [inputs.mean(0) for _, inputs, _ in seen[4:7]]
+    torch.testing.assert_close(seen[4][0], means[0])
+    torch.testing.assert_close(seen[6][0], sum(means) / 3)
+    assert {momentum for _, _, momentum in seen} == {0.1}
+    fit(tmp_path, again, cut(), ckpt_path=tmp_path / "files" / "0.ckpt", max_epochs=2)
+    assert_same_state(module, again)
+
+
 # Goals in a measured figure.
 
 
