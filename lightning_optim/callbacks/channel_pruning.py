@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from lightning_optim import checkpoint
 from lightning_optim.callbacks.base import CompressionCallback, compressions, mro_names
 from lightning_optim.callbacks.example_inputs import InputSource
+from lightning_optim.callbacks.statistics import Squares
 from lightning_optim.functional.channels import ChannelCriterion
 from lightning_optim.functional.schedules import SCHEDULES
 from lightning_optim.measure.latency import interleaved_latency
@@ -135,8 +136,7 @@ class ChannelPruning(CompressionCallback):
         self._report: ChannelReport | None = None
         self._dense: _Progress | None = None
         self._removed_at: int | None = None
-        self._squares: dict[str, Tensor] = {}
-        self._square_counts: dict[str, int] = {}
+        self._squares = Squares()
 
     # What the base asks for.
 
@@ -150,7 +150,9 @@ class ChannelPruning(CompressionCallback):
         self._whole = pl_module
         self._report = None
         if fresh:
-            self._dense, self._squares, self._square_counts, self._removed_at = None, {}, {}, None
+            self._dense, self._removed_at = None, None
+            self._squares.clear()
+        self._squares.to({name: parameter.device for name, parameter in self._target.named_parameters()})
         self._inputs.prepare(pl_module, "ChannelPruning")
         self._roots, self._left_alone = select_roots(self._target, self._prefix, self.include, self.exclude)
         if self._inputs.inputs is not None:
@@ -212,9 +214,7 @@ class ChannelPruning(CompressionCallback):
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         for name, parameter in self._target.named_parameters():
             if id(parameter) in held and parameter.grad is not None:
-                square = parameter.grad.detach().float().square()
-                self._squares[name] = self._squares[name].add_(square) if name in self._squares else square
-                self._square_counts[name] = self._square_counts.get(name, 0) + 1
+                self._squares.add(name, parameter.grad.detach().float().square())
 
     def apply_event(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Remove what the schedule asks now. A failed event leaves the model as it was."""
@@ -226,7 +226,7 @@ class ChannelPruning(CompressionCallback):
         progress = self.window.progress()
         if progress > 0.0:  # the schedule begins with the dense model: nothing to rank
             self._remove(trainer, pl_module, self._asked(trainer, progress))
-            self._squares, self._square_counts = {}, {}
+            self._squares.clear()
         self._say(trainer, pl_module)
 
     def _asked(self, trainer: pl.Trainer, progress: float) -> float | dict[str, float]:
@@ -303,7 +303,7 @@ class ChannelPruning(CompressionCallback):
         return self._report, self._dense
 
     def _gradients(self) -> dict[str, Tensor]:
-        return {name: (square / self._square_counts[name]).sqrt() for name, square in self._squares.items()}
+        return {name: self._squares.root_mean(name) for name in self._squares.sums}
 
     def _called_inputs(self) -> ForwardInputs:
         inputs = self._inputs.inputs
@@ -411,8 +411,7 @@ class ChannelPruning(CompressionCallback):
             "parameters": None if self._dense is None else self._dense.parameters,
             "macs": None if self._dense is None else self._dense.macs,
             "removed_at": self._removed_at,
-            "squares": dict(self._squares),
-            "square_counts": dict(self._square_counts),
+            "squares": self._squares.state_dict(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -423,8 +422,7 @@ class ChannelPruning(CompressionCallback):
         if channels is not None:
             self._dense = _Progress(dict(channels), state_dict["parameters"], state_dict["macs"])
         self._removed_at = state_dict["removed_at"]
-        self._squares = dict(state_dict["squares"])
-        self._square_counts = dict(state_dict["square_counts"])
+        self._squares.load_state_dict(state_dict["squares"])
 
     def plan_entry(self) -> dict[str, Any]:
         """Return what was asked."""

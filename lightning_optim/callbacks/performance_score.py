@@ -346,7 +346,7 @@ class PerformanceScore(pl.Callback):
     def _measure(
         self, pl_module: pl.LightningModule, inputs: ForwardInputs, train_seconds: float
     ) -> tuple[float, float]:
-        budget = max(0.008 * train_seconds, LEAST_SECONDS)
+        budget = max(0.005 * train_seconds, LEAST_SECONDS)
         live = _Called(self._inputs.called(pl_module))
         frozen = None
         if self._reference_copy is not None:

@@ -14,6 +14,7 @@ from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-def
 from torch.optim import Optimizer
 
 from lightning_optim.callbacks.base import CompressionCallback, compressions
+from lightning_optim.callbacks.statistics import Squares
 from lightning_optim.functional.criteria import CRITERIA, Criterion, Statistics, parameter_generator, scores_of
 from lightning_optim.functional.masks import (
     apply_masks,
@@ -126,8 +127,7 @@ class WeightPruning(CompressionCallback):
         self._goals: list[_Goal] = []
         self._restored_masks: dict[str, tuple[Tensor, tuple[int, ...]]] = {}
         self._initial: dict[str, float] = {}
-        self._squares: dict[str, Tensor] = {}
-        self._square_counts: dict[str, int] = {}
+        self._squares = Squares()
         self._input_handles: list[Any] = []
 
     @property
@@ -170,10 +170,12 @@ class WeightPruning(CompressionCallback):
         self._check_weights(selection)
         self._check_peers(trainer)
         if fresh:
-            self._keeps, self._squares, self._square_counts, self._restored_masks = {}, {}, {}, {}
+            self._keeps, self._restored_masks = {}, {}
+            self._squares.clear()
             self._take_up_zeros()
         elif self._restored_masks:
             self._take_up_state()
+        self._squares.to({name: weight.parameter.device for name, weight in self._weights.items()})
         self._goals = self._make_goals(prefix)
         self._check_goals()
         if self._keeps:
@@ -196,9 +198,9 @@ class WeightPruning(CompressionCallback):
         for name in self._weights.keys() & kept.keys():
             indices, shape = kept[name]
             self._weights[name] = replace(self._weights[name], parameter=parameters[name])
-            for tensors in (self._keeps, self._squares):
-                if name in tensors:
-                    tensors[name] = keep_channels(tensors[name], indices, shape)
+            self._squares.keep(name, indices, shape)
+            if name in self._keeps:
+                self._keeps[name] = keep_channels(self._keeps[name], indices, shape)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -224,7 +226,7 @@ class WeightPruning(CompressionCallback):
         asked /= self._numel(self._weights)
         self._check_ranks_agree(trainer, keeps)
         self._keeps = keeps
-        self._squares, self._square_counts = {}, {}
+        self._squares.clear()
         self._apply(trainer, keeps)
         self._report(trainer, pl_module, asked)
 
@@ -236,8 +238,7 @@ class WeightPruning(CompressionCallback):
             "masks": {name: packed for name, (packed, _) in masks.items()},
             "shapes": {name: shape for name, (_, shape) in masks.items()},
             "initial": dict(self._initial),
-            "squares": dict(self._squares),
-            "square_counts": dict(self._square_counts),
+            "squares": self._squares.state_dict(),
         }
 
     def _packed_masks(self) -> dict[str, tuple[Tensor, tuple[int, ...]]]:
@@ -254,8 +255,7 @@ class WeightPruning(CompressionCallback):
         self._restored = self._restored or bool(self._restored_masks)
         self._keeps = {}
         self._initial = dict(state_dict["initial"])
-        self._squares = dict(state_dict["squares"])
-        self._square_counts = dict(state_dict["square_counts"])
+        self._squares.load_state_dict(state_dict["squares"])
 
     def plan_entry(self) -> dict[str, Any]:
         """Return names and shapes of the masks, what was asked and what is reached."""
@@ -373,8 +373,6 @@ class WeightPruning(CompressionCallback):
             )
             for name, (packed, shape) in self._restored_masks.items()
         }
-        device = {name: weight.parameter.device for name, weight in self._weights.items()}
-        self._squares = {name: square.to(device[name]) for name, square in self._squares.items()}
         self._restored_masks = {}
 
     def _make_goals(self, prefix: str) -> list[_Goal]:
@@ -448,21 +446,16 @@ class WeightPruning(CompressionCallback):
                 f"the criterion needs the {statistic} of {name}, and none was seen before this event: the layer took "
                 "no part in training. Pass it in `exclude`, or start at step 1 or later."
             )
-        squares, count = self._squares[name], self._square_counts[name]
         if statistic == "input_norm":
-            squares = trainer.strategy.reduce(squares.clone(), reduce_op="sum")
-            return squares.sqrt()
-        return (squares / count).sqrt()
+            norm: Tensor = trainer.strategy.reduce(self._squares.sums[name].clone(), reduce_op="sum").sqrt()
+            return norm
+        return self._squares.root_mean(name)
 
     def _note_gradients(self, names: Sequence[str]) -> None:
         for name in names:
             gradient = self._weights[name].parameter.grad
             if gradient is not None:
-                self._add_squares(name, gradient.detach().float().square())
-
-    def _add_squares(self, name: str, squares: Tensor) -> None:
-        self._squares[name] = self._squares[name].add_(squares) if name in self._squares else squares
-        self._square_counts[name] = self._square_counts.get(name, 0) + 1
+                self._squares.add(name, gradient.detach().float().square())
 
     def _stop_watching_inputs(self) -> None:
         for handle in self._input_handles:
@@ -544,7 +537,7 @@ class _InputNorm:
 
     def __call__(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
         if layer.training:
-            self.callback._add_squares(self.weight.name, squared_inputs(layer, args[0].detach().float()))
+            self.callback._squares.add(self.weight.name, squared_inputs(layer, args[0].detach().float()))
 
 
 def squared_inputs(layer: nn.Module, inputs: Tensor) -> Tensor:

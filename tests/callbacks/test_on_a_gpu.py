@@ -5,7 +5,7 @@ import torch
 from lightning import pytorch as pl
 
 from helpers.models import Classifier, Files, assert_same_state, new, train_loader, val_loader
-from lightning_optim import PerformanceScore, WeightPruning, load_from_checkpoint, measure_latency
+from lightning_optim import ChannelPruning, PerformanceScore, WeightPruning, load_from_checkpoint, measure_latency
 
 pytestmark = [
     pytest.mark.gpu,
@@ -74,3 +74,15 @@ def test_the_score_and_the_latency(tmp_path):
     assert run.callback_metrics["P/inference_time"] == pytest.approx(1.0, abs=0.5)
     small, big = new().cuda(), new(width=4096).cuda()
     assert measure_latency(small, torch.randn(64, 12, device="cuda"), against=big, batch_size=4096).ratio < 0.9
+
+
+@pytest.mark.parametrize("precision", ["32-true", "16-mixed", "bf16-mixed", "bf16-true"])
+def test_channels_leave_on_the_device_in_multiples_of_eight(tmp_path, precision):
+    class Cast(Classifier):
+        def forward(self, x):
+            return super().forward(x.to(self.net[0].weight.dtype))
+
+    module = new(Cast, width=64)
+    run = fit(tmp_path, module, ChannelPruning(0.4, scope="layer", start=2, end=0.8, events=3), precision=precision)
+    assert module.net[0].out_features == module.net[4].out_features == 40  # 64 - 25 = 39, kept up to 40
+    assert all(p.device.type == "cuda" for group in run.optimizers[0].param_groups for p in group["params"])
