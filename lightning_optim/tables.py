@@ -1,12 +1,12 @@
 """Tables for logs: rich draws them, the logger prints them."""
 
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from rich.console import Console
 from rich.table import Table
 
-__all__ = ["render"]
+__all__ = ["by_reason", "render"]
 
 
 def render(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -23,3 +23,27 @@ def render(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) ->
     stream = io.StringIO()
     Console(file=stream, width=120).print(table)
     return stream.getvalue().rstrip()
+
+
+def by_reason(left_out: Mapping[str, str], shown: int = 3) -> list[tuple[str, str]]:
+    """Gather names that were left out for the same reason.
+
+    Args:
+        left_out: Name -> reason.
+        shown: How many names of a reason are written out.
+
+    Returns:
+        ``(names, reason)``, in the order in which the reasons first appear.
+
+    Example:
+        >>> by_reason({"a": "norm", "b": "last layer", "c": "norm", "d": "norm"}, shown=2)
+        [('a, c and 1 more', 'norm'), ('b', 'last layer')]
+    """
+    names: dict[str, list[str]] = {}
+    for name, reason in left_out.items():
+        names.setdefault(reason, []).append(name)
+    rows = []
+    for reason, same in names.items():
+        more = f" and {len(same) - shown} more" if len(same) > shown else ""
+        rows.append((", ".join(same[:shown]) + more, reason))
+    return rows

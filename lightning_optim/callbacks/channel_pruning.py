@@ -25,7 +25,7 @@ from lightning_optim.structured.goal import Goal, smallest_ratio
 from lightning_optim.structured.groups import Removal, TracedModel, copy_for_tracing
 from lightning_optim.structured.removal import apply_removal, damage, slice_optimizer
 from lightning_optim.structured.selection import select_roots
-from lightning_optim.tables import render
+from lightning_optim.tables import by_reason, render
 from lightning_optim.target import ForwardInputs, Pattern, averaged_copies
 from lightning_optim.window import Window
 
@@ -457,7 +457,7 @@ class ChannelPruning(CompressionCallback):
             (name, str(self._dense.channels[name]), f"{ratios[name]:.0%}", ", ".join(sorted(group.layers - {name})))
             for name, group in self._report.groups.items()
         ]
-        rows += [(name, "", "-", reason) for name, reason in self._report.left_out.items()]
+        rows += [(names, "", "-", reason) for names, reason in by_reason(self._report.left_out)]
         return render(
             f"{self._label()}: steps {self.window.start_step} to {self.window.end_step}",
             ("channels of", "dense", "removed at the end", "layers that change with it, or why not"),

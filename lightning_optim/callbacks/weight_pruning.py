@@ -28,7 +28,7 @@ from lightning_optim.functional.masks import (
 from lightning_optim.functional.schedules import SCHEDULES
 from lightning_optim.functional.thresholds import Scores
 from lightning_optim.structured.removal import keep_channels
-from lightning_optim.tables import render
+from lightning_optim.tables import by_reason, render
 from lightning_optim.target import Pattern, Selection, Weight, averaged_copies, matches, select_weights
 from lightning_optim.window import Window
 
@@ -522,7 +522,7 @@ class WeightPruning(CompressionCallback):
             (name, "x".join(map(str, weight.parameter.shape)), asked[name], f"{self.granularity}, {self.scope}")
             for name, weight in selection.chosen.items()
         ]
-        rows += [(name, "", "-", reason) for name, reason in selection.left_out.items()]
+        rows += [(names, "", "-", reason) for names, reason in by_reason(selection.left_out)]
         start, end = self.window.start_step, self.window.end_step
         title = f"{self._label()}: steps {start} to {end}" if self._goals else f"{self._label()}: hold"
         return render(title, ("parameter", "shape", "zeros asked", "how, or why not"), rows)
