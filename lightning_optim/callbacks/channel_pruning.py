@@ -20,9 +20,16 @@ from lightning_optim.functional.schedules import SCHEDULES
 from lightning_optim.measure.latency import interleaved_latency
 from lightning_optim.measure.macs import count_macs
 from lightning_optim.measure.size import SIZES
-from lightning_optim.structured.events import Allocation, ChannelReport, check_ratio, find_prunable, plan_event
+from lightning_optim.structured.events import (
+    Allocation,
+    ChannelReport,
+    check_ratio,
+    find_prunable,
+    known_groups,
+    plan_event,
+)
 from lightning_optim.structured.goal import Goal, smallest_ratio
-from lightning_optim.structured.groups import Removal, TracedModel, copy_for_tracing
+from lightning_optim.structured.groups import Removal, copy_for_tracing
 from lightning_optim.structured.removal import apply_removal, damage, slice_optimizer
 from lightning_optim.structured.selection import select_roots
 from lightning_optim.tables import by_reason, render
@@ -74,7 +81,7 @@ class ChannelPruning(CompressionCallback):
         warmup_steps: After an event the learning rates rise again from 0 over this many steps; 0: they do not.
         reduction: How the layers of a group decide together: ``"mean"``, ``"sum"`` or ``"max"``.
         check: Try each group once, and every event, on copies of the model: removing must equal setting to zero. Costs
-            four copies and four forward passes of the example inputs per event.
+            three copies and four forward passes of the example inputs per event (one of each without).
         module: Dotted name of the module to prune; default the whole model.
         include: Exactly the layers whose outputs may leave (names, glob patterns, layer classes), instead of the
             default: all but embeddings and the last Linear/Conv.
@@ -85,8 +92,9 @@ class ChannelPruning(CompressionCallback):
     State: the window, the channels of the dense model, and for ``taylor`` one float32 per selected weight. A resumed
     run continues bit for bit. Strategies: a single device and DDP (the model is wrapped anew after each event).
 
-    What cannot be treated (attention heads, recurrent layers, outputs of the model, whatever fails the check) is left
-    alone, with its reason in the table.
+    Hand-written attention with separate Linear layers for queries, keys, values and output loses whole heads. What cannot
+    be treated (fused projections, ``nn.MultiheadAttention``, recurrent layers, outputs of the model, whatever fails the
+    check) is left alone, with its reason in the table.
 
     References:
         Fang et al. 2023, "DepGraph: Towards Any Structural Pruning".
@@ -330,8 +338,7 @@ class ChannelPruning(CompressionCallback):
                 float(count_macs(self._target, self._called_inputs())) if macs else None,
             )
         else:
-            groups = TracedModel(self._target, self._called_inputs()).groups()
-            self._report = ChannelReport({g.name: g for g in groups if g.name in self._dense.channels})
+            self._report = known_groups(self._target, self._called_inputs(), self._dense.channels)
         self._final_ratios()
         if self.round_to is None and trainer.strategy.root_device.type == "cuda":
             self.allocation = self.allocation.rounded(8)

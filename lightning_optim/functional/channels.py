@@ -122,7 +122,7 @@ def kept_channels(dense: int, ratio: float, *, blocks: int = 1, round_to: int | 
 
     Example:
         >>> kept_channels(16, 0.3)
-        11
+        12
         >>> kept_channels(16, 0.3, round_to=8)
         16
     """
@@ -145,26 +145,29 @@ def channels_to_remove(scores: Tensor, keep: int, blocks: int = 1) -> list[int]:
     return sorted(block * by_block.shape[1] + index for block in range(blocks) for index in lowest)
 
 
-def global_ratios(scores: Mapping[str, Tensor], ratio: float, most: float = 0.9) -> dict[str, float]:
+def global_ratios(
+    scores: Mapping[str, Tensor], ratio: float, most: float = 0.9, *, least: Mapping[str, int] | None = None
+) -> dict[str, float]:
     """Return each group's ratio when all channels are ranked together.
 
     Args:
         scores: Group name -> ``[channels]``, normalised.
         ratio: Fraction of all channels to remove.
         most: No group loses more than this fraction: no layer is starved.
+        least: Channels that every group keeps, by group; default none but what ``most`` leaves.
     """
     names = list(scores)
     flat = torch.cat([scores[name] for name in names])
     owner = torch.cat([torch.full((len(scores[name]),), index) for index, name in enumerate(names)])
     order = flat.sort(stable=True).indices
-    limits = torch.tensor([math.floor(most * len(scores[name])) for name in names])
-    taken = torch.zeros(len(names), dtype=torch.long)
+    fewest = {name: (least or {}).get(name, 0) for name in names}
+    limits = [max(0, min(math.floor(most * len(scores[name])), len(scores[name]) - fewest[name])) for name in names]
+    taken = [0] * len(names)
     left = math.floor(ratio * len(flat) + 1e-9)
-    for channel in order.tolist():
-        group = int(owner[channel])
+    for group in owner[order].tolist():
         if left == 0:
             break
         if taken[group] < limits[group]:
             taken[group] += 1
             left -= 1
-    return {name: int(taken[index]) / len(scores[name]) for index, name in enumerate(names)}
+    return {name: taken[index] / len(scores[name]) for index, name in enumerate(names)}

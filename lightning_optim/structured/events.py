@@ -1,5 +1,6 @@
 """One pruning event: from a live model and a ratio to what leaves, checked before anything is committed."""
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -19,13 +20,23 @@ from lightning_optim.functional.channels import (
     kept_channels,
 )
 from lightning_optim.functional.criteria import parameter_generator
-from lightning_optim.structured.groups import ChannelGroup, Removal, TracedModel
+from lightning_optim.structured.attention import FEWEST_HEADS, as_heads, in_attention
+from lightning_optim.structured.groups import FAILURES, ChannelGroup, Removal, TracedModel
 from lightning_optim.structured.removal import damage, trusted
 from lightning_optim.target import ForwardInputs
 
-__all__ = ["Allocation", "ChannelReport", "check_ratio", "find_prunable", "plan_event"]
+__all__ = [
+    "Allocation",
+    "ChannelReport",
+    "check_ratio",
+    "find_prunable",
+    "held_gradients",
+    "known_groups",
+    "plan_event",
+]
 
 _CHANNEL_DIM = {"out": 0, "in": 1}
+_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
 _SWAPPED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Embedding, nn.EmbeddingBag)
 
 
@@ -123,8 +134,9 @@ def find_prunable(
 ) -> ChannelReport:
     """Find the groups that can be pruned without harm.
 
-    A group is left out when one of its outputs belongs to a layer that is left alone, or when removing one channel
-    (one of each block) breaks the forward pass, changes an output's shape, or differs from setting it to zero.
+    A group is left out when one of its outputs belongs to a layer that is left alone, or when removing some channels
+    (the same of each block) breaks the forward pass, changes an output's shape, or differs from setting them to zero.
+    Queries, keys and values of hand-written attention that cannot lose single channels are tried as whole heads.
 
     Args:
         module: The model.
@@ -134,46 +146,110 @@ def find_prunable(
         check: Try each group on copies of the model.
     """
     groups = {group.name: group for group in TracedModel(module, inputs).groups()}
-    wanted, left_out = set(roots), {}
+    left_out = _left_out(groups, set(roots), left_alone)
+    candidates = {name: group for name, group in groups.items() if name not in left_out}
+    return _checked(module, inputs, candidates, left_out) if check else ChannelReport(candidates, left_out)
+
+
+def known_groups(module: nn.Module, inputs: ForwardInputs, names: Iterable[str]) -> ChannelReport:
+    """Find groups again that :func:`find_prunable` found in the dense model, as they are now.
+
+    Args:
+        module: The model, smaller by now.
+        inputs: What its forward receives.
+        names: The groups' names.
+    """
+    wanted = set(names)
+    groups = {group.name: group for group in TracedModel(module, inputs).groups() if group.name in wanted}
+    heads = {name: group for name, group in groups.items() if in_attention(module, group)}
+    return ChannelReport({**groups, **_checked(module, inputs, heads, {}).groups})
+
+
+def _left_out(groups: Mapping[str, ChannelGroup], roots: set[str], left_alone: Mapping[str, str]) -> dict[str, str]:
+    """Return why groups are left out that need not be tried."""
+    left_out = {}
     for name, group in groups.items():
-        outputs = {member.layer for member in group.members if member.side == "out"}
+        outputs = {member.layer for member in group.members if member.side == "out"} or {name}
         coupled = sorted(outputs & left_alone.keys())
         if coupled:
-            left_out[name] = (
-                f"coupled with {coupled[0]} ({left_alone[coupled[0]]})" if coupled[0] != name else left_alone[name]
-            )
-        elif not outputs & wanted:
+            reason = left_alone[coupled[0]]
+            left_out[name] = reason if coupled[0] == name else f"coupled with {coupled[0]} ({reason})"
+        elif not outputs & roots:
             left_out[name] = "not selected"
+        elif group.problem:
+            left_out[name] = group.problem
         elif group.channels <= group.blocks:
             left_out[name] = "one channel a block"
-    candidates = {name: group for name, group in groups.items() if name not in left_out}
-    if check:
-        for exact in (True, False):
-            names = [name for name, group in candidates.items() if group.exact is exact]
-            _, bad = trusted(names, partial(_probe, module, inputs, groups, exact))
-            left_out |= bad
-        candidates = {name: group for name, group in candidates.items() if name not in left_out}
-    return ChannelReport(candidates, left_out)
+    return left_out
+
+
+def _checked(
+    module: nn.Module, inputs: ForwardInputs, groups: Mapping[str, ChannelGroup], left_out: dict[str, str]
+) -> ChannelReport:
+    """Try the groups: those that cannot lose single channels as attention heads."""
+    bad: dict[str, str] = {}
+    for exact in (True, False):
+        names = [name for name, group in groups.items() if group.exact is exact]
+        bad |= trusted(names, partial(_probe, module, inputs, groups))[1]
+    heads = {name: _as_heads(module, inputs, groups[name]) for name in bad}
+    kept = {name: heads.get(name) or group for name, group in groups.items() if name not in bad or heads[name]}
+    reasons = {name: _reason(module, groups[name], reason) for name, reason in bad.items() if name not in kept}
+    return ChannelReport(kept, {**left_out, **reasons})
+
+
+def _as_heads(module: nn.Module, inputs: ForwardInputs, group: ChannelGroup) -> ChannelGroup | None:
+    variants = as_heads(module, group)
+    return next((each for each in variants if _probe(module, inputs, {each.name: each}, [each.name]) is None), None)
+
+
+def _reason(module: nn.Module, group: ChannelGroup, reason: str) -> str:
+    if not in_attention(module, group):
+        return reason
+    return f"attention whose heads cannot be told apart (fused or shared projections): {reason}"
 
 
 def _probe(
-    module: nn.Module, inputs: ForwardInputs, groups: Mapping[str, ChannelGroup], exact: bool, names: Sequence[str]
+    module: nn.Module, inputs: ForwardInputs, groups: Mapping[str, ChannelGroup], names: Sequence[str]
 ) -> str | None:
-    """Remove the first channel of each block of some groups, on copies."""
-    firsts = {
-        name: [b * (groups[name].channels // groups[name].blocks) for b in range(groups[name].blocks)] for name in names
-    }
+    """Remove some channels of some groups, on copies: others in each group, so that nothing lines up by chance."""
+    leaving = {name: _some_channels(groups[name]) for name in names}
     try:
-        removal = TracedModel(module, inputs).remove(firsts)
-    except (RuntimeError, ValueError, IndexError, AssertionError, TypeError) as error:
-        return f"torch-pruning cannot remove its channels ({str(error).splitlines()[0][:100]})"
-    return damage(module, inputs, removal, exact=exact)
+        removal = _remove(TracedModel(module, inputs), groups, leaving)
+    except FAILURES as error:
+        return f"torch-pruning cannot remove its channels ({(str(error).splitlines() or [''])[0][:120]})"
+    return damage(module, inputs, removal, exact=all(groups[name].exact for name in names))
+
+
+def _some_channels(group: ChannelGroup) -> list[int]:
+    """Draw up to half of the channels, the same of each block, from the group's name."""
+    pieces = group.channels // group.blocks // group.unit
+    generator = parameter_generator(group.name)
+    number = int(torch.randint(1, pieces // 2 + 1, (), generator=generator)) if pieces > 1 else 0
+    drawn = torch.randperm(pieces, generator=generator)[:number].tolist()
+    units = [block * pieces + piece for block in range(group.blocks) for piece in drawn]
+    return sorted(unit * group.unit + offset for unit in units for offset in range(group.unit))
+
+
+def _remove(traced: TracedModel, groups: Mapping[str, ChannelGroup], leaving: Mapping[str, Sequence[int]]) -> Removal:
+    """Return what is left, with the attributes that count heads."""
+    removal = traced.remove(leaving)
+    attributes = {name: dict(values) for name, values in removal.attributes.items()}
+    for name, channels in leaving.items():
+        left = groups[name].channels - len(channels)
+        for layer, attribute, per in groups[name].counts:
+            attributes.setdefault(layer, {})[attribute] = left // per
+    return replace(removal, attributes=attributes)
+
+
+def held_gradients(module: nn.Module) -> dict[str, Tensor]:
+    """Return the gradients that parameters hold now, by name: what ``taylor`` needs where nothing was collected."""
+    return {name: p.grad.detach().clone() for name, p in module.named_parameters() if p.grad is not None}
 
 
 def plan_event(
     module: nn.Module,
     inputs: ForwardInputs,
-    names: Iterable[str],
+    names: Mapping[str, ChannelGroup],
     dense: Mapping[str, int],
     ratios: float | Mapping[str, float],
     allocation: Allocation,
@@ -185,7 +261,7 @@ def plan_event(
     Args:
         module: The model as it is.
         inputs: What its forward receives.
-        names: The prunable groups.
+        names: The prunable groups by name, as :func:`find_prunable` gave them.
         dense: Channels of each group before anything left.
         ratios: Fraction to be gone, of all groups or by group.
         allocation: How channels are chosen.
@@ -196,18 +272,27 @@ def plan_event(
         The removal, (channels now, channels after) by group, and whether removing equals setting to zero.
     """
     traced = TracedModel(module, inputs)
-    wanted = set(names)
-    groups = {group.name: group for group in traced.groups() if group.name in wanted}
+    now = {group.name: group for group in traced.groups() if group.name in names}
+    groups = {name: replace(group, unit=names[name].unit, counts=names[name].counts) for name, group in now.items()}
     scores = {name: _scores(module, group, allocation, gradients or {}, prefix) for name, group in groups.items()}
     by_group = _ratios(groups, scores, dense, ratios, allocation)
     leaving, counts, exact = {}, {}, True
     for name, group in groups.items():
-        keep = kept_channels(dense[name], by_group[name], blocks=group.blocks, round_to=allocation.round_to)
-        counts[name] = (group.channels, min(keep, group.channels))
+        keep = _keep(group, dense[name], by_group[name], allocation.round_to)
+        counts[name] = (group.channels, keep)
         if keep < group.channels:
             leaving[name] = channels_to_remove(scores[name], keep, group.blocks)
             exact = exact and group.exact
-    return traced.remove(leaving), counts, exact
+    return _remove(traced, groups, leaving), counts, exact
+
+
+def _keep(group: ChannelGroup, dense: int, ratio: float, round_to: int | None) -> int:
+    """Return how many channels stay of those that are there."""
+    if group.unit == 1:
+        keep = kept_channels(dense, ratio, blocks=group.blocks, round_to=round_to)
+    else:  # the width of a head stays
+        keep = max(kept_channels(dense, ratio, blocks=group.unit), FEWEST_HEADS * group.unit)
+    return min(keep, group.channels)
 
 
 def _ratios(
@@ -222,7 +307,8 @@ def _ratios(
     if allocation.scope == "layer":
         return dict.fromkeys(groups, ratios)
     gone = {name: torch.full((dense[name] - group.channels,), -torch.inf) for name, group in groups.items()}
-    return global_ratios({name: torch.cat([gone[name], scores[name]]) for name in groups}, ratios)
+    least = {name: 2 * group.blocks * group.unit for name, group in groups.items()}
+    return global_ratios({name: torch.cat([gone[name], scores[name]]) for name in groups}, ratios, least=least)
 
 
 def _scores(
@@ -230,7 +316,8 @@ def _scores(
 ) -> Tensor:
     slices = list(_slices(module, group, allocation, gradients, prefix))
     try:
-        return group_scores(slices, allocation.criterion, allocation.reduction)
+        scores = group_scores(slices, allocation.criterion, allocation.reduction)
+        return scores.view(-1, group.unit).mean(1).repeat_interleave(group.unit)
     except ValueError as error:
         raise ValueError(f"group {prefix}{group.name}: {error}") from error
 
@@ -244,7 +331,9 @@ def _slices(
         weight = getattr(layer, "weight", None)
         if not isinstance(weight, Tensor):
             continue
-        norm = weight.ndim == 1
+        norm = isinstance(layer, _NORMS)
+        if weight.ndim == 1 and not norm:  # slopes of a PReLU
+            continue
         matrix = _by_channel(layer, weight.detach(), member.side, member.index, member.root, group.channels)
         if matrix is None:
             continue
@@ -257,9 +346,13 @@ def _slices(
 def _by_channel(
     layer: nn.Module, weight: Tensor, side: str, index: Sequence[int], root: Sequence[int], channels: int
 ) -> Tensor | None:
-    """Return the weights by channel of the group, ``[channels, entries]``; None where the layer has no such one."""
+    """Return the weights by channel of the group, ``[channels, entries]``.
+
+    None where that cannot be told: inputs of a grouped convolution, or a layer that sees only some of the channels.
+    """
     dim = 0 if weight.ndim == 1 else _CHANNEL_DIM[side] ^ isinstance(layer, _SWAPPED)
-    if weight.ndim > 1 and weight.shape[dim] <= max(index):  # inputs of a grouped convolution
+    entries = Counter(root)
+    if weight.shape[dim] <= max(index) or len(entries) < channels or len(set(entries.values())) > 1:
         return None
     rows = weight.movedim(dim, 0).flatten(1) if weight.ndim > 1 else weight[:, None]
     order = torch.tensor(sorted(range(len(index)), key=lambda i: (root[i], index[i])))

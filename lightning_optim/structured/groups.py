@@ -16,7 +16,19 @@ from torch import Tensor, nn
 
 from lightning_optim.target import ForwardInputs
 
-__all__ = ["ChannelGroup", "Member", "Removal", "TracedModel", "copy_for_tracing"]
+__all__ = ["FAILURES", "ChannelGroup", "Member", "Removal", "TracedModel", "copy_for_tracing"]
+
+FAILURES = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    NotImplementedError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+"""What torch-pruning, or a forward after a wrong removal, may raise."""
 
 _NORMS_OVER_CHANNELS = (nn.LayerNorm, nn.GroupNorm)
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -51,8 +63,13 @@ class ChannelGroup:
         channels: How many there are now.
         blocks: Into how many equal blocks they fall from which the same relative channels must leave (grouped
             convolutions, GroupNorm); 1 mostly.
-        exact: Whether removing equals setting to zero: not so where a norm is taken over the channels.
+        exact: Whether it can be checked that removing equals setting to zero: not so where a norm is taken over the
+            channels by a layer that has no scale or its own forward.
         members: The layers.
+        unit: Consecutive channels that leave together, such as the width of an attention head.
+        counts: Attributes that count these channels and that torch-pruning does not know: layer, attribute, and how
+            many channels it counts as one (a number of heads: the width of a head).
+        problem: Why it cannot be pruned, where that is known without trying.
     """
 
     name: str
@@ -60,6 +77,9 @@ class ChannelGroup:
     blocks: int
     exact: bool
     members: tuple[Member, ...]
+    unit: int = 1
+    counts: tuple[tuple[str, str, int], ...] = ()
+    problem: str = ""
 
     @property
     def layers(self) -> set[str]:
@@ -110,16 +130,39 @@ class TracedModel:
     def __init__(self, module: nn.Module, inputs: ForwardInputs) -> None:
         self._copy = copy_for_tracing(module).requires_grad_(True)  # frozen layers are invisible to the tracing
         self._names = {layer: name for name, layer in self._copy.named_modules()}
-        self._graph = _trace(self._copy, inputs)
+        try:
+            self._graph = _trace(self._copy, inputs)
+        except FAILURES as error:
+            raise ValueError(
+                f"{type(module).__name__} cannot be traced ({_first_line(error)}). Prune a part of it: "
+                "`module='the part'`."
+            ) from error
 
-    def groups(self, roots: Iterable[str] | None = None) -> list[ChannelGroup]:
-        """Return the groups whose root is among the named layers (default: every layer that can be one)."""
-        wanted = None if roots is None else set(roots)
-        found = []
-        for group in self._graph.get_all_groups(root_module_types=_ROOTS):
-            if wanted is None or self._names[group[0].dep.target.module] in wanted:
-                found.append(self._read(group))
+    def groups(self) -> list[ChannelGroup]:
+        """Return the groups of every layer that can lose outputs; each layer's outputs are in one group."""
+        found, seen = [], set()
+        for layer in list(self._graph.module2node):
+            if not isinstance(layer, _ROOTS) or layer in seen or layer not in self._names:
+                continue
+            group = self._group(layer)
+            if isinstance(group, str):
+                name = self._names[layer]
+                found.append(ChannelGroup(name, _outputs_of(layer), 1, True, (), problem=group))
+                continue
+            for item in group:
+                if self._graph.is_out_channel_pruning_fn(item.dep.handler):
+                    seen.add(item.dep.target.module)
+            found.append(self._read(group))
         return found
+
+    def _group(self, layer: nn.Module) -> Any:
+        """Return torch-pruning's group of all outputs of a layer, or why there is none."""
+        pruner = self._graph.get_pruner_of_module(layer)
+        try:
+            channels = range(pruner.get_out_channels(layer))
+            return self._graph.get_pruning_group(layer, pruner.prune_out_channels, list(channels))
+        except FAILURES as error:
+            return f"torch-pruning cannot follow its channels ({_first_line(error)})"
 
     def _read(self, group: Any) -> ChannelGroup:
         members, blocks, exact = [], 1, True
@@ -130,9 +173,21 @@ class TracedModel:
             side = "out" if self._graph.is_out_channel_pruning_fn(item.dep.handler) else "in"
             members.append(Member(self._names[layer], side, tuple(item.idxs), tuple(item.root_idxs)))
             blocks = math.lcm(blocks, _blocks(layer))
-            exact = exact and not isinstance(layer, _NORMS_OVER_CHANNELS)
-        root = group[0].dep.target.module
-        return ChannelGroup(self._names[root], len(group[0].idxs), blocks, exact, tuple(members))
+            exact = exact and (not isinstance(layer, _NORMS_OVER_CHANNELS) or _has_known_forward(layer))
+        root, channels = group[0].dep.target.module, len(group[0].idxs)
+        problem = self._misaligned(members, channels, blocks)
+        return ChannelGroup(self._names[root], channels, blocks, exact, tuple(members), problem=problem)
+
+    def _misaligned(self, members: Iterable[Member], channels: int, blocks: int) -> str:
+        """Say which layer's blocks would not lose the same channels each when the group's blocks do."""
+        if channels % blocks:
+            return f"its {channels} channels do not fall into {blocks} equal blocks"
+        layers = {name: layer for layer, name in self._names.items()}
+        for member in members:
+            own = _blocks(layers[member.layer])
+            if own > 1 and not _aligned(member, _width(layers[member.layer], member.side), own, channels // blocks):
+                return f"the {own} blocks of {member.layer} would not lose the same channels each"
+        return ""
 
     def remove(self, channels: Mapping[str, Sequence[int]]) -> Removal:
         """Return what is left when channels of some groups leave; the copy is used up by it.
@@ -142,9 +197,13 @@ class TracedModel:
 
         Args:
             channels: Group name -> channels of its root layer.
+
+        Raises:
+            ValueError: If layers that share a parameter would lose different channels of it.
         """
         before = {name: _plain_attributes(layer) for layer, name in self._names.items()}
         shapes = {name: tensor.shape for name, tensor in _tensors(self._copy).items()}
+        shared = _shared(self._copy)
         for tensor in _tensors(self._copy).values():
             tensor.data = torch.arange(tensor.numel(), dtype=torch.float64, device=tensor.device).view(tensor.shape)
         layers = {name: layer for layer, name in self._names.items()}
@@ -153,6 +212,7 @@ class TracedModel:
             with torch.no_grad():
                 self._graph.get_pruning_group(layers[name], handler, sorted(leaving)).prune()
         left = {name: tensor for name, tensor in _tensors(self._copy).items() if tensor.shape != shapes[name]}
+        self._check_shared(shared, left)
         after = {name: _plain_attributes(layer) for layer, name in self._names.items()}
         changed = {
             name: {key: value for key, value in after[name].items() if before[name].get(key) != value} for name in after
@@ -162,6 +222,55 @@ class TracedModel:
             {name: tuple(tensor.shape) for name, tensor in left.items()},
             {name: attributes for name, attributes in changed.items() if attributes},
         )
+
+    def _check_shared(self, shared: Iterable[list[str]], left: Mapping[str, Tensor]) -> None:
+        for first, *others in shared:
+            for other in others:
+                both = left.get(first), left.get(other)
+                same = both[0] is both[1] is None or (
+                    both[0] is not None and both[1] is not None and torch.equal(both[0], both[1])
+                )
+                if not same:
+                    raise ValueError(f"{first} and {other} are one tensor and would lose different channels")
+
+
+def _shared(module: nn.Module) -> list[list[str]]:
+    """Return the names of every parameter that has more than one."""
+    names: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(name)
+    return [each for each in names.values() if len(each) > 1]
+
+
+def _aligned(member: Member, width: int, blocks: int, per_block: int) -> bool:
+    """Tell whether each relative channel of the group's blocks is the same place(s) in every block of a layer."""
+    size = width // blocks
+    places: dict[int, set[int]] = {}
+    for index, root in zip(member.index, member.root, strict=True):
+        places.setdefault(root % per_block, set()).add(index)
+    return all(
+        indices == {block * size + index % size for index in indices for block in range(blocks)}
+        for indices in places.values()
+    )
+
+
+def _width(layer: Any, side: str) -> int:
+    if isinstance(layer, nn.GroupNorm):
+        return int(layer.num_channels)
+    return int(layer.out_channels if side == "out" else layer.in_channels)
+
+
+def _outputs_of(layer: Any) -> int:
+    names = ("out_features", "out_channels", "embedding_dim")
+    return next(int(getattr(layer, name)) for name in names if hasattr(layer, name))
+
+
+def _has_known_forward(layer: Any) -> bool:
+    return type(layer) in _NORMS_OVER_CHANNELS and layer.weight is not None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:120]
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -205,17 +314,34 @@ def _without_flash_paths():  # type: ignore[no-untyped-def]
 
 def _trace(module: nn.Module, inputs: ForwardInputs) -> Any:
     import torch_pruning as tp
+
+    pruners = _own_pruners()
+    graph = tp.DependencyGraph()
+    with _without_flash_paths(), torch.random.fork_rng(devices=[]), _opaque_recurrent_layers(module):
+        graph.build_dependency(
+            module,
+            inputs.args,
+            forward_fn=lambda model, _: _tensors_of(inputs.call(model)),
+            customized_pruners={
+                type(layer): p for layer in module.modules() for t, p in pruners if isinstance(layer, t)
+            },
+            verbose=False,
+        )
+    return graph
+
+
+def _own_pruners() -> list[tuple[tuple[type[nn.Module], ...], Any]]:
+    """Return pruners of layers that torch-pruning does not know, or treats wrongly."""
     from torch_pruning.pruner.function import BasePruningFunc
 
     class BagPruner(BasePruningFunc):  # type: ignore[misc]
-        """Columns of an EmbeddingBag, which torch-pruning does not know."""
+        """Columns of an EmbeddingBag."""
 
         TARGET_MODULES = (nn.EmbeddingBag,)
 
-        def prune_out_channels(self, layer: nn.EmbeddingBag, idxs: Sequence[int]) -> nn.Module:
-            keep = sorted(set(range(layer.embedding_dim)) - set(idxs))
-            layer.weight = nn.Parameter(layer.weight.detach()[:, keep])
-            layer.embedding_dim = len(keep)
+        def prune_out_channels(self, layer: nn.EmbeddingBag, idxs: Sequence[int]) -> nn.EmbeddingBag:
+            layer.weight = nn.Parameter(_without(layer.weight, idxs, 1))
+            layer.embedding_dim = layer.weight.shape[1]
             return layer
 
         prune_in_channels = prune_out_channels
@@ -225,19 +351,72 @@ def _trace(module: nn.Module, inputs: ForwardInputs) -> Any:
 
         get_in_channels = get_out_channels
 
-    graph = tp.DependencyGraph()
-    with _without_flash_paths(), torch.random.fork_rng(devices=[]):
-        graph.build_dependency(
-            module,
-            inputs.args,
-            forward_fn=lambda model, _: _tensors_of(inputs.call(model)),
-            customized_pruners={nn.EmbeddingBag: BagPruner()},
-            verbose=False,
-        )
-    return graph
+    class RecurrentPruner(BasePruningFunc):  # type: ignore[misc]
+        """Inputs of a recurrent layer; its outputs are states of its gates and stay."""
+
+        TARGET_MODULES = (nn.RNNBase, nn.RNNCellBase)
+
+        def prune_out_channels(self, layer: nn.Module, idxs: Sequence[int]) -> nn.Module:
+            raise ValueError(f"{type(layer).__name__} cannot lose outputs")
+
+        def prune_in_channels(self, layer: Any, idxs: Sequence[int]) -> Any:
+            for name in ("weight_ih_l0", "weight_ih_l0_reverse", "weight_ih"):
+                if name in layer._parameters:
+                    setattr(layer, name, nn.Parameter(_without(layer._parameters[name], idxs, 1)))
+            layer.input_size -= len(idxs)
+            return layer
+
+        def get_out_channels(self, layer: Any) -> int:
+            return int(layer.hidden_size)
+
+        def get_in_channels(self, layer: Any) -> int:
+            return int(layer.input_size)
+
+    return [((nn.EmbeddingBag,), BagPruner()), ((nn.RNNBase, nn.RNNCellBase), RecurrentPruner())]
+
+
+def _without(weight: Tensor, indices: Sequence[int], dim: int) -> Tensor:
+    keep = sorted(set(range(weight.shape[dim])) - set(indices))
+    return weight.detach().index_select(dim, torch.tensor(keep, dtype=torch.long, device=weight.device))
+
+
+class _Opaque(torch.autograd.Function):
+    """One step of the graph from a layer's input to its outputs."""
+
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, *outputs: Tensor) -> tuple[Tensor, ...]:
+        return tuple(output.clone() for output in outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, ...]:
+        raise NotImplementedError
+
+
+@contextmanager
+def _opaque_recurrent_layers(module: nn.Module):  # type: ignore[no-untyped-def]
+    """Trace recurrent layers as one step: their gates are chunks that torch-pruning indexes wrongly."""
+    from torch.utils._pytree import tree_flatten, tree_unflatten
+
+    def opaque(layer: nn.Module, inputs: tuple[Any, ...], outputs: Any) -> Any:
+        if not inputs or not isinstance(inputs[0], Tensor):  # a packed sequence
+            return outputs
+        leaves, structure = tree_flatten(outputs)
+        source = inputs[0] if inputs[0].requires_grad else inputs[0].detach().requires_grad_()
+        traced = _Opaque.apply(source, *(leaf.detach() for leaf in leaves))  # type: ignore[no-untyped-call]
+        return tree_unflatten(list(traced), structure)
+
+    recurrent = (layer for layer in module.modules() if isinstance(layer, (nn.RNNBase, nn.RNNCellBase)))
+    handles = [layer.register_forward_hook(opaque) for layer in recurrent]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _tensors_of(output: Any) -> list[Tensor]:
+    """Return the outputs to trace from; torch-pruning takes dimension 1 as theirs, so there must be one."""
     from torch.utils._pytree import tree_leaves
 
-    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.requires_grad]
+    leaves = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.requires_grad]
+    return [leaf if leaf.ndim > 1 else leaf.reshape(-1, 1) for leaf in leaves]

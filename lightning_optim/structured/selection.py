@@ -42,6 +42,6 @@ def select_roots(
 
 
 def _has_channels(layer: nn.Module) -> bool:
-    """Norms follow the layers before them; embeddings and others decide for themselves."""
-    norms = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
-    return not isinstance(layer, norms)
+    """Norms and activations follow the layers before them; embeddings and others decide for themselves."""
+    followers = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase, nn.PReLU)
+    return not isinstance(layer, followers)

@@ -1,0 +1,150 @@
+"""Channel pruning in one call, without a Trainer."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+
+from lightning_optim.checkpoint import plain_plan, plan_of
+from lightning_optim.functional.channels import ChannelCriterion
+from lightning_optim.measure.size import SIZES
+from lightning_optim.structured.events import (
+    Allocation,
+    ChannelReport,
+    check_ratio,
+    find_prunable,
+    held_gradients,
+    plan_event,
+)
+from lightning_optim.structured.groups import Removal
+from lightning_optim.structured.removal import apply_removal, damage
+from lightning_optim.structured.selection import select_roots
+from lightning_optim.tables import render
+from lightning_optim.target import ForwardInputs, Pattern, as_forward_inputs, find_target
+
+__all__ = ["PruningReport", "prune_channels"]
+
+
+@dataclass(frozen=True)
+class PruningReport:
+    """What left a model.
+
+    Attributes:
+        channels: (before, after) of each group, by the name of the layer whose outputs they are.
+        parameters: (before, after) of the pruned module.
+        left_out: Groups that were left alone, and why.
+        plan: What of the architecture differs from the user's class, for :func:`lightning_optim.conform`.
+    """
+
+    channels: dict[str, tuple[int, int]]
+    parameters: tuple[int, int]
+    left_out: dict[str, str]
+    plan: dict[str, Any]
+
+    @property
+    def pruning_ratio(self) -> float:
+        """Fraction of the groups' channels that left."""
+        before, after = (sum(pair[i] for pair in self.channels.values()) for i in (0, 1))
+        return 1 - after / before
+
+    def __str__(self) -> str:
+        rows = [(name, str(before), str(after), "") for name, (before, after) in self.channels.items()]
+        rows += [(name, "", "", reason) for name, reason in self.left_out.items()]
+        before, after = self.parameters
+        sentence = f"{self.pruning_ratio:.1%} of the channels removed; parameters {before:,} -> {after:,}"
+        return f"{sentence}\n{render('', ('channels of', 'before', 'after', 'why not'), rows)}"
+
+
+def prune_channels(
+    model: nn.Module,
+    /,
+    example_inputs: Any,
+    *,
+    pruning_ratio: float | dict[str, float] = 0.5,
+    criterion: str | ChannelCriterion = "magnitude",
+    scope: Literal["global", "layer"] = "global",
+    round_to: int | None = None,
+    reduction: Literal["mean", "sum", "max"] = "mean",
+    check: bool = True,
+    module: str | None = None,
+    include: Sequence[Pattern] | None = None,
+    exclude: Sequence[Pattern] | None = None,
+) -> PruningReport:
+    """Remove channels from a model in place, once; the words are those of ``ChannelPruning``.
+
+    The pruned model is an ordinary model of its class with smaller layers: train it, save it, export it. Build its
+    optimizer afterwards. Files that a Trainer saves from a LightningModule pruned here are loaded by
+    :func:`lightning_optim.load_from_checkpoint`; for a plain module, ``conform(fresh, report.plan)`` makes a fresh one
+    the same shape, so that ``load_state_dict`` takes its weights.
+
+    Args:
+        model: Any module. It is unchanged when an error is raised.
+        example_inputs: What the forward of the pruned module receives: a tensor, a tuple, or a dict of keywords.
+        pruning_ratio: Fraction of each group's channels that leaves, in (0, 1), or by layer ``{pattern: ratio}``.
+        criterion: Name in ``functional.channels.CHANNEL_CRITERIA`` or a callable ``(slices) -> [channels]``.
+            ``"taylor"`` reads the gradients that the parameters hold: call ``backward`` before.
+        scope: ``"global"`` ranks the channels of all groups together, ``"layer"`` takes the same fraction of each.
+        round_to: Keep multiples of this. None: 8 on CUDA, no rounding on a CPU.
+        reduction: How the layers of a group decide together: ``"mean"``, ``"sum"`` or ``"max"``.
+        check: Try everything on copies first: removing must equal setting to zero.
+        module: Dotted name of the module to prune; default the whole model.
+        include: Exactly the layers whose outputs may leave, instead of all but embeddings and the last Linear/Conv.
+        exclude: Layers whose outputs stay.
+
+    Returns:
+        What left, and why other layers were left alone.
+
+    Raises:
+        ValueError: If nothing can be removed, the model cannot be traced, or a word is out of range.
+        RuntimeError: If the check finds that the removal as a whole would do damage.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 4))
+        >>> report = prune_channels(net, torch.zeros(1, 8), pruning_ratio=0.75)
+        >>> report.channels, net[0].weight.shape
+        ({'0': (32, 8)}, torch.Size([8, 8]))
+    """
+    ratio = check_ratio(pruning_ratio)
+    allocation = Allocation.of(criterion, scope=scope, reduction=reduction, round_to=round_to)
+    prefix, target = find_target(model, module)
+    inputs = as_forward_inputs(example_inputs)
+    if round_to is None and any(parameter.device.type == "cuda" for parameter in target.parameters()):
+        allocation = allocation.rounded(8)
+    found = find_prunable(target, inputs, *select_roots(target, prefix, include, exclude), check=check)
+    if not found.groups:
+        reasons = ", ".join(f"{name} ({reason})" for name, reason in found.left_out.items())
+        raise ValueError(f"prune_channels can remove nothing: {reasons or 'the model has no layers'}.")
+    removal, channels = _planned(target, inputs, found, ratio, allocation, prefix, check)
+    before = SIZES["parameters"](target)
+    _commit(model, prefix, removal)
+    return PruningReport(channels, (int(before), int(SIZES["parameters"](target))), found.left_out, plain_plan(model))
+
+
+def _planned(
+    target: nn.Module,
+    inputs: ForwardInputs,
+    found: ChannelReport,
+    ratio: float | Mapping[str, float],
+    allocation: Allocation,
+    prefix: str,
+    check: bool,
+) -> tuple[Removal, dict[str, tuple[int, int]]]:
+    dense = {name: group.channels for name, group in found.groups.items()}
+    ratios = found.ratios(ratio, prefix) if isinstance(ratio, Mapping) else ratio
+    removal, channels, exact = plan_event(
+        target, inputs, found.groups, dense, ratios, allocation, held_gradients(target), prefix
+    )
+    problem = damage(target, inputs, removal, exact=exact) if check else None
+    if problem is not None:
+        raise RuntimeError(f"prune_channels changed nothing: {problem}.")
+    return removal, channels
+
+
+def _commit(model: nn.Module, prefix: str, removal: Removal) -> None:
+    plan = plan_of(model)
+
+    def track(name: str, attributes: tuple[str, ...]) -> None:
+        plan.track(f"{prefix}{name}" if name else prefix.rstrip("."), *attributes)
+
+    apply_removal(model.get_submodule(prefix.rstrip(".")), removal, track)

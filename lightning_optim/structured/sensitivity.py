@@ -1,0 +1,204 @@
+"""Sensitivity: what the model loses when channels of one group at a time are removed."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_only
+from rich.progress import track
+from torch import Tensor, nn
+
+from lightning_optim.functional.channels import ChannelCriterion
+from lightning_optim.structured.events import (
+    Allocation,
+    ChannelReport,
+    check_ratio,
+    find_prunable,
+    held_gradients,
+    plan_event,
+)
+from lightning_optim.structured.groups import copy_for_tracing
+from lightning_optim.structured.removal import apply_removal
+from lightning_optim.structured.selection import select_roots
+from lightning_optim.tables import render
+from lightning_optim.target import ForwardInputs, Pattern, as_forward_inputs, find_target
+
+__all__ = ["SensitivityReport", "sensitivity"]
+
+
+@dataclass(frozen=True)
+class SensitivityReport:
+    """The metric with a share of one group's channels removed, and nothing else.
+
+    Attributes:
+        baseline: The metric of the model as it is.
+        ratios: Shares that were tried, rising.
+        scores: Group name (that of a layer whose outputs they are) -> the metric at each ratio.
+        left_out: Groups that cannot be pruned, and why.
+    """
+
+    baseline: float
+    ratios: tuple[float, ...]
+    scores: dict[str, tuple[float, ...]]
+    left_out: dict[str, str]
+
+    def drops(self, name: str) -> tuple[float, ...]:
+        """Return what a group's removal costs at each ratio: baseline minus score, negative where it gains."""
+        return tuple(self.baseline - score for score in self.scores[name])
+
+    def table(self) -> str:
+        """Return the drops as a text table, the most sensitive group first."""
+        rows = [(name, *(f"{drop:.4f}" for drop in self.drops(name))) for name in self._by_drop()]
+        return render(
+            f"metric lost, of {self.baseline:.4f}", ("removed from", *(f"{ratio:.0%}" for ratio in self.ratios)), rows
+        )
+
+    def __str__(self) -> str:
+        return self.table()
+
+    def _by_drop(self) -> list[str]:
+        return sorted(self.scores, key=lambda name: -sum(self.drops(name)))
+
+    def plot(self, path: str | PathLike[str]) -> None:
+        """Write the drops as a heat map.
+
+        Args:
+            path: A file whose ending matplotlib knows (``.png``, ``.svg``, ``.pdf``).
+
+        Raises:
+            ModuleNotFoundError: If matplotlib is not installed.
+        """
+        try:
+            from matplotlib.figure import Figure
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(
+                "the heat map is drawn by matplotlib: pip install 'lightning-optim[report]'."
+            ) from error
+        names = self._by_drop()
+        figure = Figure(figsize=(2.5 + 0.8 * len(self.ratios), 1.2 + 0.3 * len(names)), layout="constrained")
+        axes = figure.subplots()
+        image = axes.imshow([self.drops(name) for name in names], aspect="auto", cmap="viridis_r")
+        axes.set_yticks(range(len(names)), names)
+        axes.set_xticks(range(len(self.ratios)), [f"{ratio:.0%}" for ratio in self.ratios])
+        axes.set_xlabel("channels removed")
+        figure.colorbar(image, label=f"metric lost, of {self.baseline:.4g}")
+        figure.savefig(path)
+
+    def targets(self, *, max_drop: float) -> dict[str, float]:
+        """Return the largest ratio of each group up to which no ratio costs more than ``max_drop``.
+
+        Each group was tried alone; together they cost more, and training wins some of it back.
+
+        Args:
+            max_drop: What may be lost, in the metric's units.
+
+        Returns:
+            Group name -> ratio, without the groups that cannot bear any: what ``ChannelPruning(pruning_ratio=...)``
+            and :func:`prune_channels` take.
+
+        Raises:
+            ValueError: If no group can bear the smallest ratio.
+        """
+        found = {}
+        for name in self.scores:
+            bearable = [drop <= max_drop for drop in self.drops(name)]
+            number = bearable.index(False) if False in bearable else len(bearable)
+            if number:
+                found[name] = self.ratios[number - 1]
+        if not found:
+            least = min(self.drops(name)[0] for name in self.scores)
+            raise ValueError(
+                f"no group loses at most max_drop={max_drop} at the ratio {self.ratios[0]}; the least is {least:.4g}. "
+                "Allow more, or try smaller ratios."
+            )
+        return found
+
+
+def sensitivity(
+    model: nn.Module,
+    /,
+    evaluate: Callable[[nn.Module], float],
+    example_inputs: Any,
+    *,
+    ratios: Sequence[float] = (0.1, 0.3, 0.5, 0.7),
+    criterion: str | ChannelCriterion = "magnitude",
+    module: str | None = None,
+    include: Sequence[Pattern] | None = None,
+    exclude: Sequence[Pattern] | None = None,
+    progress: bool = True,
+) -> SensitivityReport:
+    """Measure what each group of coupled layers costs when a share of its channels is removed, all others left whole.
+
+    Calls ``evaluate`` once for the model as it is, and once for every group and ratio, each time on a copy in eval mode
+    and without gradients; the model itself is not touched. Costs one more copy of the model at a time.
+
+    Args:
+        model: Any module.
+        evaluate: Takes a copy of ``model`` and returns the metric, higher is better.
+        example_inputs: What the forward of the pruned module receives.
+        ratios: Shares to remove, in (0, 1).
+        criterion: Name in ``functional.channels.CHANNEL_CRITERIA`` or a callable. ``"taylor"`` reads the gradients
+            that the parameters hold.
+        module: Dotted name of the module to prune; default the whole model.
+        include: Exactly the layers whose outputs may leave, instead of all but embeddings and the last Linear/Conv.
+        exclude: Layers whose outputs stay.
+        progress: Show a progress bar (on rank zero).
+
+    Returns:
+        The metric of every group at every ratio.
+
+    Raises:
+        ValueError: If nothing can be removed, a ratio is out of range, or the metric is not finite.
+    """
+    if not ratios:
+        raise ValueError("`ratios` must have at least one fraction in (0, 1), got none.")
+    rising = tuple(sorted(float(check_ratio(ratio)) for ratio in ratios))  # type: ignore[arg-type]
+    allocation = Allocation.of(criterion, scope="layer", reduction="mean", round_to=None)
+    prefix, target = find_target(model, module)
+    inputs = as_forward_inputs(example_inputs)
+    found = find_prunable(target, inputs, *select_roots(target, prefix, include, exclude))
+    if not found.groups:
+        reasons = ", ".join(f"{name} ({reason})" for name, reason in found.left_out.items())
+        raise ValueError(f"sensitivity can remove nothing: {reasons or 'the model has no layers'}.")
+    gradients = held_gradients(target)
+    baseline = _metric(evaluate, copy_for_tracing(model))
+    steps = [(name, ratio) for name in found.groups for ratio in rising]
+    hidden = not progress or getattr(rank_zero_only, "rank", 0) != 0
+    scores: dict[str, list[float]] = {}
+    for name, ratio in track(steps, "sensitivity", disable=hidden):
+        smaller = _smaller(model, prefix, inputs, found, name, ratio, allocation, gradients)
+        scores.setdefault(prefix + name, []).append(_metric(evaluate, smaller))
+    left_out = {prefix + name: reason for name, reason in found.left_out.items()}
+    return SensitivityReport(baseline, rising, {name: tuple(each) for name, each in scores.items()}, left_out)
+
+
+def _smaller(
+    model: nn.Module,
+    prefix: str,
+    inputs: ForwardInputs,
+    found: ChannelReport,
+    name: str,
+    ratio: float,
+    allocation: Allocation,
+    gradients: Mapping[str, Tensor],
+) -> nn.Module:
+    """Return a copy of the model without that share of one group."""
+    smaller = copy_for_tracing(model)
+    target = smaller.get_submodule(prefix.rstrip("."))
+    group = {name: found.groups[name]}
+    removal, _, _ = plan_event(
+        target, inputs, group, {name: group[name].channels}, {name: ratio}, allocation, gradients, prefix
+    )
+    apply_removal(target, removal)
+    return smaller
+
+
+def _metric(evaluate: Callable[[nn.Module], float], model: nn.Module) -> float:
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        value = float(evaluate(model))
+    if not math.isfinite(value):
+        raise ValueError(f"`evaluate` must return a finite metric, got {value}.")
+    return value
