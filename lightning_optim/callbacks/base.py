@@ -48,6 +48,8 @@ class CompressionCallback(pl.Callback):
     """
 
     contributes_to_plan = True
+    order = 2
+    """Where several techniques act on one target, the lower goes first, whatever the order of the Trainer's list."""
     strategies: tuple[str, ...] = ("SingleDeviceStrategy", "DDPStrategy")
     """Names of the strategy classes the technique is correct under, with their subclasses."""
     refused_strategies: tuple[str, ...] = ("DeepSpeedStrategy", "SingleDeviceXLAStrategy", "XLAStrategy")
@@ -130,7 +132,8 @@ class CompressionCallback(pl.Callback):
         self._register_hooks(trainer)
         if self.window.step == 0 and trainer.global_step > 0:  # joined a run that had begun without it
             self._resolve_window(trainer, pl_module, passed=trainer.global_step)
-        self._run_event_if_due(trainer, pl_module)
+        if compressions(trainer)[-1] is self:  # all are ready
+            self._finish_all(trainer, pl_module)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -147,7 +150,15 @@ class CompressionCallback(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Run the event that is due."""
+        """Finish the batch for all techniques in their order; those that did it already have nothing left to do."""
+        self._finish_all(trainer, pl_module)
+
+    def _finish_all(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        for callback in sorted(compressions(trainer), key=lambda callback: callback.order):
+            callback.finish_batch(trainer, pl_module)
+
+    def finish_batch(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Run the event that is due; calling it twice in a batch is harmless."""
         self._run_event_if_due(trainer, pl_module)
 
     def on_save_checkpoint(

@@ -92,8 +92,8 @@ class ChannelPruning(CompressionCallback):
     State: the window, the channels of the dense model, and for ``taylor`` one float32 per selected weight. A resumed
     run continues bit for bit. Strategies: a single device and DDP (the model is wrapped anew after each event).
 
-    Hand-written attention with separate Linear layers for queries, keys, values and output loses whole heads. What cannot
-    be treated (fused projections, ``nn.MultiheadAttention``, recurrent layers, outputs of the model, whatever fails the
+    Hand-written attention with separate Linear layers for queries, keys, values and output loses whole heads. What
+    cannot be treated (fused projections, ``nn.MultiheadAttention``, recurrent layers, the outputs, whatever fails the
     check) is left alone, with its reason in the table.
 
     References:
@@ -189,16 +189,17 @@ class ChannelPruning(CompressionCallback):
             layer.momentum = momentum  # type: ignore[assignment]
         self._momenta = []
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    order = 0
+
+    def finish_batch(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Read what was caught, and run the event that is due."""
         self._restore_momenta()
         if self._report is None and not self.window.closed:
             self._inputs.end_batch(pl_module)
-            self._inputs.inputs = trainer.strategy.broadcast(self._inputs.inputs, src=0)
-            self._find_groups(trainer)
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+            if self._inputs.inputs is not None:
+                self._inputs.inputs = trainer.strategy.broadcast(self._inputs.inputs, src=0)
+                self._find_groups(trainer)
+        super().finish_batch(trainer, pl_module)
 
     def _register_hooks(self, trainer: pl.Trainer) -> None:
         super()._register_hooks(trainer)

@@ -128,6 +128,7 @@ class WeightPruning(CompressionCallback):
         self._restored_masks: dict[str, tuple[Tensor, tuple[int, ...]]] = {}
         self._initial: dict[str, float] = {}
         self._squares = Squares()
+        self._to_reach_anew = False
         self._input_handles: list[Any] = []
 
     @property
@@ -190,10 +191,16 @@ class WeightPruning(CompressionCallback):
         if "gradient" in self._needs and self.window.within:
             self._note_gradients(self._selected_by(optimizer))
 
+    order = 1
+
     def parameters_replaced(
         self, pl_module: pl.LightningModule, kept: Mapping[str, tuple[Tensor, tuple[int, ...]]]
     ) -> None:
-        """Follow channels that left: masks and statistics lose the same entries."""
+        """Follow channels that left: masks and statistics lose the same entries.
+
+        What leaves holds more zeros than what stays, so the sparsity that was reached is reached anew.
+        """
+        self._to_reach_anew = bool(self._keeps) and self.sparsity != "hold"
         parameters = dict(pl_module.named_parameters())
         for name in self._weights.keys() & kept.keys():
             indices, shape = kept[name]
@@ -201,6 +208,19 @@ class WeightPruning(CompressionCallback):
             self._squares.keep(name, indices, shape)
             if name in self._keeps:
                 self._keeps[name] = keep_channels(self._keeps[name], indices, shape)
+
+    def finish_batch(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Run the event that is due, or the last one again where channels left since."""
+        again, self._to_reach_anew = self._to_reach_anew and not self.window.due(), False
+        super().finish_batch(trainer, pl_module)
+        if not again:
+            return
+        if {"gradient", "input_norm"} & set(self._needs):
+            rank_zero_info(
+                f"{self._label()}: channels left; {self._reached():.2%} of the selected weights are zero now."
+            )
+        else:
+            self.apply_event(trainer, pl_module)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int

@@ -32,7 +32,7 @@ def as_heads(module: nn.Module, group: ChannelGroup) -> Iterator[ChannelGroup]:
 
     Args:
         module: The model.
-        group: Channels that cannot leave one by one.
+        group: Channels of any layers.
 
     Yields:
         Candidates to be checked; none where the heads cannot be told, or queries share their keys.

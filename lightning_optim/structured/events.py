@@ -136,19 +136,23 @@ def find_prunable(
 
     A group is left out when one of its outputs belongs to a layer that is left alone, or when removing some channels
     (the same of each block) breaks the forward pass, changes an output's shape, or differs from setting them to zero.
-    Queries, keys and values of hand-written attention that cannot lose single channels are tried as whole heads.
+    Queries, keys and values of hand-written attention lose whole heads.
 
     Args:
         module: The model.
         inputs: What its forward receives.
         roots: Names of the layers whose outputs may leave.
         left_alone: Names of layers whose outputs must stay -> why.
-        check: Try each group on copies of the model.
+        check: Try each group on copies of the model. Without it attention is left alone.
     """
     groups = {group.name: group for group in TracedModel(module, inputs).groups()}
     left_out = _left_out(groups, set(roots), left_alone)
     candidates = {name: group for name, group in groups.items() if name not in left_out}
-    return _checked(module, inputs, candidates, left_out) if check else ChannelReport(candidates, left_out)
+    if check:
+        return _checked(module, inputs, candidates, left_out)
+    heads = {name for name, group in candidates.items() if in_attention(module, group)}
+    left_out |= dict.fromkeys(heads, "attention heads cannot be told without check=True")
+    return ChannelReport({name: group for name, group in candidates.items() if name not in heads}, left_out)
 
 
 def known_groups(module: nn.Module, inputs: ForwardInputs, names: Iterable[str]) -> ChannelReport:
@@ -186,20 +190,19 @@ def _left_out(groups: Mapping[str, ChannelGroup], roots: set[str], left_alone: M
 def _checked(
     module: nn.Module, inputs: ForwardInputs, groups: Mapping[str, ChannelGroup], left_out: dict[str, str]
 ) -> ChannelReport:
-    """Try the groups: those that cannot lose single channels as attention heads."""
+    """Try the groups, many at a time: those of attention as whole heads first, then all others channel by channel."""
+    good: dict[str, ChannelGroup] = {}
+    ways = {name: list(as_heads(module, group)) for name, group in groups.items()}
+    for turn in range(max((len(each) for each in ways.values()), default=0)):
+        heads = {name: each[turn] for name, each in ways.items() if turn < len(each) and name not in good}
+        good |= {name: heads[name] for name in trusted(heads, partial(_probe, module, inputs, heads))[0]}
     bad: dict[str, str] = {}
     for exact in (True, False):
-        names = [name for name, group in groups.items() if group.exact is exact]
+        names = [name for name, group in groups.items() if group.exact is exact and name not in good]
         bad |= trusted(names, partial(_probe, module, inputs, groups))[1]
-    heads = {name: _as_heads(module, inputs, groups[name]) for name in bad}
-    kept = {name: heads.get(name) or group for name, group in groups.items() if name not in bad or heads[name]}
-    reasons = {name: _reason(module, groups[name], reason) for name, reason in bad.items() if name not in kept}
+    kept = {name: good.get(name, group) for name, group in groups.items() if name not in bad}
+    reasons = {name: _reason(module, groups[name], reason) for name, reason in bad.items()}
     return ChannelReport(kept, {**left_out, **reasons})
-
-
-def _as_heads(module: nn.Module, inputs: ForwardInputs, group: ChannelGroup) -> ChannelGroup | None:
-    variants = as_heads(module, group)
-    return next((each for each in variants if _probe(module, inputs, {each.name: each}, [each.name]) is None), None)
 
 
 def _reason(module: nn.Module, group: ChannelGroup, reason: str) -> str:

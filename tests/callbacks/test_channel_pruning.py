@@ -587,3 +587,20 @@ def test_a_goal_that_cannot_be_reached_says_what_stopped_it(tmp_path):
 def test_bad_goals_raise_at_once(target, error, message):
     with pytest.raises(error, match=message):
         ChannelPruning(target=target)
+
+
+@pytest.mark.parametrize("first", ["channels", "weights"])
+def test_zeros_that_left_with_their_channels_are_made_up_for(tmp_path, first):
+    """Channels leave after the weights' window has closed: the sparsity asked is reached anew."""
+
+    def pair():
+        both = [channels(0.5, start=14, end=14, scope="layer"), WeightPruning(0.6, start=2, end=8, every_n_steps=3)]
+        return both if first == "channels" else both[::-1]
+
+    module, again = new(), new()
+    fit(tmp_path, module, *pair(), Files(tmp_path / "files"))
+    hidden = [module.net[i].weight for i in (0, 4)]
+    assert sum(w.numel() for w in hidden) == 160
+    assert sum(int((w == 0).sum()) for w in hidden) == 96
+    fit(tmp_path, again, *pair(), ckpt_path=tmp_path / "files" / "0.ckpt")
+    assert_same_state(module, again)

@@ -20,16 +20,17 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.tuner import Tuner
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 
 from helpers.models import (
     Classifier,
     ConvNet,
     Files,
     Quiet,
+    ResumableLoader,
     SeededByStep,
+    Stream,
     assert_same_state,
-    data,
     fit,
     new,
     train_loader,
@@ -398,11 +399,6 @@ def test_fast_dev_run_reaches_the_target_of_any_window(tmp_path, start):
     assert zeros(module) == 358
 
 
-class Stream(IterableDataset):
-    def __iter__(self):
-        return iter(data())
-
-
 @pytest.mark.parametrize(
     "options", [{"max_epochs": 2}, {"max_epochs": -1, "max_time": "00:00:00:20"}, {"max_epochs": -1}]
 )
@@ -615,29 +611,6 @@ def test_other_runs_resume_bitwise_too(tmp_path, kind):
         again = new(cls)
         fit(tmp_path, again, *callbacks(), ckpt_path=tmp_path / "files" / f"{epoch}.ckpt", **options)
         assert_same_state(module, again)
-
-
-class ResumableLoader:
-    """A loader with a place that is saved, as StatefulDataLoader has."""
-
-    def __init__(self):
-        self.batches = list(DataLoader(data(), 8))
-        self.at = 0
-
-    def __len__(self):
-        return len(self.batches)
-
-    def __iter__(self):
-        self.at %= len(self.batches)
-        while self.at < len(self.batches):
-            self.at += 1
-            yield self.batches[self.at - 1]
-
-    def state_dict(self):
-        return {"at": self.at}
-
-    def load_state_dict(self, state):
-        self.at = state["at"]
 
 
 @pytest.mark.parametrize("criterion", ["magnitude", "taylor", "wanda"])

@@ -7,7 +7,7 @@ import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import DataLoader, Sampler, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, Sampler, TensorDataset
 
 ROWS, FEATURES, CLASSES = 64, 12, 3
 
@@ -176,3 +176,33 @@ class Files(pl.callbacks.Checkpoint):
 
     def on_train_epoch_end(self, trainer, pl_module):
         trainer.save_checkpoint(self.folder / f"{trainer.current_epoch}.ckpt")
+
+
+class Stream(IterableDataset):
+    """The same rows without a length."""
+
+    def __iter__(self):
+        return iter(data())
+
+
+class ResumableLoader:
+    """A loader with a place that is saved, as StatefulDataLoader has."""
+
+    def __init__(self):
+        self.batches = list(DataLoader(data(), 8))
+        self.at = 0
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __iter__(self):
+        self.at %= len(self.batches)
+        while self.at < len(self.batches):
+            self.at += 1
+            yield self.batches[self.at - 1]
+
+    def state_dict(self):
+        return {"at": self.at}
+
+    def load_state_dict(self, state):
+        self.at = state["at"]

@@ -123,6 +123,11 @@ def stack(*layers: nn.Module) -> Callable[[], nn.Module]:
     return lambda: nn.Sequential(*layers)
 
 
+def gated(s: Net, x: Tensor) -> Tensor:
+    values, gates = s.a(x).chunk(2, -1)
+    return s.b(values * F.silu(gates))
+
+
 Case = tuple[Callable[[], nn.Module], Callable[[], Any], dict[str, set[str]]]
 
 PRUNABLE: dict[str, Case] = {
@@ -229,6 +234,23 @@ PRUNABLE: dict[str, Case] = {
         ),
         images,
         {"a": {"squeeze", "up", "d"}, "squeeze": {"up"}},
+    ),
+    "gate in the same projection": (
+        lambda: Net(gated, a=nn.Linear(32, 12), b=nn.Linear(6, 2)),
+        sequences,
+        {"a": {"b"}},
+    ),
+    "dense connections": (
+        lambda: Net(
+            lambda s, x: s.head(s.join(torch.cat([s.stem(x), s.grow(s.norm(s.stem(x)).relu())], 1)).mean((2, 3))),
+            stem=nn.Conv2d(3, 8, 3, padding=1),
+            norm=nn.BatchNorm2d(8),
+            grow=nn.Conv2d(8, 6, 3, padding=1),
+            join=nn.Conv2d(14, 5, 1),
+            head=nn.Linear(5, 3),
+        ),
+        images,
+        {"stem": {"norm", "grow", "join"}, "grow": {"join"}, "join": {"head"}},
     ),
     "layer norm": (
         lambda: Net(lambda s, x: s.b(s.n(s.a(x).relu())), a=nn.Linear(32, 16), n=nn.LayerNorm(16), b=nn.Linear(16, 3)),

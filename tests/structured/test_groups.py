@@ -144,3 +144,19 @@ def test_groups_are_found_again_with_their_heads():
     again = known_groups(module, inputs, found).groups
     assert again == found
     assert list(again) == list(found)
+
+
+def test_without_the_check_attention_is_left_alone():
+    report = report_of(Block(Attention()), sequences(), check=False)
+    assert set(report.groups) == {"up", "down"}
+    assert "check=True" in report.left_out["attention.v"]
+
+
+def test_a_gate_in_the_same_projection_leaves_with_its_value():
+    make, inputs, _ = PRUNABLE["gate in the same projection"]
+    module, example = make(), as_forward_inputs(inputs())
+    assert report_of(module, example).groups["a"].blocks == 2
+    removal = TracedModel(module, example).remove({"a": [1, 7]})
+    assert removal.shapes == {"a.weight": (10, 32), "a.bias": (10,), "b.weight": (2, 5)}
+    with pytest.raises(ValueError, match="channels of a that were to stay would leave with others"):
+        TracedModel(module, example).remove({"a": [1, 2]})

@@ -1,0 +1,337 @@
+"""The promises that hold for every callback, one test each over all of them.
+
+A new callback adds a row to ``CALLBACKS`` and to the check of what it reached.
+"""
+
+import copy
+import logging
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.callbacks import EarlyStopping, LearningRateFinder
+from lightning.pytorch.tuner import Tuner
+from torch.utils.data import DataLoader
+
+from helpers.models import (
+    Classifier,
+    Files,
+    ResumableLoader,
+    SeededByStep,
+    Stream,
+    assert_same_state,
+    fit,
+    new,
+    train_loader,
+    trainer,
+    val_loader,
+)
+from lightning_optim import (
+    ChannelPruning,
+    CompressedCheckpoint,
+    PerformanceScore,
+    WeightPruning,
+    load_from_checkpoint,
+)
+
+
+def weights(**words):
+    return WeightPruning(0.8, **{"start": 2, "end": 9, "every_n_steps": 3, **words})
+
+
+def channels(**words):
+    return ChannelPruning(0.5, **{"start": 2, "end": 7, "events": 2, "scope": "layer", **words})
+
+
+CALLBACKS = {
+    "weights": lambda **words: [weights(**words)],
+    "weights, taylor": lambda **words: [weights(criterion="taylor", **words)],
+    "channels": lambda **words: [channels(**words)],
+    "channels, taylor": lambda **words: [channels(criterion="taylor", **words)],
+    "channels and weights": lambda **words: [channels(**words), weights(**words)],
+    "weights and channels": lambda **words: [weights(**words), channels(**words)],
+}
+every_callback = pytest.mark.parametrize("make", CALLBACKS.values(), ids=CALLBACKS)
+
+
+def assert_reached(module, callbacks):
+    """What was asked is there: half of the channels gone, 80 % of what is left zero."""
+    hidden = [module.net[i].weight for i in (0, 4)]
+    if any(isinstance(c, ChannelPruning) for c in callbacks):
+        assert [tuple(w.shape) for w in hidden] == [(8, 12), (8, 8)]
+        assert module.net[6].weight.shape == (3, 8)
+    if any(isinstance(c, WeightPruning) for c in callbacks):
+        numel = sum(w.numel() for w in hidden)
+        assert sum(int((w == 0).sum()) for w in hidden) == int(0.8 * numel + 0.5)
+    assert all(c.reached_end for c in callbacks)
+
+
+# 1. Nothing of the user's code changes.
+
+
+@every_callback
+def test_the_module_is_what_it_was_but_for_its_weights(tmp_path, make):
+    module, callbacks = new(), make()
+    optimizers = []
+
+    class Looks(pl.Callback):
+        def on_train_start(self, trainer, pl_module):
+            optimizers.extend(trainer.optimizers)
+
+    fit(tmp_path, module, *callbacks, Looks())
+    assert_reached(module, callbacks)
+    assert type(module) is Classifier
+    assert [name for name, _ in module.named_parameters()] == [name for name, _ in new().named_parameters()]
+    assert module.hparams == new().hparams
+    for layer in module.modules():
+        assert not layer._forward_pre_hooks
+        assert not layer._forward_hooks
+    assert not optimizers[0]._optimizer_step_post_hooks
+    assert not optimizers[0]._optimizer_step_pre_hooks
+    assert "on_load_checkpoint" not in module.__dict__
+
+
+@every_callback
+def test_nothing_happens_before_the_window_opens(tmp_path, make):
+    plain, module = new(dropout=0.3), new(dropout=0.3)
+    fit(tmp_path, plain, max_epochs=2)
+    with pytest.warns(UserWarning, match="will not close"):
+        fit(tmp_path, module, *make(start=17, end=30), max_epochs=2)
+    assert_same_state(plain, module)
+
+
+# 3. Resume is invisible.
+
+
+@every_callback
+def test_resumed_at_every_epoch_equals_uninterrupted(tmp_path, make):
+    module = new(dropout=0.3)
+    fit(tmp_path, module, *make(), SeededByStep(), Files(tmp_path / "files"))
+    for epoch in range(2):
+        again = new(dropout=0.3)
+        fit(tmp_path, again, *make(), SeededByStep(), ckpt_path=tmp_path / "files" / f"{epoch}.ckpt")
+        assert_same_state(module, again)
+
+
+@every_callback
+@pytest.mark.parametrize("first", [True, False], ids=["saved before ours", "saved after ours"])
+def test_resumed_at_every_step_equals_uninterrupted(tmp_path, make, first):
+    files = tmp_path / "files"
+
+    def run(module, ckpt_path=None):
+        class Saves(pl.Callback):
+            def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+                if ckpt_path is None:
+                    trainer.save_checkpoint(files / f"{trainer.global_step}.ckpt")
+
+        example = {"example_inputs": torch.zeros(2, 12)}
+        ours = [weights(criterion=c.criterion) if isinstance(c, WeightPruning) else c for c in make()]
+        ours = [
+            channels(criterion=c.allocation.criterion, **example) if isinstance(c, ChannelPruning) else c for c in ours
+        ]
+        callbacks = [Saves(), *ours] if first else [*ours, Saves()]
+        trainer(tmp_path, *callbacks, max_epochs=2).fit(module, ResumableLoader(), val_loader(), ckpt_path=ckpt_path)
+
+    module = new()
+    run(module)
+    for step in (1, 2, 3, 5, 6, 7, 9, 12):
+        again = new()
+        run(again, files / f"{step}.ckpt")
+        assert_same_state(module, again)
+
+
+# 4. One file reloads. 6. The saved score is the saved model's.
+
+
+@every_callback
+@pytest.mark.parametrize("when", ["in fit", "after fit"])
+@pytest.mark.parametrize("weights_only", [False, True])
+def test_the_four_ways_of_saving_reload_in_three(tmp_path, make, when, weights_only):
+    class Saves(pl.callbacks.Checkpoint):
+        def on_train_epoch_end(self, trainer, pl_module):
+            trainer.save_checkpoint(tmp_path / "file.ckpt", weights_only)
+
+    module, saves = new(), Saves()
+    run = fit(tmp_path, module, *make(), *([saves] if when == "in fit" else []))
+    if when == "after fit":
+        run.save_checkpoint(tmp_path / "file.ckpt", weights_only)
+    path = tmp_path / "file.ckpt"
+    torch.load(path, weights_only=True)
+    assert_same_state(module, load_from_checkpoint(Classifier, path))
+    assert_same_state(module, load_from_checkpoint(new(), path))
+    fresh = new()
+    expected = run.test(module, val_loader(), verbose=False)
+    assert trainer(tmp_path, *make()).test(fresh, val_loader(), path, verbose=False) == expected
+    assert_same_state(module, fresh)
+    predicted = torch.cat(trainer(tmp_path, *make()).predict(new(), val_loader(), ckpt_path=path))
+    assert torch.equal(predicted, torch.cat(run.predict(module, val_loader())))
+
+
+@every_callback
+@pytest.mark.parametrize("monitor", ["val_loss", "P"])
+def test_the_kept_file_scores_again_what_was_monitored(tmp_path, make, monitor):
+    best = CompressedCheckpoint(tmp_path / "best", monitor=monitor)
+    accuracies = {}
+
+    class Notes(pl.callbacks.Checkpoint):
+        def on_train_epoch_end(self, trainer, pl_module):
+            accuracies[trainer.global_step] = float(trainer.callback_metrics["val_loss"])
+
+    fit(tmp_path, new(), *make(), PerformanceScore(), Notes(), best, max_epochs=5)
+    step = torch.load(best.best_model_path, weights_only=True)["global_step"]
+    again = trainer(tmp_path, *make(), PerformanceScore(), best)
+    metrics = again.validate(new(), val_loader(), best.best_model_path, verbose=False)
+    assert metrics[0]["val_loss"] == pytest.approx(accuracies[step], rel=1e-6)
+
+
+# 7. Combinations work.
+
+
+@every_callback
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_steps": 12, "max_epochs": 100},
+        {"max_time": "00:01:00:00", "max_epochs": 3},
+        {"accumulate_grad_batches": 2, "max_epochs": 4},
+        {"barebones": True},
+        {"overfit_batches": 4, "max_epochs": 4},
+        {"limit_train_batches": 4, "max_epochs": 4},
+        {"gradient_clip_val": 0.5},
+        {"check_val_every_n_epoch": 2},
+        {"val_check_interval": 0.5},
+        {"precision": "bf16-mixed"},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+@pytest.mark.filterwarnings("ignore:You requested to overfit:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*barebones.*:UserWarning")
+def test_trainers_of_all_kinds(tmp_path, make, options):
+    module, callbacks = new(), make()
+    fit(tmp_path, module, *callbacks, **options)
+    assert_reached(module, callbacks)
+
+
+@every_callback
+def test_fast_dev_run_reaches_the_target(tmp_path, make):
+    module, callbacks = new(), make(start=100, end=2000)
+    fit(tmp_path, module, *callbacks, fast_dev_run=1)
+    assert_reached(module, callbacks)
+
+
+@every_callback
+def test_a_loader_without_length_and_int_windows(tmp_path, make):
+    module, callbacks = new(), make()
+    trainer(tmp_path, *callbacks, max_epochs=2).fit(module, DataLoader(Stream(), 8), val_loader())
+    assert_reached(module, callbacks)
+
+
+@every_callback
+def test_the_learning_rate_finders(tmp_path, make):
+    module, callbacks = new(), make()
+    module.learning_rate = 1e-2
+    run = trainer(tmp_path, *callbacks)
+    Tuner(run).lr_find(module, train_loader(), val_loader(), num_training=5)
+    run.fit(module, train_loader(), val_loader())
+    assert_reached(module, callbacks)
+    module, callbacks = new(), make()
+    module.learning_rate = 1e-2
+    fit(tmp_path, module, LearningRateFinder(num_training_steps=5), *callbacks)
+    assert_reached(module, callbacks)
+
+
+@every_callback
+def test_layers_built_in_configure_model(tmp_path, make):
+    class Late(Classifier):
+        def __init__(self):
+            super().__init__()
+            self.net = None
+
+        def configure_model(self):
+            if self.net is None:
+                torch.manual_seed(3)
+                self.net = Classifier().net
+
+    module, callbacks = new(Late), make()
+    fit(tmp_path, module, *callbacks, Files(tmp_path / "files"))
+    assert_reached(module, callbacks)
+    again = new(Late)
+    fit(tmp_path, again, *make(), ckpt_path=tmp_path / "files" / "0.ckpt")
+    assert_same_state(module, again)
+    assert_same_state(module, load_from_checkpoint(Late, tmp_path / "files" / "2.ckpt"))
+
+
+@every_callback
+def test_an_early_stop_says_what_was_reached(tmp_path, make, caplog):
+    caplog.set_level(logging.INFO)
+    stop = EarlyStopping("P", patience=1, divergence_threshold=0.0)  # stops at once
+    fit(tmp_path, new(), *make(start=2, end=20), PerformanceScore(), stop)
+    lines = [record.message for record in caplog.records if "the run ended at step 8" in record.message]
+    assert len(lines) == len(make())
+
+
+@every_callback
+@pytest.mark.filterwarnings("ignore:.*Detected KeyboardInterrupt.*")
+def test_an_interrupt_leaves_a_loadable_file_and_no_hooks(tmp_path, make):
+    class Interrupts(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if trainer.global_step == 8:
+                raise KeyboardInterrupt
+
+        def on_exception(self, trainer, pl_module, exception):
+            trainer.save_checkpoint(tmp_path / "interrupted.ckpt")
+
+    module, callbacks = new(), make()
+    with pytest.raises(SystemExit):
+        fit(tmp_path, module, *callbacks, Interrupts())
+    assert not any(callback._handles for callback in callbacks)
+    assert_same_state(module, load_from_checkpoint(Classifier, tmp_path / "interrupted.ckpt"))
+
+
+@every_callback
+def test_a_second_fit_by_the_same_trainer_and_with_a_new_model(tmp_path, make):
+    module, callbacks = new(), make()
+    run = fit(tmp_path, module, *callbacks, max_epochs=2)
+    run.fit_loop.max_epochs = 3
+    run.fit(module, train_loader(), val_loader())
+    assert_reached(module, callbacks)
+    other = new()
+    run.fit_loop.max_epochs = 6
+    run.fit(other, train_loader(), val_loader())
+    assert_reached(other, callbacks)
+
+
+@every_callback
+def test_pytorch_lightning_imports(tmp_path, make):
+    other = pytest.importorskip("pytorch_lightning")
+
+    class Other(other.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = copy.deepcopy(new().net)
+
+        def forward(self, x):
+            return self.net(x)
+
+        def training_step(self, batch, batch_idx):
+            return F.cross_entropy(self(batch[0]), batch[1])
+
+        def configure_optimizers(self):
+            return torch.optim.Adam(self.parameters(), 1e-2)
+
+    module, callbacks = Other(), make()
+    run = other.Trainer(
+        max_epochs=3,
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        default_root_dir=tmp_path,
+        callbacks=callbacks,
+    )
+    run.fit(module, train_loader())
+    assert_reached(module, callbacks)
+    run.save_checkpoint(tmp_path / "other.ckpt")
+    assert_same_state(module, load_from_checkpoint(Other, tmp_path / "other.ckpt"))
