@@ -4,6 +4,8 @@ from lightning_optim._version import __version__
 from lightning_optim.callbacks import ChannelPruning, CompressedCheckpoint, PerformanceScore, WeightPruning
 from lightning_optim.checkpoint import conform, load_from_checkpoint
 from lightning_optim.measure import LatencyResult, measure_latency
+from lightning_optim.structured.prune import prune_channels
+from lightning_optim.structured.sensitivity import sensitivity
 
 __all__ = [
     "ChannelPruning",
@@ -15,4 +17,6 @@ __all__ = [
     "conform",
     "load_from_checkpoint",
     "measure_latency",
+    "prune_channels",
+    "sensitivity",
 ]
