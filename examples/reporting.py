@@ -7,7 +7,7 @@ import logging
 import os
 import platform
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,13 @@ from rich.table import Table
 from torch import nn
 
 from lightning_optim import LatencyResult
+from lightning_optim.functional.score import Terms, performance_score
 
 __all__ = [
     "COST_COLUMNS",
     "REPEAT_NOTE",
     "SCORE_COLUMN",
+    "SCRATCH_SCORE_NOTE",
     "Column",
     "History",
     "Report",
@@ -36,8 +38,10 @@ __all__ = [
     "model_facts",
     "no_speed_note",
     "prepare",
+    "score_against",
     "score_figures",
     "score_note",
+    "speed_note",
     "trade_off_figure",
 ]
 
@@ -78,6 +82,11 @@ def score_note(held_out: str, floor: str) -> str:
     )
 
 
+SCRATCH_SCORE_NOTE = (
+    "The net from scratch beside a pruned one is scored against the same dense net, by its size and time in this "
+    "table; in the figures of P and of those two it is left out."
+)
+
 REPEAT_NOTE = (
     "Run again, the numbers are the same but for the measured times, and P with them: by about a hundredth on an idle "
     "machine, by more on a busy one."
@@ -86,11 +95,38 @@ REPEAT_NOTE = (
 
 def no_speed_note(rows: Sequence[Row]) -> str:
     """Say what masks do to the time of a call, from what was measured."""
-    ratios = [row["latency"] for row in rows if row["kind"] in ("pruned", "control")]
+    ratios = _ratios(row for row in rows if row["kind"] in ("pruned", "control") and _is_masked(row))
     return (
-        "Masks give no speed on dense kernels, which multiply zeros like any other number: the pruned nets take "
-        f"{min(ratios):.2f} to {max(ratios):.2f} times as long as their dense net (below 5 % is noise). "
+        "Masks give no speed on dense kernels, which multiply zeros like any other number: the nets with zeros take "
+        f"{ratios} times as long as their dense net (below 5 % is noise). "
         "What shrinks is the compressed file."
+    )
+
+
+def speed_note(rows: Sequence[Row]) -> str:
+    """Say what removed channels do to the time of a call, from what was measured."""
+    ratios = _ratios(row for row in rows if row["kind"] == "pruned" and not _is_masked(row))
+    return (
+        "Removed channels leave smaller matrices for the same dense kernels: the nets that lost some take "
+        f"{ratios} times as long as their dense net, and need no kernel or file format of their own."
+    )
+
+
+def _is_masked(row: Row) -> bool:
+    """Tell zeros from removed channels, after which hardly any parameter that is left is zero."""
+    return row["nonzero"] < 0.9 * row["parameters"]
+
+
+def _ratios(rows: Iterable[Row]) -> str:
+    """Write the smallest and the largest ratio, once where they read the same."""
+    ratios = [row["latency"] for row in rows]
+    return " to ".join(dict.fromkeys((f"{min(ratios):.2f}", f"{max(ratios):.2f}")))
+
+
+def score_against(row: Row, dense: Row, accuracy: float) -> float:
+    """Return P of a net that was small from the start, against a dense net, from the facts in their rows."""
+    return performance_score(
+        Terms(size=row["nonzero"] / dense["nonzero"], inference_time=row["latency"], error=1 - accuracy)
     )
 
 
@@ -117,6 +153,12 @@ class History(pl.Callback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.epochs.append({name: value.item() for name, value in trainer.callback_metrics.items()})
+
+    def forget_ratios(self) -> None:
+        """Drop P and its ratios: those of a net that was small from the start are 1, against its own start."""
+        for epoch in self.epochs:
+            for name in ("P", "P/unguarded", "P/size", "P/inference_time"):
+                epoch.pop(name, None)
 
 
 def prepare(*, threads: int, verbose: bool) -> None:
@@ -330,9 +372,10 @@ PAGE = """<!doctype html>
 
 COLOURS = {
     "dense": ("#1c2024", "#8a9199"),
-    "pruned": ("#0072b2", "#009e73", "#8e5aa8", "#56b4e9"),
+    "pruned": ("#0072b2", "#009e73", "#8e5aa8", "#56b4e9", "#8c564b"),
     "control": ("#d55e00", "#e69f00"),
 }
+LONG_NAME = 20  # three columns of longer ones are wider than the figure
 MARKERS = {"dense": "s", "pruned": "o", "control": "X"}
 
 
@@ -364,7 +407,10 @@ def _panel() -> tuple[Figure, Axes]:
 
 
 def _legend(figure: Figure) -> None:
-    figure.legend(loc="outside lower center", ncols=3, frameon=False)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    columns = 2 if max(map(len, labels), default=0) > LONG_NAME else 3
+    figure.set_figheight(3.6 + 0.2 * -(-len(labels) // columns))
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
 
 
 def progress_figure(
@@ -375,7 +421,7 @@ def progress_figure(
     Args:
         rows: The table's rows, for the styles.
         histories: Of the runs, by name.
-        metric: Name as logged.
+        metric: Name as logged; a run that did not log it is left out.
         label: Of the y axis.
         from_zero: Whether the y axis begins at 0.
     """
@@ -383,7 +429,8 @@ def progress_figure(
     styles = _styles(rows)
     for name, history in histories.items():
         values = [epoch.get(metric, np.nan) for epoch in history.epochs]
-        axis.plot(range(1, len(values) + 1), values, label=name, markersize=5, linewidth=1.5, **styles[name])
+        if not np.isnan(values).all():
+            axis.plot(range(1, len(values) + 1), values, label=name, markersize=5, linewidth=1.5, **styles[name])
     axis.set(xlabel="epoch", ylabel=label)
     if from_zero:
         axis.set_ylim(0, 1.08 * axis.dataLim.ymax)

@@ -100,6 +100,8 @@ class ChannelPruning(CompressionCallback):
         Fang et al. 2023, "DepGraph: Towards Any Structural Pruning".
     """
 
+    order = 0
+
     def __init__(
         self,
         pruning_ratio: float | dict[str, float] = 0.5,
@@ -188,8 +190,6 @@ class ChannelPruning(CompressionCallback):
         for layer, momentum in self._momenta:
             layer.momentum = momentum  # type: ignore[assignment]
         self._momenta = []
-
-    order = 0
 
     def finish_batch(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Read what was caught, and run the event that is due."""

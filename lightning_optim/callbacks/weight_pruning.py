@@ -96,6 +96,8 @@ class WeightPruning(CompressionCallback):
         (500, 0.8)
     """
 
+    order = 1
+
     def __init__(
         self,
         sparsity: float | dict[str, float] | Literal["hold"] | None = None,
@@ -190,8 +192,6 @@ class WeightPruning(CompressionCallback):
             apply_masks((self._weights[name].parameter for name in held), (self._keeps[name] for name in held))
         if "gradient" in self._needs and self.window.within:
             self._note_gradients(self._selected_by(optimizer))
-
-    order = 1
 
     def parameters_replaced(
         self, pl_module: pl.LightningModule, kept: Mapping[str, tuple[Tensor, tuple[int, ...]]]

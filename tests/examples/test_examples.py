@@ -41,19 +41,35 @@ def digits_rows(tmp_path_factory):
 
 def test_digits_prunes_what_it_says_and_says_that_masks_give_no_speed(digits_rows):
     rows, folder = digits_rows
-    dense, eighty, ninety, two_of_four, _ = rows
+    dense, eighty, ninety, two_of_four, at_random, _, _ = rows
     selected = 13 * 9 * (1 + 13 + 13) + 26 * 9 * (13 + 26 + 26)  # all convolutions; not norms, nor the last layer
     others = dense["parameters"] - selected
     for row, kept in ((eighty, 0.2), (ninety, 0.1)):
         assert row["nonzero"] == pytest.approx(kept * selected + others, abs=1)
     padded = 13 * 3  # of nine weights the last stands in a group of its own in the first layer's rows, and so on
     assert two_of_four["nonzero"] == pytest.approx(0.5 * selected + others, abs=10 * padded)
-    assert {row["parameters"] for row in rows} == {dense["parameters"]}
+    assert {row["parameters"] for row in (eighty, ninety, two_of_four, at_random)} == {dense["parameters"]}
     assert dense["accuracy"] > 0.95
     assert ninety["bytes"] < eighty["bytes"] < two_of_four["bytes"] < dense["bytes"]
     assert ninety["P"] < eighty["P"] < dense["P"]
     check_report(folder, rows, figures=6)
     assert "Masks give no speed on dense kernels" in (folder / "report.md").read_text(encoding="utf-8")
+
+
+def test_digits_loses_channels_for_real_and_trains_a_control_of_the_same_size(digits_rows):
+    rows, folder = digits_rows
+    dense, halved, small = rows[0], rows[5], rows[6]
+    assert (halved["kind"], small["kind"]) == ("pruned", "control")
+    # Of 13 + 13 + 26 + 26 channels half are gone, wherever they rank lowest: all layers halved leave 5,432.
+    assert 0.2 * dense["parameters"] < halved["parameters"] < 0.4 * dense["parameters"]
+    assert halved["nonzero"] == halved["parameters"]
+    assert small["parameters"] == pytest.approx(halved["parameters"], rel=0.15)
+    assert halved["accuracy"] > 0.85
+    assert halved["P"] < dense["P"]
+    expected = 0.4 * small["nonzero"] / dense["nonzero"] + 0.6 * small["latency"] + 0.1 * (1 - small["val_acc"])
+    assert small["P"] == pytest.approx(expected)
+    markdown = (folder / "report.md").read_text(encoding="utf-8")
+    assert f"the nets that lost some take {halved['latency']:.2f} times as long" in markdown
 
 
 @pytest.mark.slow
@@ -79,7 +95,7 @@ def test_recommender_learns_the_structure_of_the_generated_shop(shop_rows):
     rows, folder = shop_rows
     by_name = {row["name"]: row for row in rows}
     popular = by_name["popularity, last 30 days"]
-    for name in ("small", "small, 80 % zeros"):
+    for name in ("small", "small, 80 % zeros", "small, half of every width"):
         assert by_name[name]["recall"] > 2 * popular["recall"]
         assert by_name[name]["new_recall"] > 3 * popular["new_recall"]
     dense, pruned = by_name["small"], by_name["small, 80 % zeros"]
@@ -90,6 +106,19 @@ def test_recommender_learns_the_structure_of_the_generated_shop(shop_rows):
     assert pruned["nonzero"] == pytest.approx(0.2 * selected + dense["parameters"] - selected, abs=1 + hidden)
     assert pruned["P"] < dense["P"]
     check_report(folder, rows, figures=7)
+
+
+def test_recommender_loses_the_same_channels_in_every_layer_of_a_group(shop_rows):
+    rows, _ = shop_rows
+    by_name = {row["name"]: row for row in rows}
+    dense, halved = by_name["small"], by_name["small, half of every width"]
+    scratch = by_name["the same shape from scratch"]
+    items = (dense["parameters"] - 64 * 128 * 2 - 128 - 64 - 128 - 9) // 129
+    # Both tables, the biases of the items, both matrices with their biases, the norm, the three added terms.
+    assert halved["parameters"] == 2 * 32 * items + items + 2 * 32 * 64 + 64 + 32 + 2 * 32 + 9
+    assert halved["nonzero"] > 0.99 * halved["parameters"]
+    assert scratch["parameters"] == halved["parameters"]
+    assert halved["P"] < dense["P"]
 
 
 @pytest.mark.slow

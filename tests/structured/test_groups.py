@@ -160,3 +160,21 @@ def test_a_gate_in_the_same_projection_leaves_with_its_value():
     assert removal.shapes == {"a.weight": (10, 32), "a.bias": (10,), "b.weight": (2, 5)}
     with pytest.raises(ValueError, match="channels of a that were to stay would leave with others"):
         TracedModel(module, example).remove({"a": [1, 2]})
+
+
+def test_products_of_stacked_vectors_are_left_alone():
+    def interact(s, x, rows):
+        stacked = torch.stack([s.b(s.a(x).relu()), *(s.table(rows[:, i]) for i in range(3))], 1)
+        return s.out(s.top((stacked @ stacked.transpose(1, 2)).flatten(1)).relu())
+
+    module = Net(
+        interact,
+        a=nn.Linear(32, 16),
+        b=nn.Linear(16, 8),
+        table=nn.EmbeddingBag(20, 8),
+        top=nn.Linear(16, 12),
+        out=nn.Linear(12, 1),
+    )
+    report = report_of(module, (sequences()[:, 0], ids()[:, :3, None]), include=["a", "b", "top", "table"])
+    assert set(report.groups) == {"a", "top"}
+    assert "b" in report.left_out
