@@ -192,7 +192,7 @@ def select_weights(
             )
         else:
             chosen[name] = Weight(name, layer, parameter)
-    _check_all_matched(include, exclude, matched, left_out)
+    _check_all_matched(include, exclude, matched, [*chosen, *left_out])
     return Selection(chosen, left_out)
 
 
@@ -286,14 +286,14 @@ def _check_all_matched(
     include: Sequence[Pattern] | None,
     exclude: Sequence[Pattern] | None,
     matched: set[int],
-    left_out: dict[str, str],
+    names: Sequence[str],
 ) -> None:
     for word, patterns in (("include", include), ("exclude", exclude)):
         for pattern in patterns or ():
             if id(pattern) not in matched:
-                names = sorted(name for name in left_out if "weight" in name)
+                like = ", ".join([name for name in names if "weight" in name][:6])
                 raise ValueError(
-                    f"{word}: {_word(pattern)} matches no layer. Names look like: {', '.join(names[:6]) or 'none'}. "
+                    f"{word}: {_word(pattern)} matches no layer. Names look like: {like or 'none'}. "
                     "Write a module's name, a glob pattern such as 'encoder.*', or a layer class."
                 )
 

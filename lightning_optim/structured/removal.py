@@ -15,8 +15,11 @@ from lightning_optim.target import ForwardInputs
 
 __all__ = ["apply_removal", "damage", "keep_channels", "slice_optimizer"]
 
-TOLERANCE = 1e-3
-"""Difference that float32 sums in another order may make, as a fraction of the output's largest entry."""
+TOLERANCE = {"cpu": 1e-4, "cuda": 2e-3}
+"""Difference that sums in another order (TF32 on CUDA) may make, as a fraction of the output's largest entry.
+
+Float32 on a CPU stays below 1e-5; scrambled heads of a ViT-small made 9e-3.
+"""
 
 
 def keep_channels(tensor: Tensor, kept: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -145,8 +148,11 @@ def damage(module: nn.Module, inputs: ForwardInputs, removal: Removal, *, exact:
     if not exact:
         return None
     _zero_removed(masked, removal)
-    worst = max((_difference(a, b) for a, b in zip(after, _outputs(masked, inputs), strict=True)), default=0.0)
-    return None if worst <= 1 else f"removing differs from setting to zero by {worst * TOLERANCE:.2g} of the output"
+    for left, right in zip(after, _outputs(masked, inputs), strict=True):
+        difference = _difference(left, right)
+        if difference > _tolerance(left):
+            return f"removing differs from setting to zero by {difference:.2g} of the output"
+    return None
 
 
 def _with_random_weights(module: nn.Module, inputs: ForwardInputs) -> tuple[nn.Module, list[Tensor]]:
@@ -203,12 +209,17 @@ def _norm_over(layer: Any, kept: Tensor, inputs: Tensor) -> Tensor:
 
 
 def _difference(left: Tensor, right: Tensor) -> float:
-    """Return the largest difference, in tolerances of the dtype times the output's largest entry."""
+    """Return the largest difference as a fraction of the largest entry; 0 or 1 where nothing can be divided."""
     if not left.is_floating_point() or left.numel() == 0:
-        return 0.0 if torch.equal(left, right) else 1 / TOLERANCE
-    tolerance = max(TOLERANCE, 16 * torch.finfo(left.dtype).eps)
+        return 0.0 if torch.equal(left, right) else 1.0
     left, right = left.double(), right.double()
-    return float((left - right).abs().max() / right.abs().max().clamp_min(1e-6)) / tolerance
+    return float((left - right).abs().max() / right.abs().max().clamp_min(1e-6))
+
+
+def _tolerance(output: Tensor) -> float:
+    if not output.is_floating_point():
+        return 0.0
+    return max(TOLERANCE.get(output.device.type, 2e-3), 16 * torch.finfo(output.dtype).eps)
 
 
 def trusted(groups: Iterable[str], breaks: Callable[[list[str]], str | None]) -> tuple[list[str], dict[str, str]]:
