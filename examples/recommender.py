@@ -258,7 +258,7 @@ def build_report(rows: list[Row], histories: dict[str, History], test: Task, sou
             "Zeros and channels are chosen by weight x gradient (taylor) unless the row says otherwise: most rows of "
             "the tables get a gradient only now and then, and their size says more about how they were initialised.",
             "A smaller dense tower is the control of a large pruned one: compare its parameters with the non-zeros, or "
-            "with the parameters where channels left. The one of the same shape keeps the large one's learning rate: "
+            "with the parameters where channels left. The one of the same shape keeps the pruned one's learning rate: "
             "on the validation customers a higher one moved every tower from recall over all items to new ones.",
             f"Every net is trained twice in the same way: up to {VALIDATION[0]:%Y-%m-%d} for P, up to "
             f"{TEST[0]:%Y-%m-%d} for the other columns. Nothing is chosen on the test customers.",

@@ -414,7 +414,7 @@ def first_rows(inputs: ForwardInputs, rows: int) -> ForwardInputs:
     if len(sizes) > 1:
         raise ValueError(
             f"the inputs of forward have {sorted(sizes)} rows in dimension 0, so one sample cannot be cut from the "
-            "batch. Pass `example_inputs` with the sample to measure."
+            "batch. Pass `example_inputs`: what forward receives, as it is to be called."
         )
 
     def cut(tensor: Tensor) -> Tensor:

@@ -67,8 +67,7 @@ class CompressionCallback(pl.Callback):
         self.module = module
         self.include = _as_list("include", include)
         self.exclude = _as_list("exclude", exclude)
-        self.event_seconds = 0.0
-        """Wall time of the events so far, for PerformanceScore."""
+        self._event_seconds = 0.0
         self._restored = False
         self._handles: list[Any] = []
         self._stepped = False
@@ -79,6 +78,11 @@ class CompressionCallback(pl.Callback):
     def state_key(self) -> str:
         """Class name with module, include and exclude: several instances can run together."""
         return self._generate_state_key(module=self.module, include=_words(self.include), exclude=_words(self.exclude))
+
+    @property
+    def event_seconds(self) -> float:
+        """Wall time of the events so far, which PerformanceScore takes off the training time."""
+        return self._event_seconds
 
     @property
     def reached_end(self) -> bool:
@@ -207,12 +211,12 @@ class CompressionCallback(pl.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the window; a subclass restores the rest."""
         self.window.load_state_dict(state_dict["window"])
-        self.event_seconds = state_dict["event_seconds"]
+        self._event_seconds = state_dict["event_seconds"]
         self._restored = self.window.resolved
 
     def state_dict(self) -> dict[str, Any]:
         """Return the window as plain types; a subclass adds the rest."""
-        return {"window": self.window.state_dict(), "event_seconds": self.event_seconds}
+        return {"window": self.window.state_dict(), "event_seconds": self._event_seconds}
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_handles": [], "_holders": [], "_fitted": None}
@@ -268,7 +272,7 @@ class CompressionCallback(pl.Callback):
         started = time.perf_counter()
         self.apply_event(trainer, pl_module)
         self.window.event_done()
-        self.event_seconds += time.perf_counter() - started
+        self._event_seconds += time.perf_counter() - started
 
     def find_target(self, pl_module: pl.LightningModule) -> tuple[str, nn.Module]:
         """Return the prefix and the module the technique acts on."""

@@ -100,6 +100,7 @@ def prune_channels(
         RuntimeError: If the check finds that the removal as a whole would do damage.
 
     Example:
+        >>> import torch
         >>> net = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 4))
         >>> report = prune_channels(net, torch.zeros(1, 8), pruning_ratio=0.75)
         >>> report.channels, net[0].weight.shape
