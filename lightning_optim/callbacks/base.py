@@ -54,6 +54,8 @@ class CompressionCallback(pl.Callback):
     """Names of the strategy classes the technique is correct under, with their subclasses."""
     refused_strategies: tuple[str, ...] = ("DeepSpeedStrategy", "SingleDeviceXLAStrategy", "XLAStrategy")
     """Subclasses of those all the same, under which it is not."""
+    instead = "Take Trainer(strategy='ddp'), or a single device."
+    """What to do under another strategy."""
 
     def __init__(
         self,
@@ -227,8 +229,7 @@ class CompressionCallback(pl.Callback):
         names = mro_names(trainer.strategy)
         if not names & set(self.strategies) or names & set(self.refused_strategies):
             raise MisconfigurationException(
-                f"{type(self).__name__} is not supported under {type(trainer.strategy).__name__}. "
-                "Take Trainer(strategy='ddp'), or a single device."
+                f"{type(self).__name__} is not supported under {type(trainer.strategy).__name__}. {self.instead}"
             )
 
     def _warn_of_plain_monitors(self, trainer: pl.Trainer) -> None:

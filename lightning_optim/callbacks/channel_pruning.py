@@ -101,6 +101,10 @@ class ChannelPruning(CompressionCallback):
     """
 
     order = 0
+    instead = (
+        "Take Trainer(strategy='ddp') or a single device, or prune before the model is sharded: prune_channels(...), or "
+        "load_from_checkpoint(...) of a pruned file, and train that."
+    )
 
     def __init__(
         self,
@@ -395,9 +399,11 @@ class ChannelPruning(CompressionCallback):
         left = self._fraction_left()
         before = sum(dense.channels[name] for name in report.groups)
         now = sum(_outputs(self._target.get_submodule(name)) for name in report.groups)
+        multiple = self.allocation.round_to
+        rounded = f" (kept in multiples of {multiple})" if multiple else ""
         rank_zero_info(
             f"{self._label()}: step {self.window.step}, {before - now} of {before} channels gone in "
-            f"{len(report.groups)} groups; {left:.2%} of the parameters are left."
+            f"{len(report.groups)} groups{rounded}; {left:.2%} of the parameters are left."
         )
         if trainer.barebones:
             return

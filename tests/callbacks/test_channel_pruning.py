@@ -604,3 +604,23 @@ def test_zeros_that_left_with_their_channels_are_made_up_for(tmp_path, first):
     assert sum(int((w == 0).sum()) for w in hidden) == 96
     fit(tmp_path, again, *pair(), ckpt_path=tmp_path / "files" / "0.ckpt")
     assert_same_state(module, again)
+
+
+def test_rounding_is_reported(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    fit(tmp_path, new(), channels(0.3, round_to=4, scope="layer"))
+    assert any("8 of 32 channels gone in 2 groups (kept in multiples of 4)" in r.message for r in caplog.records)
+
+
+def test_a_sharded_strategy_is_refused_with_what_to_do(tmp_path):
+    run = trainer(tmp_path, channels())
+
+    class ModelParallelStrategy(type(run.strategy).__mro__[1]):
+        pass
+
+    ModelParallelStrategy.__abstractmethods__ = frozenset()
+    run.strategy.__class__ = ModelParallelStrategy
+    with pytest.raises(
+        MisconfigurationException, match=r"under ModelParallelStrategy.*prune before the model is sharded"
+    ):
+        channels().setup(run, new(), "fit")
