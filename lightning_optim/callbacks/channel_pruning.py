@@ -16,7 +16,7 @@ from lightning_optim.callbacks.base import CompressionCallback, compressions, mr
 from lightning_optim.callbacks.example_inputs import InputSource
 from lightning_optim.callbacks.statistics import Squares
 from lightning_optim.functional.channels import ChannelCriterion
-from lightning_optim.functional.schedules import SCHEDULES
+from lightning_optim.functional.schedules import SCHEDULES, Schedule
 from lightning_optim.measure.latency import interleaved_latency
 from lightning_optim.measure.macs import count_macs
 from lightning_optim.measure.size import SIZES
@@ -114,7 +114,7 @@ class ChannelPruning(CompressionCallback):
         strict: bool = True,
         criterion: str | ChannelCriterion = "magnitude",
         scope: Literal["global", "layer"] = "global",
-        schedule: str = "cubic",
+        schedule: str | Schedule = "cubic",
         start: int | float = 0.1,
         end: int | float = 0.7,
         events: int = 8,

@@ -1,7 +1,7 @@
 """WeightPruning: zeros that grow by a schedule while the model trains, and stay zero."""
 
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -25,7 +25,7 @@ from lightning_optim.functional.masks import (
     sparsity_of,
     unpack_mask,
 )
-from lightning_optim.functional.schedules import SCHEDULES
+from lightning_optim.functional.schedules import SCHEDULES, Schedule
 from lightning_optim.functional.thresholds import Scores
 from lightning_optim.structured.removal import keep_channels
 from lightning_optim.tables import by_reason, render
@@ -105,7 +105,7 @@ class WeightPruning(CompressionCallback):
         granularity: str = "weight",
         criterion: str | Criterion = "magnitude",
         scope: Literal["global", "layer"] = "global",
-        schedule: str | Callable[[float, float, float], float] = "cubic",
+        schedule: str | Schedule = "cubic",
         start: int | float = 0.1,
         end: int | float = 0.7,
         every_n_steps: int = 100,

@@ -4,13 +4,14 @@ import sys
 
 import pytest
 import torch
+import yaml
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.cli import LightningCLI
 from torch import nn
 from torch.utils.data import DataLoader
 
 from helpers.models import Classifier, data
-from lightning_optim import CompressedCheckpoint, PerformanceScore, WeightPruning
+from lightning_optim import ChannelPruning, CompressedCheckpoint, PerformanceScore, WeightPruning
 
 CONFIG = """
 trainer:
@@ -106,3 +107,24 @@ def test_hold_in_yaml():
         {"callback": {"class_path": "lightning_optim.WeightPruning", "init_args": {"sparsity": "hold"}}}
     )
     assert parser.instantiate_classes(parsed).callback.sparsity == "hold"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        {"pruning_ratio": 0.5},
+        {"pruning_ratio": {"net.0": 0.5, "net.4": 0.25}},
+        {"target": {"parameters": 0.5}, "strict": False},
+        {"include": ["net.0", "torch.nn.Linear"], "exclude": ["net.6"], "schedule": "linear", "criterion": "taylor"},
+    ],
+    ids=str,
+)
+def test_channel_pruning_in_yaml(tmp_path, monkeypatch, words):
+    config = yaml.safe_load(CONFIG.format(sparsity=0.5, granularity="weight", include="null", reference="baseline"))
+    words = {"start": 2, "end": 10, "events": 2, "scope": "layer", **words}
+    config["trainer"]["callbacks"][0] = {"class_path": "lightning_optim.ChannelPruning", "init_args": words}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    monkeypatch.setattr(sys, "argv", ["train.py", "fit", "--config", str(tmp_path / "config.yaml")])
+    cli = LightningCLI(Classifier, Data, save_config_callback=None, seed_everything_default=1)
+    assert next(c for c in cli.trainer.callbacks if isinstance(c, ChannelPruning)).reached_end
+    assert cli.model.net[0].out_features < 16
