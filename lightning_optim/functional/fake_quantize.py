@@ -1,0 +1,187 @@
+"""Fake quantization: numbers rounded to what few bits can hold, with gradients that pass through the rounding.
+
+Rounding is half to even, as ONNX's QuantizeLinear rounds. Zero is always held exactly, so zeros of a mask stay zero.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "affine_parameters",
+    "dequantize",
+    "fake_quantize",
+    "fake_quantize_weight",
+    "integer_range",
+    "parse_weight_granularity",
+    "quantize",
+    "symmetric_scale",
+]
+
+FEWEST_BITS, MOST_BITS = 2, 8
+SMALLEST_SCALE = 1e-12
+"""Scale of what is zero throughout: any positive one is right."""
+
+
+def integer_range(bits: int, *, symmetric: bool) -> tuple[int, int]:
+    """Return the smallest and largest integer of a number of bits.
+
+    Args:
+        bits: 2 to 8.
+        symmetric: ``(-(2^(b-1) - 1), 2^(b-1) - 1)`` for weights, else ``(0, 2^b - 1)`` for activations.
+
+    Raises:
+        ValueError: If ``bits`` is no whole number in the range.
+
+    Example:
+        >>> integer_range(8, symmetric=True), integer_range(8, symmetric=False), integer_range(2, symmetric=True)
+        ((-127, 127), (0, 255), (-1, 1))
+    """
+    if type(bits) is not int or not FEWEST_BITS <= bits <= MOST_BITS:
+        raise ValueError(f"bits must be a whole number from {FEWEST_BITS} to {MOST_BITS}, got {bits!r}.")
+    top = 2 ** (bits - 1) - 1
+    return (-top, top) if symmetric else (0, 2**bits - 1)
+
+
+def parse_weight_granularity(text: str) -> tuple[str, int]:
+    """Return what shares a scale, and of a group its size (0 for the others).
+
+    Args:
+        text: ``"per_tensor"``, ``"per_channel"`` (a row of dimension 0), or ``"per_group:32"`` (32 consecutive inputs
+            of a row).
+
+    Raises:
+        ValueError: If it is none of them.
+
+    Example:
+        >>> parse_weight_granularity("per_group:32")
+        ('per_group', 32)
+    """
+    word, _, size = text.partition(":")
+    if text in ("per_tensor", "per_channel"):
+        return text, 0
+    if word == "per_group" and size.isdigit() and int(size) > 0:
+        return word, int(size)
+    raise ValueError(
+        f"weight granularity must be 'per_tensor', 'per_channel' or 'per_group:32' (32 inputs of a row share "
+        f"a scale), got {text!r}."
+    )
+
+
+def symmetric_scale(weight: Tensor, bits: int = 8, granularity: str = "per_channel") -> Tensor:
+    """Return the scales that let the largest magnitude be the largest integer.
+
+    Args:
+        weight: ``[out, in, ...]``, any float dtype.
+        bits: 2 to 8.
+        granularity: What shares a scale.
+
+    Returns:
+        float32 scales that broadcast over :func:`grouped` weights: ``[1, 1, 1]``, ``[out, 1, 1]`` or
+        ``[out, groups, 1]``.
+
+    References:
+        Krishnamoorthi 2018, "Quantizing deep convolutional networks for efficient inference".
+    """
+    _, top = integer_range(bits, symmetric=True)
+    groups = grouped(weight.detach().float(), granularity).abs()
+    shared = (0, 1, 2) if granularity == "per_tensor" else (2,)
+    return groups.amax(shared, keepdim=True).clamp_min(SMALLEST_SCALE) / top
+
+
+def grouped(weight: Tensor, granularity: str) -> Tensor:
+    """View a weight as ``[out, groups, size]``; the last group of a row is padded with zeros where it is short."""
+    _, size = parse_weight_granularity(granularity)
+    rows = weight.reshape(weight.shape[0], -1) if weight.ndim > 1 else weight.reshape(1, -1)
+    if not size:
+        return rows[:, None]
+    padding = -rows.shape[1] % size
+    padded = torch.nn.functional.pad(rows, (0, padding))
+    return padded.view(len(padded), -1, size)
+
+
+def affine_parameters(low: Tensor, high: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
+    """Return scale and zero point of a range, widened to hold zero.
+
+    Args:
+        low: Smallest value, any shape.
+        high: Largest value, of the same shape.
+        bits: 2 to 8.
+
+    Returns:
+        float32 scale, and int32 zero point in ``[0, 2^bits - 1]``: zero is exactly an integer.
+
+    References:
+        Jacob et al. 2018, "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only
+        Inference".
+
+    Example:
+        >>> affine_parameters(torch.tensor(-1.0), torch.tensor(1.55), 8)
+        (tensor(0.0100), tensor(100, dtype=torch.int32))
+    """
+    bottom, top = integer_range(bits, symmetric=False)
+    low, high = low.float().clamp_max(0.0), high.float().clamp_min(0.0)
+    scale = ((high - low) / (top - bottom)).clamp_min(SMALLEST_SCALE)
+    zero_point = (bottom - torch.round(low / scale)).clamp(bottom, top).to(torch.int32)
+    return scale, zero_point
+
+
+def quantize(x: Tensor, scale: Tensor, zero_point: Tensor | int, quant_min: int, quant_max: int) -> Tensor:
+    """Return the integers, as int32: ``clamp(round(x / scale) + zero_point)``."""
+    return (torch.round(x.float() / scale) + zero_point).clamp(quant_min, quant_max).to(torch.int32)
+
+
+def dequantize(integers: Tensor, scale: Tensor, zero_point: Tensor | int) -> Tensor:
+    """Return the float32 numbers that the integers stand for."""
+    return (integers - zero_point).float() * scale
+
+
+def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor | int, quant_min: int, quant_max: int) -> Tensor:
+    """Round to what the integers can hold, and let gradients pass where nothing was clipped.
+
+    Args:
+        x: Any shape and float dtype.
+        scale: float32, broadcastable to ``x``.
+        zero_point: Integer(s), broadcastable to ``x``.
+        quant_min: Smallest integer.
+        quant_max: Largest integer.
+
+    Returns:
+        Of the shape and dtype of ``x``; at most half a scale off inside the range. Applying it twice changes nothing.
+        Its gradient is 1 inside the range and 0 outside (straight-through estimator).
+
+    References:
+        Bengio et al. 2013, "Estimating or Propagating Gradients Through Stochastic Neurons".
+    """
+    rounded: Tensor = _StraightThrough.apply(x, scale, zero_point, quant_min, quant_max)  # type: ignore[no-untyped-call]
+    return rounded
+
+
+def fake_quantize_weight(weight: Tensor, bits: int = 8, granularity: str = "per_channel") -> Tensor:
+    """Fake-quantize a weight symmetrically with scales taken from itself; no weight is clipped, zeros stay zero.
+
+    Args:
+        weight: ``[out, in, ...]``.
+        bits: 2 to 8.
+        granularity: What shares a scale.
+    """
+    quant_min, quant_max = integer_range(bits, symmetric=True)
+    groups = grouped(weight, granularity)
+    scale = symmetric_scale(weight, bits, granularity)
+    rounded = fake_quantize(groups, scale, 0, quant_min, quant_max).flatten(1)
+    return rounded[:, : weight[0].numel() if weight.ndim > 1 else weight.numel()].reshape(weight.shape)
+
+
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor | int, quant_min: int, quant_max: int) -> Tensor:
+        integers = torch.round(x.float() / scale) + zero_point
+        clipped = integers.clamp(quant_min, quant_max)
+        ctx.save_for_backward(integers == clipped)
+        return ((clipped - zero_point) * scale).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
+        (inside,) = ctx.saved_tensors
+        return gradient * inside, None, None, None, None
