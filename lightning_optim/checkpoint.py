@@ -240,6 +240,8 @@ class _SaveHook(_Hook):
 
     def __call__(self, checkpoint: dict[str, Any]) -> None:
         self.call_replaced(checkpoint)
+        for callback in _contributors(getattr(self.module, "_trainer", None)):
+            self.plan.entries[callback.state_key] = callback.plan_entry()
         checkpoint[KEY] = self.plan.as_plain()
 
 
@@ -262,13 +264,19 @@ def _check_claims(plain: Mapping[str, Any], trainer: Any) -> None:
     """When a run is resumed, every entry of the file's plan must belong to one of the Trainer's callbacks."""
     if trainer is None or trainer.state.fn != "fit":
         return
-    keys = [callback.state_key for callback in trainer.callbacks if getattr(callback, "contributes_to_plan", False)]
+    keys = [callback.state_key for callback in _contributors(trainer)]
     for entry in plain["entries"]:
         if entry not in keys:
             raise MisconfigurationException(
                 f"the checkpoint holds the state of {entry}, and the Trainer's callbacks are "
                 f"{', '.join(keys) or 'none of its kind'}. Resume with the same `module`, `include` and `exclude`."
             )
+
+
+def _contributors(trainer: Any) -> list[Any]:
+    """Return the Trainer's compression callbacks, by the mark they carry: this module does not know them."""
+    callbacks = [] if trainer is None else trainer.callbacks
+    return [callback for callback in callbacks if getattr(callback, "contributes_to_plan", False)]
 
 
 def plan_of(module: nn.Module) -> Plan:
@@ -348,7 +356,7 @@ def _load_instance(module: M, checkpoint: dict[str, Any]) -> M:
         module.on_load_checkpoint(checkpoint)
     finally:
         detach(module)
-    module.load_state_dict(checkpoint["state_dict"])
+    module.load_state_dict(checkpoint["state_dict"], strict=module.strict_loading)
     return module
 
 

@@ -9,9 +9,9 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
-from torch.utils._pytree import tree_flatten, tree_map_only
 
 __all__ = [
     "ForwardInputs",
@@ -260,7 +260,7 @@ def matches(pattern: Pattern, name: str, layer: nn.Module, prefix: str = "") -> 
         return isinstance(layer, pattern) and is_weight
     return any(
         _matches_parameter(pattern, candidate, leaf) or (is_weight and _matches_module(pattern, candidate))
-        for candidate in {name, name.removeprefix(prefix)}
+        for candidate in {name, name.removeprefix(prefix), name.replace("_orig_mod.", "")}
     )
 
 
@@ -383,8 +383,12 @@ def _is_redirected(layer: nn.Module) -> bool:
 
 def detached(inputs: ForwardInputs) -> ForwardInputs:
     """Return the inputs with every tensor detached and cloned, so that training cannot change them."""
-    copy: Callable[[Tensor], Tensor] = lambda tensor: tensor.detach().clone()  # noqa: E731
-    args, kwargs = tree_map_only(Tensor, copy, (inputs.args, inputs.kwargs or {}))
+    return map_inputs(lambda tensor: tensor.detach().clone(), inputs)
+
+
+def map_inputs(function: Callable[[Tensor], Tensor], inputs: ForwardInputs) -> ForwardInputs:
+    """Apply a function to every tensor in the inputs, in tuples, dicts and dataclasses too."""
+    args, kwargs = apply_to_collection((inputs.args, inputs.kwargs or {}), Tensor, function)
     return ForwardInputs(args, kwargs)
 
 
@@ -409,7 +413,8 @@ def first_rows(inputs: ForwardInputs, rows: int) -> ForwardInputs:
     Raises:
         ValueError: If the tensors disagree in dimension 0, so that no batch can be told.
     """
-    tensors = [leaf for leaf in tree_flatten((inputs.args, inputs.kwargs or {}))[0] if isinstance(leaf, Tensor)]
+    tensors: list[Tensor] = []
+    map_inputs(lambda tensor: tensors.append(tensor) or tensor, inputs)  # type: ignore[func-returns-value]
     sizes = {tensor.shape[0] for tensor in tensors if tensor.ndim}
     if len(sizes) > 1:
         raise ValueError(
@@ -423,11 +428,9 @@ def first_rows(inputs: ForwardInputs, rows: int) -> ForwardInputs:
         index = torch.arange(rows, device=tensor.device) % tensor.shape[0]
         return tensor.index_select(0, index)
 
-    args, kwargs = tree_map_only(Tensor, cut, (inputs.args, inputs.kwargs or {}))
-    return ForwardInputs(args, kwargs)
+    return map_inputs(cut, inputs)
 
 
 def move_inputs(inputs: ForwardInputs, device: torch.device) -> ForwardInputs:
     """Return the inputs on another device."""
-    args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.to(device), (inputs.args, inputs.kwargs or {}))
-    return ForwardInputs(args, kwargs)
+    return map_inputs(lambda tensor: tensor.to(device), inputs)

@@ -195,7 +195,7 @@ def planned_steps(trainer: Any, *, automatic_optimization: bool = True) -> float
             steps, not batches, so it bounds nothing that is known.
     """
     if not automatic_optimization and trainer.max_steps != -1:
-        return math.inf
+        return float(trainer.fast_dev_run) if trainer.fast_dev_run else math.inf
     try:
         planned = trainer.estimated_stepping_batches
     except MisconfigurationException:  # accumulate_grad_batches changes with the epoch

@@ -218,3 +218,14 @@ def test_an_entry_that_no_callback_claims_prints_both_keys(narrowed, tmp_path):
 def test_public_names():
     for name in lightning_optim.__all__:
         assert getattr(lightning_optim, name) is not None
+
+
+def test_an_instance_keeps_its_strictness(tmp_path):
+    class Loose(Classifier):
+        def __init__(self):
+            super().__init__()
+            self.extra = nn.Linear(2, 2)
+            self.strict_loading = False
+
+    fit(tmp_path, new(), max_epochs=1).save_checkpoint(tmp_path / "file.ckpt")
+    load_from_checkpoint(Loose(), tmp_path / "file.ckpt")

@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 import torch
 import torchmetrics
@@ -182,3 +184,12 @@ def test_example_inputs_are_read_as_lightning_reads_them():
     assert as_forward_inputs(torch.ones(1)).args[0].shape == (1,)
     assert len(as_forward_inputs((1, 2)).args) == 2
     assert as_forward_inputs({"x": 1}).kwargs == {"x": 1}
+
+
+def test_batches_may_be_dataclasses():
+    @dataclasses.dataclass
+    class Batch:
+        x: torch.Tensor
+
+    cut = first_rows(ForwardInputs((Batch(torch.arange(4.0)),)), 1)
+    assert cut.args[0].x.tolist() == [0]

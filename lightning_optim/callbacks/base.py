@@ -126,12 +126,13 @@ class CompressionCallback(pl.Callback):
         """Select the layers and resolve the window; a run that goes on keeps what it had."""
         goes_on = self._fitted is not None and (self._fitted[0]() is trainer and self._fitted[1]() is pl_module)
         fresh = not self._restored and not goes_on
-        self._fitted = (weakref.ref(trainer), weakref.ref(pl_module))
+        self._fitted = None  # until this fit has really started
         if fresh:
             self.window.restart()
         if not self.window.resolved:
             self._resolve_window(trainer, pl_module)
         self.start(trainer, pl_module, fresh=fresh)
+        self._fitted = (weakref.ref(trainer), weakref.ref(pl_module))
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Register the step hooks; an event that is due before the first step happens here."""
@@ -288,7 +289,9 @@ def _prefers_the_dense_model(callback: Any) -> bool:
     names = mro_names(callback)
     watches = "EarlyStopping" in names or ("ModelCheckpoint" in names and "CompressedCheckpoint" not in names)
     monitor = getattr(callback, "monitor", None)
-    return watches and monitor is not None and monitor != "P" and not monitor.startswith("P/")
+    if monitor is None or monitor in ("step", "epoch", "P"):
+        return False
+    return watches and not monitor.startswith("P/")
 
 
 def _as_list(name: str, patterns: Sequence[Pattern] | None) -> list[Pattern] | None:

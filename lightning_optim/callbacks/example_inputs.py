@@ -12,6 +12,7 @@ from lightning_optim.target import (
     catch_forward_inputs,
     find_target,
     first_rows,
+    map_inputs,
     move_inputs,
 )
 
@@ -49,7 +50,8 @@ class InputSource:
         prefix, _ = find_target(pl_module, self.module)
         example = self.given if self.given is not None else getattr(pl_module, "example_input_array", None)
         if example is not None and (self.given is not None or not prefix):
-            inputs = move_inputs(as_forward_inputs(example), pl_module.device)
+            convert = pl_module.trainer.precision_plugin.convert_input
+            inputs = map_inputs(convert, move_inputs(as_forward_inputs(example), pl_module.device))
             self.layer = prefix.rstrip(".")
             self.inputs = inputs if self.given is not None else first_rows(inputs, self.rows)
         elif getattr(pl_module, "_compiler_ctx", None) is not None:

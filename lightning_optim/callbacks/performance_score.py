@@ -4,7 +4,8 @@ import copy
 import math
 import time
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -170,16 +171,18 @@ class PerformanceScore(pl.Callback):
         if not isinstance(monitor, str) or not (monitor == "P" or monitor.startswith("P/")):
             return
         every = trainer.check_val_every_n_epoch
-        if trainer.val_check_interval != 1.0 or every is None:
+        interval = trainer.val_check_interval
+        if isinstance(interval, int) or interval != 1.0 or every is None:
             raise MisconfigurationException(
                 f"{type(callback).__name__}(monitor={monitor!r}) needs one validation per epoch, and "
                 f"val_check_interval={trainer.val_check_interval!r} asks for others: P is known at epoch ends only. "
                 "Set val_check_interval=1.0."
             )
         every = math.lcm(every, self.every_n_epochs)
+        names = mro_names(callback)
+        self._check_moment(callback, names)
         if every == 1:
             return
-        names = mro_names(callback)
         if "ModelCheckpoint" in names:
             at_epoch_end = getattr(callback, "_save_on_train_epoch_end", None)
             if at_epoch_end is not True or callback._every_n_epochs % every:
@@ -195,10 +198,24 @@ class PerformanceScore(pl.Callback):
                 "check_on_train_epoch_end=True and strict=False (its patience counts every epoch)."
             )
 
+    def _check_moment(self, callback: Any, names: set[str]) -> None:
+        """Refuse saves and checks at moments at which P is that of the epoch before."""
+        name = f"{type(callback).__name__}(monitor={callback.monitor!r})"
+        if "ModelCheckpoint" in names:
+            if callback._every_n_train_steps >= 1 or callback._train_time_interval is not None:
+                raise MisconfigurationException(
+                    f"{name}: P is known at epoch ends only; save by every_n_epochs, not by every_n_train_steps or "
+                    "train_time_interval."
+                )
+            if callback._save_on_train_epoch_end is False:
+                raise MisconfigurationException(f"{name}: P is known at epoch ends; pass save_on_train_epoch_end=True.")
+        elif "EarlyStopping" in names and callback._check_on_train_epoch_end is False:
+            raise MisconfigurationException(f"{name}: P is known at epoch ends; pass check_on_train_epoch_end=True.")
+
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take the references from the model as it is, unless the run goes on."""
         goes_on = self._fitted is not None and (self._fitted[0]() is trainer and self._fitted[1]() is pl_module)
-        self._fitted = (weakref.ref(trainer), weakref.ref(pl_module))
+        self._fitted = None  # until this fit has really started
         if not self._restored and not goes_on:
             self._forget()
             self._references = dict(self.reference) if isinstance(self.reference, dict) else {}
@@ -208,6 +225,7 @@ class PerformanceScore(pl.Callback):
         self._drop_measurements()
         if self.weights["inference_time"] > 0:
             self._prepare_inference(pl_module)
+        self._fitted = (weakref.ref(trainer), weakref.ref(pl_module))
 
     def _prepare_inference(self, pl_module: pl.LightningModule) -> None:
         if self.reference == "baseline":
@@ -351,20 +369,22 @@ class PerformanceScore(pl.Callback):
         frozen = None
         if self._reference_copy is not None:
             frozen = _Called(self._inputs.called(self._reference_copy.to(pl_module.device)))
-        result = interleaved_latency(live, inputs, frozen, seconds=budget, least=10, most=100)
+        with _silent(pl_module), _silent(self._reference_copy):
+            result = interleaved_latency(live, inputs, frozen, seconds=budget, least=10, most=100)
         if result.ratio is None:
             return result.milliseconds / self._references.get("inference_time", 1.0), result.milliseconds
         return result.ratio, result.milliseconds
 
     def _is_feasible(self, trainer: pl.Trainer, accuracy: float) -> bool:
-        begun = any(callback.window.last_event >= 0 for callback in compressions(trainer))
-        if not begun or self._dense_accuracy is None:
-            self._dense_accuracy = max(accuracy, self._dense_accuracy or accuracy)
+        windows = [callback.window for callback in compressions(trainer)]
+        begun = any(window.last_event >= 0 and window.progress() > 0.0 for window in windows)
+        if not math.isnan(accuracy) and (not begun or self._dense_accuracy is None):
+            self._dense_accuracy = max(accuracy, accuracy if self._dense_accuracy is None else self._dense_accuracy)
         if self.until_reached == "infeasible" and not all(callback.reached_end for callback in compressions(trainer)):
             return False
         if self.min_accuracy is not None and not accuracy >= self.min_accuracy:
             return False
-        return self.max_drop is None or accuracy >= self._dense_accuracy - self.max_drop
+        return self.max_drop is None or accuracy >= (self._dense_accuracy or 0.0) - self.max_drop
 
     def _log(
         self,
@@ -452,6 +472,22 @@ class PerformanceScore(pl.Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_fitted": None, "_reference_copy": None}
+
+
+@contextmanager
+def _silent(module: Any) -> Iterator[None]:
+    """Let ``self.log`` in a forward do nothing: it would be timed, and log what measuring feeds it."""
+    hidden = ("log", "log_dict")
+    before = {} if module is None else {name: module.__dict__[name] for name in hidden if name in module.__dict__}
+    for name in hidden if module is not None else ():
+        module.__dict__[name] = lambda *args, **kwargs: None
+    try:
+        yield
+    finally:
+        for name in hidden if module is not None else ():
+            del module.__dict__[name]
+        if module is not None:
+            module.__dict__.update(before)
 
 
 class _Called(nn.Module):

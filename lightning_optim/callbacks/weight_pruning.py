@@ -103,9 +103,9 @@ class WeightPruning(CompressionCallback):
         sparsity: float | dict[str, float] | Literal["hold"] | None = None,
         *,
         granularity: str = "weight",
-        criterion: str | Criterion = "magnitude",
+        criterion: Criterion | str = "magnitude",
         scope: Literal["global", "layer"] = "global",
-        schedule: str | Schedule = "cubic",
+        schedule: Schedule | str = "cubic",
         start: int | float = 0.1,
         end: int | float = 0.7,
         every_n_steps: int = 100,
@@ -167,10 +167,10 @@ class WeightPruning(CompressionCallback):
     def start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *, fresh: bool) -> None:
         """Select the weights, take up masks from state or from the zeros that are there, and set the goals."""
         prefix, target = self.find_target(pl_module)
-        selection = select_weights(target, prefix, include=self._include_or_patterns(), exclude=self.exclude)
-        selection = self._with_a_pattern(selection, prefix)
+        selection = self._with_a_pattern(self._select(target, prefix), prefix)
         self._weights = selection.chosen
         self._check_weights(selection)
+        self._check_compiled(pl_module)
         self._check_peers(trainer)
         if fresh:
             self._keeps, self._restored_masks = {}, {}
@@ -313,10 +313,18 @@ class WeightPruning(CompressionCallback):
 
     # Selection and goals.
 
-    def _include_or_patterns(self) -> Sequence[Pattern] | None:
-        if self.include is None and isinstance(self.sparsity, dict):
-            return list(self.sparsity)
-        return self.include
+    def _select(self, target: nn.Module, prefix: str) -> Selection:
+        """Select by default or by ``include``; a sparsity pattern that is a layer's own name takes that layer in."""
+        selection = select_weights(target, prefix, include=self.include, exclude=self.exclude)
+        if self.include is not None or not isinstance(self.sparsity, dict):
+            return selection
+        layers = {name.rpartition(".")[0] for name in selection.left_out if name.endswith(".weight")}
+        named = [p for p in self.sparsity if p in layers or prefix + p in layers]
+        if not named:
+            return selection
+        exact = select_weights(target, prefix, include=named, exclude=self.exclude).chosen
+        chosen = {**selection.chosen, **exact}
+        return Selection(chosen, {name: why for name, why in selection.left_out.items() if name not in exact})
 
     def _with_a_pattern(self, selection: Selection, prefix: str) -> Selection:
         """Leave out what no pattern of a sparsity dict matches: it stays dense."""
@@ -334,7 +342,7 @@ class WeightPruning(CompressionCallback):
                 "Name what to prune with include=[...]."
             )
         for name, weight in selection.chosen.items():
-            problem = _problem(weight.parameter)
+            problem = _problem(weight.parameter) or self._shape_problem(weight)
             if problem:
                 layer = name.rpartition(".")[0]
                 raise MisconfigurationException(
@@ -342,6 +350,27 @@ class WeightPruning(CompressionCallback):
                 )
         if "input_norm" in self._needs:
             _check_input_norms(selection.chosen)
+
+    def _check_compiled(self, pl_module: pl.LightningModule) -> None:
+        """Inputs are read by hooks that come and go, and a compiled module does not see them come."""
+        compiled = getattr(pl_module, "_compiler_ctx", None) is not None
+        parts = any("_orig_mod" in name.split(".") for name in self._weights)
+        if "input_norm" in self._needs and (compiled or parts):
+            raise MisconfigurationException(
+                "the criterion needs the norms of the layers' inputs, which cannot be read inside a module that "
+                "torch.compile compiled. Take another criterion, or train without compiling."
+            )
+
+    def _shape_problem(self, weight: Weight) -> str | None:
+        if str(self.granularity) == "weight":
+            return None
+        if weight.parameter.ndim < 2:
+            return f"a vector, which has no {self.granularity}"
+        if isinstance(weight.layer, nn.modules.conv._ConvTransposeNd):
+            return (
+                f"of a {type(weight.layer).__name__}, stored as [in, out, ...], which {self.granularity} does not fit"
+            )
+        return None
 
     def _check_peers(self, trainer: pl.Trainer) -> None:
         for peer in compressions(trainer):
@@ -366,6 +395,8 @@ class WeightPruning(CompressionCallback):
         held = {name for name, count in zeros.items() if 0 < count < self._weights[name].parameter.numel()}
         if sum(zeros[name] for name in held) <= CHANCE_ZEROS * self._numel(self._weights):
             held = set()
+        if self.sparsity == "hold":
+            held = {name for name, count in zeros.items() if count}
         self._initial = {name: zeros[name] / self._numel([name]) if name in held else 0.0 for name in self._weights}
         if held:
             for name, parameter in self.target_parameters().items():
@@ -424,12 +455,19 @@ class WeightPruning(CompressionCallback):
 
     def _check_goals(self) -> None:
         for goal in self._goals:
-            if goal.initial > goal.final + CHANCE_ZEROS:
+            if goal.initial > goal.final + max(CHANCE_ZEROS, self._largest_unit(goal) / self._numel(goal.names)):
                 raise MisconfigurationException(
                     f"the module already has {goal.initial:.2%} zeros in {', '.join(goal.names[:3])}"
                     f"{' and more' if len(goal.names) > 3 else ''}, more than the {goal.final:.2%} asked. What is "
                     "removed stays removed: ask for more, or pass 'hold'."
                 )
+
+    def _largest_unit(self, goal: _Goal) -> float:
+        """Return how many weights one unit may hold: what was reached may be as far from what was asked."""
+        if str(self.granularity) == "weight":
+            return 1.0
+        shapes = [self._weights[name].parameter.shape for name in goal.names]
+        return max(shape.numel() / min(shape[:2]) for shape in shapes)
 
     def _numel(self, names: Sequence[str] | Mapping[str, Any]) -> int:
         return sum(self._weights[name].parameter.numel() for name in names)
@@ -523,14 +561,20 @@ class WeightPruning(CompressionCallback):
         )
         if trainer.barebones:
             return
-        end = f"/{self.module or self.state_key}" if self._has_peers(trainer) else ""
+        end = self._suffix(trainer)
         metrics = {f"pruning/sparsity{end}": reached, f"pruning/asked{end}": asked}
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=trainer.global_step)
         pl_module.log_dict(metrics, logger=False)
 
-    def _has_peers(self, trainer: pl.Trainer) -> bool:
-        return any(isinstance(peer, WeightPruning) and peer is not self for peer in compressions(trainer))
+    def _suffix(self, trainer: pl.Trainer) -> str:
+        """Return what tells several instances' metrics apart: the module, else the included names, else a number."""
+        peers = [peer for peer in compressions(trainer) if isinstance(peer, WeightPruning)]
+        if len(peers) == 1:
+            return ""
+        names = [peer.module or "+".join(map(str, peer.include or ["all"])) for peer in peers]
+        place = peers.index(self)
+        return f"/{names[place]}" if names.count(names[place]) == 1 else f"/{names[place]}.{place}"
 
     def _label(self) -> str:
         return "WeightPruning" if self.module is None else f"WeightPruning({self.module})"
@@ -601,6 +645,11 @@ def _checked_sparsity(
     if isinstance(sparsity, dict):
         if not sparsity:
             raise ValueError("`sparsity` as a dict maps patterns to fractions, got an empty one.")
+        for pattern in sparsity:
+            if not isinstance(pattern, str):
+                raise TypeError(
+                    f"`sparsity` as a dict maps names or glob patterns to fractions, got the key {pattern!r}."
+                )
         return {pattern: _checked_fraction(value, final) for pattern, value in sparsity.items()}
     return _checked_fraction(sparsity, final)
 

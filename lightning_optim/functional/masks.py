@@ -113,8 +113,11 @@ def parse_granularity(text: str) -> "Granularity":
       and so ``min(n, its size)`` weights of it stay at the end.
 
     Raises:
+        TypeError: If it is no text.
         ValueError: If it is none of them.
     """
+    if not isinstance(text, str):
+        raise TypeError(f"granularity is a text such as '2:4', got {text!r}. In YAML it must be quoted: '2:4'.")
     for pattern, make in _FORMS:
         match = re.fullmatch(pattern, text)
         if match:

@@ -75,6 +75,7 @@ def _inference(*modules: nn.Module) -> Iterator[None]:
     training step.
     """
     flags = [(layer, layer.training) for module in modules for layer in module.modules()]
+    buffers = [(buffer, buffer.detach().clone()) for module in modules for buffer in module.buffers()]
     threads = torch.get_num_threads()
     devices = {p.device for module in modules for p in module.parameters() if p.device.type == "cuda"}
     torch.set_num_threads(1)
@@ -86,6 +87,9 @@ def _inference(*modules: nn.Module) -> Iterator[None]:
     finally:
         for layer, training in flags:
             layer.training = training
+        with torch.no_grad():
+            for buffer, value in buffers:  # of a module that counts its calls, say
+                buffer.copy_(value)
         torch.set_num_threads(threads)
 
 

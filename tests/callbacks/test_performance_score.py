@@ -462,3 +462,57 @@ def test_precisions(tmp_path, precision):
     half = {"bf16-true": 0.5, "64-true": 2.0}.get(precision, 1.0)
     assert run.callback_metrics["P/raw/size"] == 563 * half
     assert best.best_model_path
+
+
+# What a review found.
+
+
+@pytest.mark.parametrize(
+    ("monitor", "message"),
+    [
+        (lambda p: ModelCheckpoint(p, monitor="P", every_n_train_steps=3), "not by every_n_train_steps"),
+        (lambda p: ModelCheckpoint(p, monitor="P", save_on_train_epoch_end=False), "save_on_train_epoch_end=True"),
+        (lambda p: EarlyStopping("P", check_on_train_epoch_end=False), "check_on_train_epoch_end=True"),
+    ],
+)
+def test_moments_at_which_p_is_stale_are_refused(tmp_path, monitor, message):
+    refused(tmp_path, monitor(tmp_path), message)
+
+
+def test_validation_every_batch_is_refused_beside_a_monitor(tmp_path):
+    refused(tmp_path, ModelCheckpoint(tmp_path, monitor="P"), r"val_check_interval=1\.0", val_check_interval=1)
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true", "bf16-mixed"])
+def test_given_inputs_follow_the_precision(tmp_path, precision):
+    rows = scored(tmp_path, example_inputs=torch.zeros(1, 12), options={"precision": precision})
+    assert math.isfinite(rows[-1]["P"])
+
+
+def test_buffers_that_forward_writes_and_logs_in_forward_are_left_out_of_it(tmp_path):
+    class Counts(Classifier):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x):
+            self.calls += 1
+            self.log("norm", x.norm())
+            return super().forward(x)
+
+    plain, measured = new(Counts), new(Counts)
+    fit(tmp_path, plain)
+    run = fit(tmp_path, measured, PerformanceScore())
+    assert_same_state(plain, measured)
+    assert run.callback_metrics["P/inference_time"] < 2
+    assert "log" not in measured.__dict__
+
+
+def test_a_nan_accuracy_does_not_lower_the_floor(tmp_path):
+    class Sometimes(Classifier):
+        def validation_step(self, batch, batch_idx):
+            self.log("val_acc", [0.9, float("nan"), 0.5][self.current_epoch])
+
+    with pytest.warns(UserWarning, match="P is nan"):
+        rows = scored(tmp_path, max_drop=0.01, module=new(Sometimes))
+    assert [row["P/feasible"] for row in rows] == [1, 0, 0]

@@ -122,7 +122,15 @@ def test_a_sparsity_by_pattern(tmp_path):
     module = new()
     fit(tmp_path, module, pruning({"net.0": 0.9, "net.*": 0.25}))
     assert sparsity(module, ["net.0.weight"]) == pytest.approx(0.9, abs=1 / 192)
-    assert sparsity(module, ["net.1.weight", "net.4.weight", "net.6.weight"]) == pytest.approx(0.25, abs=1 / 200)
+    assert sparsity(module, ["net.4.weight"]) == 0.25
+    assert sparsity(module, ["net.1.weight", "net.6.weight"]) == 0.0  # left alone by default
+
+
+def test_a_sparsity_pattern_that_is_a_layers_name_takes_it_in(tmp_path):
+    module = new()
+    fit(tmp_path, module, pruning({"net.6": 0.5, "net": 0.25}, scope="layer"))
+    assert sparsity(module, ["net.6.weight"]) == 0.5
+    assert sparsity(module) == 0.25
 
 
 def test_what_no_pattern_matches_stays_dense_and_resumes(tmp_path):
@@ -788,6 +796,8 @@ def test_a_failed_event_leaves_the_model_as_it_was(tmp_path):
         ({"sparsity": True}, TypeError, "fraction"),
         ({"sparsity": {}}, ValueError, "empty"),
         ({"sparsity": {"a": 2}}, ValueError, "fraction"),
+        ({"sparsity": {nn.Linear: 0.5}}, TypeError, "names or glob patterns"),
+        ({"granularity": 124}, TypeError, "must be quoted"),
         ({"granularity": "2:5:1"}, ValueError, "2:5:1"),
         ({"granularity": "4:2"}, ValueError, "4:2"),
         ({"granularity": "2:4", "sparsity": 0.8}, ValueError, "ends at the sparsity 1 - n/m = 0.5"),
@@ -810,7 +820,13 @@ def test_bad_arguments_raise_at_once(words, error, message):
         ({"include": ["decoder"]}, ValueError, "include: 'decoder' matches no layer"),
         ({"module": "decoder"}, ValueError, "there is no 'decoder'"),
         ({"module": "net.6"}, MisconfigurationException, r"selects no layer: left out are net\.6\.weight \(last"),
-        ({"sparsity": {"decoder": 0.5}}, ValueError, "'decoder' matches no layer"),
+        ({"sparsity": {"decoder": 0.5}}, MisconfigurationException, "selects no layer"),
+        ({"sparsity": {"net": 0.5, "decoder": 0.5}}, MisconfigurationException, "'decoder' matches no selected layer"),
+        (
+            {"granularity": "2:4", "include": ["net.0", "*.bias"]},
+            MisconfigurationException,
+            "a vector, which has no 2:4",
+        ),
         ({"sparsity": {"net": 0.5, "net.0": 0.6}}, MisconfigurationException, r"'net\.0' matches no selected layer"),
     ],
 )
@@ -900,3 +916,77 @@ def test_pytorch_lightning_imports_work(tmp_path):
     assert zeros(module) == 358
     run.save_checkpoint(tmp_path / "other.ckpt")
     assert_same_state(module, load_from_checkpoint(Other, tmp_path / "other.ckpt"))
+
+
+# What a review found.
+
+
+def test_a_fit_that_failed_to_start_does_not_go_on_in_the_next(tmp_path):
+    sparse = new()
+    fit(tmp_path, sparse, pruning(0.8))
+    module, hold = new(), WeightPruning("hold")
+    run = trainer(tmp_path, hold)
+    with pytest.raises(MisconfigurationException, match="Load the sparse weights first"):
+        run.fit(module, train_loader(), val_loader())
+    module.load_state_dict(sparse.state_dict())
+    run.fit(module, train_loader(), val_loader())
+    assert zeros(module) == 358
+
+
+@pytest.mark.parametrize(
+    "words", [{"granularity": "row", "include": ["net.0"]}, {"granularity": "4x4"}, {"scope": "layer"}]
+)
+@pytest.mark.parametrize("asked", [0.8, 0.47])
+def test_the_same_callback_fits_twice_though_units_overshoot(tmp_path, words, asked):
+    module = new(width=4) if words.get("scope") else new()
+    for _ in range(2):
+        fit(tmp_path, module, pruning(asked, start=1, end=4, **words), max_epochs=1)
+
+
+def test_hold_keeps_a_layer_that_is_zero_as_a_whole(tmp_path):
+    module = new()
+    nn.init.zeros_(module.net[4].weight)
+    fit(tmp_path, module, WeightPruning("hold"))
+    assert zeros(module, ["net.4.weight"]) == 256
+
+
+def test_two_instances_on_one_module_log_apart(tmp_path):
+    first, second = pruning(0.5, module="net", include=["0"]), pruning(0.9, module="net", include=["4"])
+    logged = fit(tmp_path, new(), first, second).callback_metrics
+    assert {float(v) for k, v in logged.items() if k.startswith("pruning/sparsity/net.")} == pytest.approx(
+        {0.5, 230 / 256}
+    )
+
+
+def test_wanda_refuses_a_compiled_module(tmp_path):
+    module = new()
+    module.net = torch.compile(module.net, backend="aot_eager")
+    with pytest.raises(MisconfigurationException, match=r"torch\.compile compiled"):
+        fit(tmp_path, module, pruning(0.5, criterion="wanda"))
+
+
+def test_fast_dev_run_under_manual_optimization(tmp_path):
+    module = new(Manual)
+    fit(tmp_path, module, pruning(0.8), fast_dev_run=2)
+    assert zeros(module) == 358
+
+
+def test_a_transposed_convolution_has_no_rows(tmp_path):
+    class Transposed(Classifier):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Sequential(
+                nn.Unflatten(1, (12, 1)), nn.ConvTranspose1d(12, 8, 1), nn.Flatten(), nn.Linear(8, 3)
+            )
+
+    with pytest.raises(MisconfigurationException, match=r"net\.1\.weight: it is of a ConvTranspose1d, stored as"):
+        fit(tmp_path, new(Transposed), pruning(0.5, granularity="row"))
+    fit(tmp_path, new(Transposed), pruning(0.5))
+
+
+def test_weights_only_files_name_the_masks_too(tmp_path):
+    save = ModelCheckpoint(tmp_path, "in", save_weights_only=True)
+    cut = pruning(0.8)
+    fit(tmp_path, new(), cut, save)
+    (entry,) = torch.load(tmp_path / "in.ckpt", weights_only=True)["lightning_optim"]["entries"].values()
+    assert entry["masks"] == {"net.0.weight": (16, 12), "net.4.weight": (16, 16)}
