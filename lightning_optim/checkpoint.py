@@ -184,7 +184,7 @@ def _restructure(layer: nn.Module, wanted: _Structure, replaced: _Replaced) -> N
     for name, shape in wanted.parameters.items():
         parameter = layer._parameters[name]
         if parameter is not None and shape is not None and tuple(parameter.shape) != tuple(shape):
-            new = nn.Parameter(parameter.new_zeros(shape), parameter.requires_grad)
+            new = inherit(nn.Parameter(_zeros_like(parameter, tuple(shape)), parameter.requires_grad), parameter)
             layer._parameters[name] = replaced.setdefault(id(parameter), (parameter, new))[1]
     device = next((p.device for p in layer.parameters()), torch.device("cpu"))
     for name in [name for name in layer._buffers if name not in wanted.buffers]:
@@ -195,6 +195,25 @@ def _restructure(layer: nn.Module, wanted: _Structure, replaced: _Replaced) -> N
             layer.register_buffer(name, None)
         elif old is None or (tuple(old.shape), old.dtype) != (tuple(spec[0]), spec[1]):
             layer.register_buffer(name, torch.zeros(spec[0], dtype=spec[1], device=device))
+
+
+def _zeros_like(parameter: nn.Parameter, shape: tuple[int, ...]) -> torch.Tensor:
+    """Return zeros of another shape in the memory format of a parameter."""
+    zeros = parameter.detach().new_zeros(shape)
+    wanted = {4: torch.channels_last, 5: torch.channels_last_3d}.get(parameter.ndim)
+    if wanted is None or parameter.is_contiguous() or not parameter.is_contiguous(memory_format=wanted):
+        return zeros
+    return zeros.contiguous(memory_format=wanted)
+
+
+def inherit(new: nn.Parameter, old: nn.Parameter) -> nn.Parameter:
+    """Hand a parameter the Python attributes and hooks of the one it takes the place of."""
+    new.__dict__.update(old.__dict__)
+    new._backward_hooks = old._backward_hooks
+    hooks = getattr(old, "_post_accumulate_grad_hooks", None)
+    if hooks is not None:
+        new._post_accumulate_grad_hooks = hooks
+    return new
 
 
 def _retie(module: nn.Module, replaced: _Replaced) -> None:

@@ -149,6 +149,11 @@ class Window:
         )
 
     @property
+    def closes_now(self) -> bool:
+        """Whether this step is the last of the window."""
+        return self.end_step is not None and self.step >= self.end_step
+
+    @property
     def closed(self) -> bool:
         """Whether the event at ``end`` has happened."""
         return self.end_step is not None and self.last_event >= self.end_step

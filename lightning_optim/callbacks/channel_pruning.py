@@ -1,11 +1,12 @@
 """ChannelPruning: channels leave the model while it trains, and the run goes on."""
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import lightning.pytorch as pl
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
@@ -31,7 +32,7 @@ from lightning_optim.structured.events import (
 from lightning_optim.structured.goal import Goal, smallest_ratio
 from lightning_optim.structured.groups import Removal, copy_for_tracing
 from lightning_optim.structured.removal import apply_removal, damage, slice_optimizer
-from lightning_optim.structured.selection import select_roots
+from lightning_optim.structured.selection import refuse_shared, select_roots
 from lightning_optim.tables import by_reason, render
 from lightning_optim.target import ForwardInputs, Pattern, averaged_copies
 from lightning_optim.window import Window
@@ -81,7 +82,7 @@ class ChannelPruning(CompressionCallback):
         warmup_steps: After an event the learning rates rise again from 0 over this many steps; 0: they do not.
         reduction: How the layers of a group decide together: ``"mean"``, ``"sum"`` or ``"max"``.
         check: Try each group once, and every event, on copies of the model: removing must equal setting to zero. Costs
-            three copies and four forward passes of the example inputs per event (one of each without).
+            four copies and six forward passes of the example inputs per event (one of each without).
         module: Dotted name of the module to prune; default the whole model.
         include: Exactly the layers whose outputs may leave (names, glob patterns, layer classes), instead of the
             default: all but embeddings and the last Linear/Conv.
@@ -132,6 +133,8 @@ class ChannelPruning(CompressionCallback):
         super().__init__(Window(start, end, events=events), module=module, include=include, exclude=exclude)
         self.pruning_ratio = check_ratio(pruning_ratio)
         self.target = None if target is None else Goal.of(target)
+        if target is not None and pruning_ratio != 0.5:
+            raise ValueError(f"`target` takes the place of `pruning_ratio`; got {target!r} and {pruning_ratio!r}.")
         self.strict = strict
         self.schedule = SCHEDULES.resolve(schedule)
         if optimizer_state not in ("slice", "reset"):
@@ -143,6 +146,7 @@ class ChannelPruning(CompressionCallback):
         self.recalibrate_batches = recalibrate_batches
         self.warmup_steps = warmup_steps
         self._momenta: list[tuple[nn.Module, float | None]] = []
+        self._warm_ups: list[_WarmUp] = []
         self.check = check
         self.round_to = round_to
         self.allocation = Allocation.of(criterion, scope=scope, reduction=reduction, round_to=round_to)
@@ -150,6 +154,7 @@ class ChannelPruning(CompressionCallback):
         self._report: ChannelReport | None = None
         self._dense: _Progress | None = None
         self._removed_at: int | None = None
+        self._reached_latency: float | None = None
         self._squares = Squares()
 
     # What the base asks for.
@@ -168,6 +173,7 @@ class ChannelPruning(CompressionCallback):
             self._squares.clear()
         self._squares.to({name: parameter.device for name, parameter in self._target.named_parameters()})
         self._inputs.prepare(pl_module, "ChannelPruning")
+        refuse_shared(pl_module, self._target, self._prefix)
         self._roots, self._left_alone = select_roots(self._target, self._prefix, self.include, self.exclude)
         if self._inputs.inputs is not None:
             self._find_groups(trainer)
@@ -177,6 +183,7 @@ class ChannelPruning(CompressionCallback):
     ) -> None:
         """Catch what forward receives from the first batch, where no example was given."""
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        self._restore_momenta()
         if not self.window.closed:
             self._inputs.begin_batch(pl_module)
         since = self.recalibrate_batches if self._removed_at is None else self.window.step - self._removed_at
@@ -195,6 +202,14 @@ class ChannelPruning(CompressionCallback):
             layer.momentum = momentum  # type: ignore[assignment]
         self._momenta = []
 
+    def parameters_replaced(
+        self, pl_module: pl.LightningModule, kept: Mapping[str, tuple[Tensor, tuple[int, ...]]]
+    ) -> None:
+        """Another instance removed channels: gradients gathered here lose the same entries."""
+        for name, (indices, shape) in kept.items():
+            if name.startswith(self._prefix):
+                self._squares.keep(name.removeprefix(self._prefix), indices, shape)
+
     def finish_batch(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Read what was caught, and run the event that is due."""
         self._restore_momenta()
@@ -209,7 +224,8 @@ class ChannelPruning(CompressionCallback):
         super()._register_hooks(trainer)
         if self.warmup_steps:
             for optimizer in self._holders:
-                warm_up = _WarmUp(self)
+                warm_up = _WarmUp(self, optimizer)
+                self._warm_ups.append(warm_up)
                 self._handles.append(optimizer.register_step_pre_hook(warm_up.before))
                 self._handles.append(optimizer.register_step_post_hook(warm_up.after))
 
@@ -286,6 +302,7 @@ class ChannelPruning(CompressionCallback):
             if self.strict:
                 raise RuntimeError(sentence + " Ask for more, take more layers in, or pass strict=False.")
             rank_zero_warn(sentence)
+        self._reached_latency = reached
         return ratio
 
     def _fraction_at(self, ratio: float) -> float:
@@ -382,6 +399,8 @@ class ChannelPruning(CompressionCallback):
         kept = {self._prefix + name: (indices, removal.shapes[name]) for name, indices in removal.kept.items()}
         for callback in compressions(trainer):
             callback.parameters_replaced(pl_module, kept)
+        if any("_orig_mod" in name.split(".") for name, _ in pl_module.named_modules()):
+            torch._dynamo.reset()  # graphs of earlier shapes count towards its limit, beyond which it runs eager
         if wrapped:
             trainer.strategy.configure_ddp()  # type: ignore[attr-defined]
 
@@ -402,15 +421,43 @@ class ChannelPruning(CompressionCallback):
         multiple = self.allocation.round_to
         rounded = f" (kept in multiples of {multiple})" if multiple else ""
         rank_zero_info(
-            f"{self._label()}: step {self.window.step}, {before - now} of {before} channels gone in "
-            f"{len(report.groups)} groups{rounded}; {left:.2%} of the parameters are left."
+            f"{self._label()}: step {self.window.step}, asked {self._words_of_asked()}; {before - now} of {before} "
+            f"channels gone in {len(report.groups)} groups{rounded}; {left:.2%} of the parameters are left."
         )
+        if self.window.closes_now and self.target is None:
+            self._check_reached(before, now)
         if trainer.barebones:
             return
         metrics = {"channels/parameters": left}
+        if self.target is not None and self.target.figure == "macs" and dense.macs:
+            metrics["channels/macs"] = count_macs(self._target, self._called_inputs()) / dense.macs
+        if self.target is not None and self.target.figure == "latency" and self._reached_latency is not None:
+            metrics["channels/latency"] = self._reached_latency
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=trainer.global_step)
         pl_module.log_dict(metrics, logger=False)
+
+    def _words_of_asked(self) -> str:
+        progress = self.window.progress()
+        if self.target is not None:
+            due = 1.0 - self.schedule(progress, 0.0, 1.0 - self.target.fraction)
+            return f"{due:.2%} of the dense {self.target.figure}"
+        _, dense = self._known()
+        ratios = self._final_ratios()
+        gone = sum(dense.channels[name] * self.schedule(progress, 0.0, ratio) for name, ratio in ratios.items())
+        return f"{gone / sum(dense.channels[name] for name in ratios):.2%} of the channels gone"
+
+    def _check_reached(self, before: int, now: int) -> None:
+        """Warn when floors kept the end further from what was asked than one block or multiple of each group."""
+        report, dense = self._known()
+        asked = sum(dense.channels[name] * ratio for name, ratio in self._final_ratios().items())
+        units = sum(max(g.blocks * g.unit, self.allocation.round_to or 1) for g in report.groups.values())
+        if asked - (before - now) > units:
+            rank_zero_warn(
+                f"{self._label()}: asked {asked:.0f} of {before} channels gone, {before - now} are: groups are at "
+                "their floor (a block, two heads, or a tenth of the dense channels). Take more layers in, or ask "
+                "for less."
+            )
 
     def _fraction_left(self) -> float:
         return SIZES["parameters"](self._target) / self._dense.parameters if self._dense else 1.0
@@ -455,10 +502,20 @@ class ChannelPruning(CompressionCallback):
     def _release(self, pl_module: pl.LightningModule) -> None:
         self._inputs.release()
         self._restore_momenta()
+        for warm_up in self._warm_ups:
+            warm_up.restore()
+        self._warm_ups = []
         super()._release(pl_module)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_target": None, "_report": None, "_whole": None, "_momenta": []}
+        return {
+            **super().__getstate__(),
+            "_target": None,
+            "_report": None,
+            "_whole": None,
+            "_momenta": [],
+            "_warm_ups": [],
+        }
 
     def _label(self) -> str:
         return "ChannelPruning" if self.module is None else f"ChannelPruning({self.module})"
@@ -482,8 +539,9 @@ class ChannelPruning(CompressionCallback):
 class _WarmUp:
     """Lowers an optimizer's learning rates for one step, so that schedulers never see it."""
 
-    def __init__(self, callback: ChannelPruning) -> None:
+    def __init__(self, callback: ChannelPruning, optimizer: Optimizer) -> None:
         self.callback = callback
+        self.optimizer = optimizer
         self.rates: list[Any] = []
 
     def before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -494,8 +552,13 @@ class _WarmUp:
 
     def after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """Step post-hook."""
-        for group, rate in zip(optimizer.param_groups, self.rates, strict=True):
+        self.restore()
+
+    def restore(self) -> None:
+        """Give the rates back; a step that failed on its way gives them back in the callback's release."""
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=False):
             group["lr"] = rate
+        self.rates = []
 
 
 def _outputs(layer: nn.Module) -> int:

@@ -1,10 +1,12 @@
 """Where the inputs come from with which a callback calls the model by itself."""
 
+from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_optim.target import (
     ForwardInputs,
@@ -71,7 +73,7 @@ class InputSource:
         self._catcher.close()
         layer, inputs = self._catcher.result()
         self.layer = next(name for name, child in pl_module.named_modules() if child is layer)
-        self.inputs = first_rows(inputs, self.rows)
+        self.inputs = map_inputs(_as_stored(layer), first_rows(inputs, self.rows))
         self._catcher = None
 
     def release(self) -> None:
@@ -86,3 +88,10 @@ class InputSource:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_catcher": None}
+
+
+def _as_stored(layer: nn.Module) -> Callable[[Tensor], Tensor]:
+    """Return what gives a half-precision tensor of autocast the dtype of the layer's weights: it is called without."""
+    dtype = next((p.dtype for p in layer.parameters() if p.is_floating_point()), None)
+    halves = (torch.float16, torch.bfloat16)
+    return lambda tensor: tensor.to(dtype) if dtype not in (None, *halves) and tensor.dtype in halves else tensor

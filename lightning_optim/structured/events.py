@@ -310,7 +310,9 @@ def _ratios(
     if allocation.scope == "layer":
         return dict.fromkeys(groups, ratios)
     gone = {name: torch.full((dense[name] - group.channels,), -torch.inf) for name, group in groups.items()}
-    least = {name: 2 * group.blocks * group.unit for name, group in groups.items()}
+    least = {
+        name: group.blocks * (1 if group.unit == 1 else FEWEST_HEADS * group.unit) for name, group in groups.items()
+    }
     return global_ratios({name: torch.cat([gone[name], scores[name]]) for name in groups}, ratios, least=least)
 
 

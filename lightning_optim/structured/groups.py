@@ -10,10 +10,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from lightning_optim.target import ForwardInputs
 
@@ -114,13 +116,29 @@ def copy_for_tracing(module: nn.Module) -> nn.Module:
 
     A LightningModule's patched ``forward`` and steps stay bound to the original in a copy, so they are dropped.
     """
-    duplicate = copy.deepcopy(module)
+    duplicate = copy.deepcopy(module, _shared_values(module))
     for layer in duplicate.modules():
         for patched in ("forward", "training_step", "validation_step", "test_step", "predict_step"):
-            layer.__dict__.pop(patched, None)
+            if not isinstance(layer.__dict__.get(patched), MethodType):  # a bound method follows the copy
+                layer.__dict__.pop(patched, None)
         if "_orig_mod" in layer._modules:  # torch.compile's wrapper: its module is called as it is
             layer.__dict__["forward"] = layer._modules["_orig_mod"]
     return duplicate.eval()
+
+
+def _shared_values(module: nn.Module) -> dict[int, Any]:
+    """Return a memo for deepcopy: what hangs on the modules and cannot be copied is shared, tensors of a graph cut.
+
+    A LightningModule may keep its steps' outputs, a lock, a client.
+    """
+    memo: dict[int, Any] = {}
+    for layer in module.modules():
+        for value in vars(layer).values():
+            leaves = [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor) and not leaf.is_leaf]
+            memo.update({id(leaf): leaf.detach().clone() for leaf in leaves})
+            if type(value).__module__ in ("_thread", "threading", "_io", "socket"):
+                memo[id(value)] = value
+    return memo
 
 
 class TracedModel:

@@ -19,7 +19,7 @@ from lightning_optim.structured.events import (
 )
 from lightning_optim.structured.groups import Removal
 from lightning_optim.structured.removal import apply_removal, damage
-from lightning_optim.structured.selection import select_roots
+from lightning_optim.structured.selection import refuse_shared, select_roots
 from lightning_optim.tables import render
 from lightning_optim.target import ForwardInputs, Pattern, as_forward_inputs, find_target
 
@@ -109,6 +109,7 @@ def prune_channels(
     ratio = check_ratio(pruning_ratio)
     allocation = Allocation.of(criterion, scope=scope, reduction=reduction, round_to=round_to)
     prefix, target = find_target(model, module)
+    refuse_shared(model, target, prefix)
     inputs = as_forward_inputs(example_inputs)
     if round_to is None and any(parameter.device.type == "cuda" for parameter in target.parameters()):
         allocation = allocation.rounded(8)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
+from lightning_optim.checkpoint import inherit
 from lightning_optim.structured.groups import FAILURES, Removal, copy_for_tracing
 from lightning_optim.target import ForwardInputs
 
@@ -62,9 +63,13 @@ def apply_removal(
         for name in sorted(layers):
             before_change(name, tuple(removal.attributes.get(name, {})))
     replaced: dict[nn.Parameter, tuple[nn.Parameter, Tensor]] = {}
+    done: set[tuple[nn.Module, str]] = set()
     for name, kept in removal.kept.items():
         owner, _, leaf = name.rpartition(".")
         layer = module.get_submodule(owner)
+        if (layer, leaf) in done:  # one layer under two names
+            continue
+        done.add((layer, leaf))
         if leaf in layer._buffers:
             layer._buffers[leaf] = keep_channels(layer._buffers[leaf], kept, removal.shapes[name])  # type: ignore[arg-type]
             continue
@@ -80,8 +85,7 @@ def apply_removal(
 
 def _smaller(old: nn.Parameter, kept: Tensor, shape: tuple[int, ...]) -> nn.Parameter:
     new = nn.Parameter(keep_channels(old, kept, shape), requires_grad=old.requires_grad)
-    new.__dict__.update(old.__dict__)
-    new._backward_hooks = old._backward_hooks
+    inherit(new, old)
     if old.grad is not None:
         new.grad = keep_channels(old.grad, kept, shape)
     return new
@@ -126,7 +130,7 @@ def damage(module: nn.Module, inputs: ForwardInputs, removal: Removal, *, exact:
     The model with the channels removed must give outputs of the same shapes, finite, and (unless that cannot be told)
     equal to those of the model with the same channels set to zero; a norm over the channels is then taken over those
     that stay. The copies have random weights: zeros, or branches that a small scale holds down, would hide the
-    difference. Costs two copies of the model and three forward passes.
+    difference. Costs three copies of the model and five forward passes.
 
     Args:
         module: The model as it is.
@@ -145,13 +149,15 @@ def damage(module: nn.Module, inputs: ForwardInputs, removal: Removal, *, exact:
         return "the output would change its shape"
     if not all(bool(torch.isfinite(t).all()) for t in after):
         return "the output would not be finite"
-    if not exact:
-        return None
-    _zero_removed(masked, removal)
-    for left, right in zip(after, _outputs(masked, inputs), strict=True):
-        difference = _difference(left, right)
-        if difference > _tolerance(left):
-            return f"removing differs from setting to zero by {difference:.2g} of the output"
+    if exact:
+        _zero_removed(masked, removal)
+        for left, right in zip(after, _outputs(masked, inputs), strict=True):
+            difference = _difference(left, right)
+            if difference > _tolerance(left):
+                return f"removing differs from setting to zero by {difference:.2g} of the output"
+    whole = copy_for_tracing(module)  # training moves BatchNorm's statistics, so it comes last
+    if _breaks_training(whole, removed, inputs):
+        return "the forward pass of training fails afterwards (it calls a layer that evaluation does not)"
     return None
 
 
@@ -170,6 +176,20 @@ def _with_random_weights(module: nn.Module, inputs: ForwardInputs) -> tuple[nn.M
         return copy, outputs
     copy = copy_for_tracing(module)
     return copy, _outputs(copy, inputs)
+
+
+def _breaks_training(whole: nn.Module, removed: nn.Module, inputs: ForwardInputs) -> bool:
+    """Tell whether the copies' forward passes in training mode, where they call other layers, come apart."""
+    shapes = []
+    for module in (whole, removed):
+        module.train()
+        try:
+            shapes.append([t.shape for t in _outputs(module, inputs)])
+        except FAILURES:
+            return module is removed  # one row and BatchNorm: then it cannot be told
+        finally:
+            module.eval()
+    return shapes[0] != shapes[1]
 
 
 def _outputs(module: nn.Module, inputs: ForwardInputs) -> list[Tensor]:

@@ -6,7 +6,22 @@ from torch import nn
 
 from lightning_optim.target import Pattern, select_weights
 
-__all__ = ["select_roots"]
+__all__ = ["refuse_shared", "select_roots"]
+
+
+def refuse_shared(whole: nn.Module, target: nn.Module, prefix: str) -> None:
+    """Refuse a target that shares a parameter with layers outside it: they would be torn apart.
+
+    Raises:
+        ValueError: Naming both.
+    """
+    inside = {parameter: name for name, parameter in target.named_parameters(remove_duplicate=False)}
+    for name, parameter in whole.named_parameters(remove_duplicate=False):
+        if not name.startswith(prefix) and parameter in inside:
+            raise ValueError(
+                f"{prefix}{inside[parameter]} is shared with {name}, outside the module to prune, and would be torn "
+                "from it. Prune a module that holds both."
+            )
 
 
 def select_roots(

@@ -22,7 +22,7 @@ from lightning_optim.structured.events import (
 )
 from lightning_optim.structured.groups import copy_for_tracing
 from lightning_optim.structured.removal import apply_removal
-from lightning_optim.structured.selection import select_roots
+from lightning_optim.structured.selection import refuse_shared, select_roots
 from lightning_optim.tables import render
 from lightning_optim.target import ForwardInputs, Pattern, as_forward_inputs, find_target
 
@@ -158,6 +158,7 @@ def sensitivity(
     rising = tuple(sorted(float(check_ratio(ratio)) for ratio in ratios))  # type: ignore[arg-type]
     allocation = Allocation.of(criterion, scope="layer", reduction="mean", round_to=None)
     prefix, target = find_target(model, module)
+    refuse_shared(model, target, prefix)
     inputs = as_forward_inputs(example_inputs)
     found = find_prunable(target, inputs, *select_roots(target, prefix, include, exclude))
     if not found.groups:

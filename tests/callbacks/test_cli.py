@@ -84,9 +84,7 @@ def test_a_run_from_yaml(tmp_path, monkeypatch):
         {"sparsity": "null", "granularity": "'2:4'"},
         {"include": "[net.0, torch.nn.Linear]"},
         {"reference": "raw"},
-        {
-            "granularity": "weight\n        criterion: lightning_optim.functional.criteria.lamp\n        schedule: linear"
-        },
+        {"granularity": "weight\n        criterion: lightning_optim.functional.criteria.lamp"},
         {"reference": "{size: 100, inference_time: 0.1}"},
     ],
     ids=str,

@@ -823,9 +823,9 @@ def test_bad_arguments_raise_at_once(words, error, message):
         ({"sparsity": {"decoder": 0.5}}, MisconfigurationException, "selects no layer"),
         ({"sparsity": {"net": 0.5, "decoder": 0.5}}, MisconfigurationException, "'decoder' matches no selected layer"),
         (
-            {"granularity": "2:4", "include": ["net.0", "*.bias"]},
+            {"granularity": "4x4", "include": ["net.0", "*.bias"]},
             MisconfigurationException,
-            "a vector, which has no 2:4",
+            "a vector, which has no 4x4",
         ),
         ({"sparsity": {"net": 0.5, "net.0": 0.6}}, MisconfigurationException, r"'net\.0' matches no selected layer"),
     ],
@@ -953,9 +953,8 @@ def test_hold_keeps_a_layer_that_is_zero_as_a_whole(tmp_path):
 def test_two_instances_on_one_module_log_apart(tmp_path):
     first, second = pruning(0.5, module="net", include=["0"]), pruning(0.9, module="net", include=["4"])
     logged = fit(tmp_path, new(), first, second).callback_metrics
-    assert {float(v) for k, v in logged.items() if k.startswith("pruning/sparsity/net.")} == pytest.approx(
-        {0.5, 230 / 256}
-    )
+    values = sorted(float(v) for k, v in logged.items() if k.startswith("pruning/sparsity/net."))
+    assert values == pytest.approx([0.5, 230 / 256])
 
 
 def test_wanda_refuses_a_compiled_module(tmp_path):
