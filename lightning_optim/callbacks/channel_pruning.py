@@ -154,6 +154,7 @@ class ChannelPruning(CompressionCallback):
         self._report: ChannelReport | None = None
         self._dense: _Progress | None = None
         self._removed_at: int | None = None
+        self._batches_since = 0
         self._reached_latency: float | None = None
         self._squares = Squares()
 
@@ -186,9 +187,9 @@ class ChannelPruning(CompressionCallback):
         self._restore_momenta()
         if not self.window.closed:
             self._inputs.begin_batch(pl_module)
-        since = self.recalibrate_batches if self._removed_at is None else self.window.step - self._removed_at
-        if since < self.recalibrate_batches:
-            self._average_statistics(since)
+        if self._removed_at is not None and self._batches_since < self.recalibrate_batches:
+            self._average_statistics(self._batches_since)
+            self._batches_since += 1
 
     def _average_statistics(self, since: int) -> None:
         """Let this batch's BatchNorm statistics enter a plain mean: momentum 1, 1/2, 1/3 ..."""
@@ -284,7 +285,7 @@ class ChannelPruning(CompressionCallback):
         if problem is not None:
             raise RuntimeError(f"ChannelPruning at step {self.window.step} changed nothing: {problem}.")
         self._commit(trainer, pl_module, removal)
-        self._removed_at = self.window.step
+        self._removed_at, self._batches_since = self.window.step, 0
 
     def _ratio_for(self, trainer: pl.Trainer, goal: Goal, due: float) -> float:
         """Return the smallest ratio that leaves at most the fraction ``due`` of the dense figure; rank 0 decides."""
@@ -362,9 +363,21 @@ class ChannelPruning(CompressionCallback):
         else:
             self._report = known_groups(self._target, self._called_inputs(), self._dense.channels)
         self._final_ratios()
+        self._check_peers(trainer)
         if self.round_to is None and trainer.strategy.root_device.type == "cuda":
             self.allocation = self.allocation.rounded(8)
         rank_zero_info(self._table())
+
+    def _check_peers(self, trainer: pl.Trainer) -> None:
+        ours = {self._prefix + name for name in self._known()[0].groups}
+        for peer in compressions(trainer):
+            if isinstance(peer, ChannelPruning) and peer is not self and peer._report is not None:
+                both = sorted(ours & {peer._prefix + name for name in peer._report.groups})
+                if both:
+                    raise MisconfigurationException(
+                        f"the channels of {both[0]} are selected by two ChannelPruning callbacks: {self.state_key} and "
+                        f"{peer.state_key}. Select different layers with `module`, `include` or `exclude`."
+                    )
 
     def _prunable(self) -> ChannelReport:
         inputs = self._called_inputs()
@@ -472,6 +485,7 @@ class ChannelPruning(CompressionCallback):
             "parameters": None if self._dense is None else self._dense.parameters,
             "macs": None if self._dense is None else self._dense.macs,
             "removed_at": self._removed_at,
+            "batches_since": self._batches_since,
             "squares": self._squares.state_dict(),
         }
 
@@ -482,7 +496,7 @@ class ChannelPruning(CompressionCallback):
         self._dense = None
         if channels is not None:
             self._dense = _Progress(dict(channels), state_dict["parameters"], state_dict["macs"])
-        self._removed_at = state_dict["removed_at"]
+        self._removed_at, self._batches_since = state_dict["removed_at"], state_dict["batches_since"]
         self._squares.load_state_dict(state_dict["squares"])
 
     def plan_entry(self) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import copy
 import logging
 import pickle
+import threading
 
 import lightning.pytorch as pl
 import pytest
@@ -624,3 +625,129 @@ def test_a_sharded_strategy_is_refused_with_what_to_do(tmp_path):
         MisconfigurationException, match=r"under ModelParallelStrategy.*prune before the model is sharded"
     ):
         channels().setup(run, new(), "fit")
+
+
+# What a review found.
+
+
+def test_a_target_that_shares_a_parameter_with_the_outside_is_refused(tmp_path):
+    class Tied(Classifier):
+        def __init__(self):
+            super().__init__()
+            self.extra = nn.Linear(16, 16)
+            self.extra.weight = self.net[4].weight
+
+    with pytest.raises(ValueError, match=r"net\.4\.weight is shared with extra\.weight, outside the module to prune"):
+        fit(tmp_path, new(Tied), channels(module="net", example_inputs=torch.zeros(2, 12)))
+
+
+def test_a_module_that_keeps_outputs_and_a_lock_can_be_copied(tmp_path):
+    class Keeps(Classifier):
+        def __init__(self):
+            super().__init__()
+            self.outputs, self.lock = [], threading.Lock()
+
+        def training_step(self, batch, batch_idx):
+            logits = self(batch[0])
+            self.outputs.append(logits)
+            return F.cross_entropy(logits, batch[1])
+
+        def on_train_epoch_end(self):
+            self.outputs.clear()
+
+    module = new(Keeps)
+    fit(tmp_path, module, channels(scope="layer"))
+    assert widths(module) == [8, 8, 3]
+
+
+def test_a_layer_that_only_training_calls_keeps_what_feeds_it(tmp_path):
+    class Auxiliary(Quiet):
+        def __init__(self):
+            super().__init__()
+            self.aux = nn.Linear(16, 3)
+            self.net.append(nn.Identity())
+
+        def forward(self, x):
+            hidden = self.net[:4](x)
+            logits = self.net[4:](hidden)
+            return logits + 0.1 * self.aux(hidden) if self.training else logits
+
+    module = new(Auxiliary)
+    fit(tmp_path, module, channels(scope="layer", exclude=["net.6"], include=["net.0", "net.4"]))
+    assert widths(module) == [16, 8, 3]
+
+
+def test_what_hangs_on_a_parameter_survives_loading_too(tmp_path):
+    class Hangs(Classifier):
+        def __init__(self):
+            super().__init__()
+            self.net[4].weight.no_decay = True
+            self.net[4].weight.register_hook(lambda gradient: gradient * 0.5)
+
+        def configure_optimizers(self):
+            marked = [p for p in self.parameters() if getattr(p, "no_decay", False)]
+            others = [p for p in self.parameters() if not getattr(p, "no_decay", False)]
+            return torch.optim.AdamW([{"params": marked, "weight_decay": 0.0}, {"params": others}], 1e-2)
+
+    module = new(Hangs)
+    fit(tmp_path, module, channels(start=2, end=10), Files(tmp_path / "files"))
+    for epoch in range(2):
+        again = new(Hangs)
+        fit(tmp_path, again, channels(start=2, end=10), ckpt_path=tmp_path / "files" / f"{epoch}.ckpt")
+        assert_same_state(module, again)
+
+
+def test_two_instances_on_different_layers_and_not_on_one(tmp_path):
+    words = {"criterion": "taylor", "start": 2, "end": 12}
+    module = new()
+    fit(tmp_path, module, channels(0.5, include=["net.0"], **words), channels(0.25, include=["net.4"], **words))
+    assert widths(module) == [8, 12, 3]
+    with pytest.raises(MisconfigurationException, match=r"the channels of net\.0 are selected by two ChannelPruning"):
+        fit(tmp_path, new(), channels(0.5, include=["net.0"]), channels(0.5, include=["net.0", "net.4"]))
+
+
+def test_a_goal_and_a_ratio_contradict_each_other():
+    with pytest.raises(ValueError, match="takes the place of `pruning_ratio`"):
+        ChannelPruning(0.3, target={"macs": 0.5})
+
+
+def test_an_exception_in_a_warm_step_gives_the_learning_rate_back(tmp_path):
+    class Fails(Quiet):
+        def training_step(self, batch, batch_idx):
+            if self.trainer.global_step == 6:
+                raise KeyError("boom")
+            return super().training_step(batch, batch_idx)
+
+    module = new(Fails)
+    run = trainer(tmp_path, channels(start=4, end=4, warmup_steps=8))
+    with pytest.raises(KeyError, match="boom"):
+        run.fit(module, train_loader(), val_loader())
+    assert run.optimizers[0].param_groups[0]["lr"] == 1e-2
+
+
+def test_a_ratio_that_floors_hold_up_is_said(tmp_path):
+    with pytest.warns(UserWarning, match="groups are at their floor"):
+        fit(tmp_path, new(width=64), channels(0.97, scope="global"))
+
+
+def test_the_line_says_asked_and_macs_are_logged(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    run = fit(tmp_path, new(width=64), ChannelPruning(target={"macs": 0.5}, start=2, end=0.8, events=2))
+    assert run.callback_metrics["channels/macs"] <= 0.5
+    assert any("asked 50.00% of the dense macs" in r.message for r in caplog.records)
+    fit(tmp_path, new(), channels(0.5, scope="layer"))
+    assert any("asked 50.00% of the channels gone; 16 of 32" in r.message for r in caplog.records)
+
+
+def test_half_precision_from_autocast_is_cast_for_the_trace(tmp_path):
+    class Two(Classifier):
+        def __init__(self):
+            super().__init__()
+            self.front, self.net = self.net[:4], self.net[4:]
+
+        def forward(self, x):
+            return self.net(self.front(x))
+
+    module = new(Two)
+    fit(tmp_path, module, channels(module="net", scope="layer"), precision="bf16-mixed")
+    assert module.net[0].out_features == 8
