@@ -88,7 +88,8 @@ class ChannelPruning(CompressionCallback):
             default: all but embeddings and the last Linear/Conv.
         exclude: Layers whose outputs stay.
 
-    Logged: ``channels/parameters`` (fraction of the dense model's) at every event.
+    Logged at every event: ``channels/parameters`` (fraction of the dense model's), and with a goal in them
+    ``channels/macs`` or ``channels/latency``.
 
     State: the window, the channels of the dense model, and for ``taylor`` one float32 per selected weight. A resumed
     run continues bit for bit. Strategies: a single device and DDP (the model is wrapped anew after each event).
@@ -155,7 +156,7 @@ class ChannelPruning(CompressionCallback):
         self._dense: _Progress | None = None
         self._removed_at: int | None = None
         self._batches_since = 0
-        self._reached_latency: float | None = None
+        self._reached: float | None = None
         self._squares = Squares()
 
     # What the base asks for.
@@ -170,7 +171,7 @@ class ChannelPruning(CompressionCallback):
         self._whole = pl_module
         self._report = None
         if fresh:
-            self._dense, self._removed_at = None, None
+            self._dense, self._removed_at, self._reached = None, None, None
             self._squares.clear()
         self._squares.to({name: parameter.device for name, parameter in self._target.named_parameters()})
         self._inputs.prepare(pl_module, "ChannelPruning")
@@ -303,7 +304,7 @@ class ChannelPruning(CompressionCallback):
             if self.strict:
                 raise RuntimeError(sentence + " Ask for more, take more layers in, or pass strict=False.")
             rank_zero_warn(sentence)
-        self._reached_latency = reached
+        self._reached = reached
         return ratio
 
     def _fraction_at(self, ratio: float) -> float:
@@ -442,10 +443,8 @@ class ChannelPruning(CompressionCallback):
         if trainer.barebones:
             return
         metrics = {"channels/parameters": left}
-        if self.target is not None and self.target.figure == "macs" and dense.macs:
-            metrics["channels/macs"] = count_macs(self._target, self._called_inputs()) / dense.macs
-        if self.target is not None and self.target.figure == "latency" and self._reached_latency is not None:
-            metrics["channels/latency"] = self._reached_latency
+        if self.target is not None and self.target.figure != "parameters" and self._reached is not None:
+            metrics[f"channels/{self.target.figure}"] = self._reached
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=trainer.global_step)
         pl_module.log_dict(metrics, logger=False)
@@ -539,7 +538,12 @@ class ChannelPruning(CompressionCallback):
             return ""
         ratios = self._final_ratios()
         rows = [
-            (name, str(self._dense.channels[name]), f"{ratios[name]:.0%}", ", ".join(sorted(group.layers - {name})))
+            (
+                name,
+                str(self._dense.channels[name]),
+                f"{ratios[name]:.0%}" if self.target is None else "to the goal",
+                ", ".join(sorted(group.layers - {name})),
+            )
             for name, group in self._report.groups.items()
         ]
         rows += [(names, "", "-", reason) for names, reason in by_reason(self._report.left_out)]

@@ -59,7 +59,8 @@ class WeightPruning(CompressionCallback):
 
     Args:
         sparsity: Fraction of the selected weights that are zero at the end, in [0, 1); a dict
-            ``{pattern: sparsity}``, the first matching pattern counts and what matches none stays dense; ``"hold"``
+            ``{pattern: sparsity}``, the first matching pattern counts and what matches none stays dense (patterns
+            choose among what is selected; one that is a layer's own name takes that layer in); ``"hold"``
             keeps the zeros a module has and prunes nothing (to fine-tune a sparse model); ``None`` means 0.8, or
             ``1 - n/m`` for ``n:m``.
         granularity: What is removed together: ``"weight"``, ``"row"`` (all weights of an output), ``"column"`` (all
