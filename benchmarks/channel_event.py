@@ -3,7 +3,7 @@
 Plain and residual nets, Adam, batch 32, one thread. Each case trains in a process of its own: a few dense steps, then
 one event that removes half of the channels. Finding the groups happens once, when the training starts.
 
-    python benchmarks/channel_event.py --output benchmarks/channel_event_cpu_2026-11-24.md
+    python benchmarks/channel_event.py --output benchmarks/channel_event_cpu_2026-11-25.md
 """
 
 import argparse
