@@ -1,9 +1,16 @@
 """PyTorch Lightning plugins that make a model smaller, faster and cheaper inside the Trainer you have."""
 
 from lightning_optim._version import __version__
-from lightning_optim.callbacks import ChannelPruning, CompressedCheckpoint, PerformanceScore, WeightPruning
+from lightning_optim.callbacks import (
+    ChannelPruning,
+    CompressedCheckpoint,
+    PerformanceScore,
+    QuantizationAwareTraining,
+    WeightPruning,
+)
 from lightning_optim.checkpoint import conform, load_from_checkpoint
 from lightning_optim.measure import LatencyResult, measure_latency
+from lightning_optim.quantization.calibrate import quantize_post_training
 from lightning_optim.structured.prune import prune_channels
 from lightning_optim.structured.sensitivity import sensitivity
 
@@ -12,11 +19,13 @@ __all__ = [
     "CompressedCheckpoint",
     "LatencyResult",
     "PerformanceScore",
+    "QuantizationAwareTraining",
     "WeightPruning",
     "__version__",
     "conform",
     "load_from_checkpoint",
     "measure_latency",
     "prune_channels",
+    "quantize_post_training",
     "sensitivity",
 ]

@@ -54,6 +54,10 @@ def _path_of(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
+class _Absent:
+    """Stands for an attribute that the user's class does not have; a class is copied and pickled as itself."""
+
+
 @dataclass
 class _Structure:
     """One layer's own structure: class, tracked attributes, and its parameters' and buffers' shapes."""
@@ -67,7 +71,7 @@ class _Structure:
     def of(cls, layer: nn.Module, attributes: Iterable[str]) -> "_Structure":
         return cls(
             type(layer),
-            {name: getattr(layer, name) for name in attributes if hasattr(layer, name)},
+            {name: getattr(layer, name, _Absent) for name in attributes},
             {name: None if p is None else tuple(p.shape) for name, p in layer._parameters.items()},
             {name: None if b is None else (tuple(b.shape), b.dtype) for name, b in layer._buffers.items()},
         )
@@ -75,7 +79,7 @@ class _Structure:
     def as_plain(self) -> dict[str, Any]:
         return {
             "class": _path_of(self.layer_class),
-            "attributes": dict(self.attributes),
+            "attributes": {name: value for name, value in self.attributes.items() if value is not _Absent},
             "parameters": dict(self.parameters),
             "buffers": dict(self.buffers),
         }
@@ -99,15 +103,14 @@ class Plan:
 
         Args:
             name: The layer's dotted name below :attr:`module`.
-            attributes: Attributes that the technique changes (``in_features``, ``groups``); class, parameters and
-                buffers are watched always.
+            attributes: Attributes that the technique changes or adds (``in_features``, ``groups``); class, parameters
+                and buffers are watched always.
         """
         layer = self.module.get_submodule(name)
         if name not in self._base:
             self._base[name] = _Structure.of(layer, attributes)
         for attribute in attributes:
-            if hasattr(layer, attribute):
-                self._base[name].attributes.setdefault(attribute, getattr(layer, attribute))
+            self._base[name].attributes.setdefault(attribute, getattr(layer, attribute, _Absent))
 
     def _now(self, name: str) -> _Structure:
         return _Structure.of(self.module.get_submodule(name), self._base[name].attributes)
@@ -137,7 +140,11 @@ class Plan:
         for name, structure in wanted.items():
             self.track(name, *structure.attributes)
         for name, base in self._base.items():
-            wanted.setdefault(name, base)
+            structure = wanted.setdefault(name, base)
+            structure.attributes = {
+                **base.attributes,
+                **structure.attributes,
+            }  # what the plan does not name is as it was
         replaced: _Replaced = {}
         for name, structure in wanted.items():
             _restructure(self.module.get_submodule(name), structure, replaced)
@@ -180,7 +187,10 @@ def _from_plain(name: str, plain: Mapping[str, Any], module: nn.Module) -> _Stru
 def _restructure(layer: nn.Module, wanted: _Structure, replaced: _Replaced) -> None:
     layer.__class__ = wanted.layer_class
     for name, value in wanted.attributes.items():
-        setattr(layer, name, value)
+        if value is _Absent:
+            layer.__dict__.pop(name, None)
+        else:
+            setattr(layer, name, value)
     for name, shape in wanted.parameters.items():
         parameter = layer._parameters[name]
         if parameter is not None and shape is not None and tuple(parameter.shape) != tuple(shape):

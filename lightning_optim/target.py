@@ -3,6 +3,7 @@
 Every technique asks here, so that ``module``, ``include`` and ``exclude`` mean the same everywhere.
 """
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -18,6 +19,7 @@ __all__ = [
     "Pattern",
     "Selection",
     "averaged_copies",
+    "batch_inputs",
     "catch_forward_inputs",
     "find_target",
     "first_rows",
@@ -401,6 +403,20 @@ def as_forward_inputs(example_inputs: Any) -> ForwardInputs:
     if isinstance(example_inputs, (tuple, list)):
         return ForwardInputs(tuple(example_inputs))
     return ForwardInputs((example_inputs,))
+
+
+def batch_inputs(module: nn.Module, batch: Any) -> ForwardInputs:
+    """Return what a module's ``forward`` takes of a batch, where no step is at hand that says it.
+
+    A tensor as it is, a dict as keywords, and of a tuple or list as many leading items as forward has required
+    arguments (at least one): ``(images, labels)`` gives ``images`` to ``forward(self, images)``.
+    """
+    if not isinstance(batch, (tuple, list)):
+        return as_forward_inputs(batch)
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = inspect.signature(module.forward).parameters.values()
+    required = sum(p.kind in kinds and p.default is inspect.Parameter.empty for p in parameters)
+    return ForwardInputs(tuple(batch[: max(required, 1)]))
 
 
 def first_rows(inputs: ForwardInputs, rows: int) -> ForwardInputs:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_optim import checkpoint
-from lightning_optim.callbacks.base import CompressionCallback, compressions, mro_names
+from lightning_optim.callbacks.base import CompressionCallback, compressions, is_compiled, mro_names
 from lightning_optim.callbacks.example_inputs import InputSource
 from lightning_optim.callbacks.statistics import Squares
 from lightning_optim.functional.channels import ChannelCriterion
@@ -314,7 +314,7 @@ class ChannelPruning(CompressionCallback):
         removal, _, _ = plan_event(
             self._target, inputs, report.groups, dense.channels, ratio, self.allocation, self._gradients(), self._prefix
         )
-        smaller = copy_for_tracing(self._target)
+        smaller = copy_for_tracing(self._target, rounded=False)
         apply_removal(smaller, removal)
         if goal is None or goal.figure == "parameters":
             return SIZES["parameters"](smaller) / dense.parameters
@@ -325,7 +325,7 @@ class ChannelPruning(CompressionCallback):
 
     def _dense_copy(self) -> nn.Module:
         """Return a copy with the structure of the user's class: what a latency is compared with."""
-        duplicate = copy_for_tracing(self._whole)
+        duplicate = copy_for_tracing(self._whole, rounded=False)
         checkpoint.conform(duplicate, checkpoint.EMPTY)
         return duplicate.get_submodule(self._prefix.rstrip("."))
 
@@ -413,7 +413,7 @@ class ChannelPruning(CompressionCallback):
         kept = {self._prefix + name: (indices, removal.shapes[name]) for name, indices in removal.kept.items()}
         for callback in compressions(trainer):
             callback.parameters_replaced(pl_module, kept)
-        if any("_orig_mod" in name.split(".") for name, _ in pl_module.named_modules()):
+        if is_compiled(pl_module):
             torch._dynamo.reset()  # graphs of earlier shapes count towards its limit, beyond which it runs eager
         if wrapped:
             trainer.strategy.configure_ddp()  # type: ignore[attr-defined]

@@ -66,6 +66,11 @@ class InputSource:
         if self.inputs is None and self._catcher is None:
             self._catcher = catch_forward_inputs(find_target(pl_module, self.module)[1]).__enter__()
 
+    @property
+    def catching(self) -> bool:
+        """Whether a batch is watched now."""
+        return self._catcher is not None
+
     def end_batch(self, pl_module: pl.LightningModule) -> None:
         """Read what was caught."""
         if self._catcher is None:

@@ -21,6 +21,7 @@ from lightning_optim.callbacks.example_inputs import InputSource
 from lightning_optim.functional.score import DEFAULT_WEIGHTS, Terms, guarded, performance_score
 from lightning_optim.measure.latency import interleaved_latency
 from lightning_optim.measure.size import SIZES
+from lightning_optim.quantization.layers import float_kernels
 from lightning_optim.tables import render
 from lightning_optim.target import ForwardInputs, find_target
 
@@ -369,7 +370,7 @@ class PerformanceScore(pl.Callback):
         frozen = None
         if self._reference_copy is not None:
             frozen = _Called(self._inputs.called(self._reference_copy.to(pl_module.device)))
-        with _silent(pl_module), _silent(self._reference_copy):
+        with _silent(pl_module), _silent(self._reference_copy), float_kernels(live, *([frozen] if frozen else [])):
             result = interleaved_latency(live, inputs, frozen, seconds=budget, least=10, most=100)
         if result.ratio is None:
             return result.milliseconds / self._references.get("inference_time", 1.0), result.milliseconds

@@ -27,5 +27,13 @@ def nonzero(module: nn.Module) -> float:
 
 @SIZES.register("bits")
 def bits(module: nn.Module) -> float:
-    """Parameters times their bits, in 32-bit parameters: sees half precision and quantization."""
-    return sum(parameter.numel() * parameter.element_size() * 8 / 32 for parameter in module.parameters())
+    """Parameters times their bits, in 32-bit parameters: sees half precision and quantization (without its scales)."""
+    counted: set[int] = set()
+    total = 0.0
+    for layer in module.modules():
+        bits_of = getattr(layer, "parameter_bits", lambda name: None)
+        for name, parameter in layer.named_parameters(recurse=False):
+            if id(parameter) not in counted:
+                counted.add(id(parameter))
+                total += parameter.numel() * (bits_of(name) or parameter.element_size() * 8) / 32
+    return total

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from lightning_optim.quantization.layers import compute_in_float
 from lightning_optim.target import ForwardInputs
 
 __all__ = ["FAILURES", "ChannelGroup", "Member", "Removal", "TracedModel", "copy_for_tracing"]
@@ -111,10 +112,14 @@ class Removal:
     attributes: dict[str, dict[str, Any]]
 
 
-def copy_for_tracing(module: nn.Module) -> nn.Module:
+def copy_for_tracing(module: nn.Module, *, rounded: bool = True) -> nn.Module:
     """Return a deep copy in eval mode that can be called and traced by itself.
 
     A LightningModule's patched ``forward`` and steps stay bound to the original in a copy, so they are dropped.
+
+    Args:
+        module: What is copied.
+        rounded: Whether quantized layers round as they do in ``module``; else the copy computes in float.
     """
     duplicate = copy.deepcopy(module, _shared_values(module))
     for layer in duplicate.modules():
@@ -123,6 +128,8 @@ def copy_for_tracing(module: nn.Module) -> nn.Module:
                 layer.__dict__.pop(patched, None)
         if "_orig_mod" in layer._modules:  # torch.compile's wrapper: its module is called as it is
             layer.__dict__["forward"] = layer._modules["_orig_mod"]
+    if not rounded:
+        compute_in_float(duplicate)
     return duplicate.eval()
 
 
@@ -153,7 +160,9 @@ class TracedModel:
     """
 
     def __init__(self, module: nn.Module, inputs: ForwardInputs) -> None:
-        self._copy = copy_for_tracing(module).requires_grad_(True)  # frozen layers are invisible to the tracing
+        self._copy = copy_for_tracing(module, rounded=False).requires_grad_(
+            True
+        )  # frozen layers are invisible to the tracing
         self._names = {layer: name for name, layer in self._copy.named_modules()}
         try:
             self._graph = _trace(self._copy, inputs)

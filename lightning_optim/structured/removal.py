@@ -139,7 +139,7 @@ def damage(module: nn.Module, inputs: ForwardInputs, removal: Removal, *, exact:
         exact: Whether the outputs must be equal.
     """
     masked, before = _with_random_weights(module, inputs)
-    removed = copy_for_tracing(masked)
+    removed = copy_for_tracing(masked, rounded=False)
     try:
         apply_removal(removed, removal)
         after = _outputs(removed, inputs)
@@ -155,7 +155,7 @@ def damage(module: nn.Module, inputs: ForwardInputs, removal: Removal, *, exact:
             difference = _difference(left, right)
             if difference > _tolerance(left):
                 return f"removing differs from setting to zero by {difference:.2g} of the output"
-    whole = copy_for_tracing(module)  # training moves BatchNorm's statistics, so it comes last
+    whole = copy_for_tracing(module, rounded=False)  # training moves BatchNorm's statistics, so it comes last
     if _breaks_training(whole, removed, inputs):
         return "the forward pass of training fails afterwards (it calls a layer that evaluation does not)"
     return None
@@ -163,7 +163,7 @@ def damage(module: nn.Module, inputs: ForwardInputs, removal: Removal, *, exact:
 
 def _with_random_weights(module: nn.Module, inputs: ForwardInputs) -> tuple[nn.Module, list[Tensor]]:
     """Return a copy with random weights and its outputs; the model's own weights where those are not finite."""
-    copy = copy_for_tracing(module)
+    copy = copy_for_tracing(module, rounded=False)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in copy.parameters():
@@ -174,7 +174,7 @@ def _with_random_weights(module: nn.Module, inputs: ForwardInputs) -> tuple[nn.M
     outputs = _outputs(copy, inputs)
     if all(bool(torch.isfinite(output).all()) for output in outputs):
         return copy, outputs
-    copy = copy_for_tracing(module)
+    copy = copy_for_tracing(module, rounded=False)
     return copy, _outputs(copy, inputs)
 
 

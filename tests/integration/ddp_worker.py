@@ -7,10 +7,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
+from lightning.pytorch.strategies import DDPStrategy
 from torch.utils.data import DataLoader, DistributedSampler
 
 from helpers.models import Classifier, Files, data, new, trainer, val_loader
-from lightning_optim import PerformanceScore, WeightPruning
+from lightning_optim import PerformanceScore, QuantizationAwareTraining, WeightPruning
 from lightning_optim.callbacks import ChannelPruning
 
 EPOCHS = 3
@@ -32,6 +33,7 @@ class InDDP(Classifier):
 
 def callbacks(name: str) -> list:
     words = {"every_n_steps": 3, "start": 2, "end": 0.8}
+    bits = {"weight_bits": 4, "start": 2, "freeze": 0.8}
     return {
         "magnitude": lambda: [WeightPruning(0.8, **words)],
         "random": lambda: [WeightPruning(0.8, criterion="random", scope="layer", **words)],
@@ -41,6 +43,10 @@ def callbacks(name: str) -> list:
         "channels-taylor": lambda: [ChannelPruning(0.5, criterion="taylor", start=2, end=0.8, events=3)],
         "both": lambda: [ChannelPruning(0.5, start=2, end=0.8, events=3), WeightPruning(0.8, **words)],
         "nofm": lambda: [WeightPruning(granularity="2:4", **words)],
+        "integers": lambda: [QuantizationAwareTraining(**bits)],
+        "integers-unbroadcast": lambda: [QuantizationAwareTraining(**bits)],
+        "integers-histogram": lambda: [QuantizationAwareTraining(observer="histogram", **bits)],
+        "weights-integers": lambda: [WeightPruning(0.8, **words), QuantizationAwareTraining(**bits)],
         "score": lambda: [
             PerformanceScore(weights=dict.fromkeys(("size", "train_time", "inference_time", "accuracy"), 1)),
             WeightPruning(0.8, **words),
@@ -58,7 +64,7 @@ def run(folder: Path, name: str, precision: str, ckpt_path: Path | None = None) 
         folder,
         *ours,
         *extra,
-        strategy="ddp",
+        strategy=DDPStrategy(broadcast_buffers=not name.endswith("unbroadcast")),
         devices=2,
         max_epochs=EPOCHS,
         precision=precision,
@@ -72,7 +78,9 @@ def run(folder: Path, name: str, precision: str, ckpt_path: Path | None = None) 
         "masks": getattr(pruning, "masks", {}),
         "step": pruning.window.step,
         "metrics": {
-            n: float(v) for n, v in fitted.callback_metrics.items() if n.startswith(("P", "pruning", "channels"))
+            name: float(value)
+            for name, value in fitted.callback_metrics.items()
+            if name.startswith(("P", "pruning", "channels", "quantization"))
         },
     }
 

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.data import DistributedSampler
 
-from helpers.models import Classifier, assert_same_state, train_loader, trainer, val_loader
+from helpers.models import Classifier, assert_same_state, data, train_loader, trainer, val_loader
 from lightning_optim import WeightPruning, load_from_checkpoint
 
 WORKER = Path(__file__).with_name("ddp_worker.py")
@@ -25,6 +26,11 @@ CASES = [
     "channels/bf16-mixed",
     "channels-taylor/32-true",
     "both/32-true",
+    "integers/32-true",
+    "integers/bf16-mixed",
+    "integers-unbroadcast/32-true",
+    "integers-histogram/32-true",
+    "weights-integers/32-true",
 ]
 
 pytestmark = pytest.mark.distributed
@@ -72,13 +78,41 @@ def test_channels_left_on_both_ranks(launched, case):
         assert run["metrics"]["channels/parameters"] < 0.6
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if not case.startswith(("channels", "both"))])
+@pytest.mark.parametrize("case", [case for case in CASES if not case.startswith(("channels", "both", "integers"))])
 def test_what_is_asked_is_reached(launched, case):
     run = results(launched, case, 0)["straight"]
     asked = 0.5 if case.startswith("nofm") else 0.8
     zeros = sum(int((run["parameters"][name] == 0).sum()) for name in run["masks"])
     assert zeros == pytest.approx(asked * 448, abs=1)
     assert run["metrics"]["pruning/sparsity"] == pytest.approx(asked, abs=1 / 448)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if "integers" in case])
+def test_ranges_are_those_of_both_ranks(launched, case):
+    runs = [results(launched, case, rank)["straight"] for rank in (0, 1)]
+    ranges = [{n: v for n, v in run["state"].items() if "input_" in n} for run in runs]
+    assert len(ranges[0]) == 12
+    assert_same_state(*ranges)
+    assert all(run["metrics"]["quantization/phase"] == 3.0 for run in runs)
+
+
+def test_ranges_equal_those_of_one_process(launched):
+    """The first layer's inputs are the data, so its range is known: the mean of the extremes of the global batches."""
+    rows = data().tensors[0]
+    samplers = [DistributedSampler(rows, 2, rank, shuffle=True, seed=1) for rank in (0, 1)]
+    lows, highs = [], []
+    for epoch in range(3):
+        for sampler in samplers:
+            sampler.set_epoch(epoch)
+        first, second = (torch.tensor(list(sampler)).view(-1, 4) for sampler in samplers)
+        batches = rows[torch.cat([first, second], 1)]
+        lows += batches.amin((1, 2)).tolist()
+        highs += batches.amax((1, 2)).tolist()
+    state = results(launched, "integers/32-true", 0)["straight"]["state"]
+    assert int(state["net.0.input_batches"]) == 19 - 2
+    low, high = -state["net.0.input_statistic"][0], state["net.0.input_statistic"][1]
+    assert low.item() == pytest.approx(sum(lows[2:19]) / 17, rel=1e-5)
+    assert high.item() == pytest.approx(sum(highs[2:19]) / 17, rel=1e-5)
 
 
 def test_all_ranks_log_the_same_p(launched):

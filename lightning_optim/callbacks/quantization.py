@@ -1,0 +1,407 @@
+"""QuantizationAwareTraining: the model learns to compute with few bits, inside the fit that trains it."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_optim.callbacks.base import CompressionCallback, callbacks_of, compressions, is_compiled
+from lightning_optim.callbacks.example_inputs import InputSource
+from lightning_optim.quantization.coverage import coverage_table
+from lightning_optim.quantization.layers import PHASES, QuantizedLayer
+from lightning_optim.quantization.outputs import find_outputs, has_convolutions
+from lightning_optim.quantization.prepare import (
+    QuantizationScheme,
+    QuantizedLayers,
+    prepare,
+    quantized_layers,
+    select_layers,
+    set_phase,
+)
+from lightning_optim.quantization.ranges import copy_ranges, fold_ranges, settle_ranges
+from lightning_optim.target import Pattern, averaged_copies
+from lightning_optim.window import Window, planned_steps
+
+__all__ = ["QuantizationAwareTraining"]
+
+OBSERVED_PART = 0.05
+"""Fraction of the run in which ranges are only observed, unless ``observe_steps`` says how long."""
+
+
+class QuantizationAwareTraining(CompressionCallback):
+    """Train with weights and activations rounded to integers, so that the exported integer model answers the same.
+
+    Four phases: *off* until ``start`` (the run is the float run, bit for bit); *observe*, where the ranges of
+    activations are followed; *fake quantize*, where weights and activations are rounded in the forward pass and
+    gradients pass through the rounding; *frozen* from ``freeze`` on: ranges and BatchNorm statistics stay as they are.
+    Validation after ``start`` sees the rounded model; observers see training batches only.
+
+    :func:`lightning_optim.export_onnx` then writes the integers. In PyTorch the rounded model is not faster: it
+    computes in float. At 8 bits :func:`lightning_optim.quantize_post_training` gives the same accuracy without
+    training; training pays at 4 bits and below.
+
+    Args:
+        weight_bits: 2 to 8, symmetric.
+        activation_bits: 2 to 8, affine, one scale per tensor; None: weights only.
+        weight_granularity: What shares a scale: "per_channel" (per row of a table), "per_tensor", or "per_group:32"
+            (32 inputs of a row), which pays at 4 bits and below.
+        bits: Weight bits by name or glob pattern, instead of ``weight_bits``; the first that matches counts.
+        start: Where observing begins: a step (int) or a fraction of the planned steps (float).
+        observe_steps: Steps of observing; None: 5 % of the planned steps, at least 1.
+        freeze: From where on ranges and BatchNorm statistics are fixed.
+        observer: How a range is found: "moving_average", "min_max" or "histogram" (see ``functional.observers``).
+        example_inputs: What the target's forward receives. Needed only for convolutions, whose graph is read once:
+            an output that an addition reads gets a range too, without which engines run the convolution in float.
+            Default: the module's ``example_input_array``, else caught from the batch that leads to ``start``.
+        module: Dotted name of the module to quantize; default the whole model.
+        include: Exactly what is quantized (names, glob patterns, layer classes), instead of the default: every Linear,
+            Conv1d/2d/3d, Embedding and EmbeddingBag, the last layer too.
+        exclude: What stays float.
+
+    Logged: ``quantization/phase`` (0 off, 1 observe, 2 fake quantize, 3 frozen) when it changes. A table at fit start
+    says per layer the bits, or why it stays float.
+
+    State: window and phase; ranges are buffers of the layers, so they are in every checkpoint. A resumed run continues
+    bit for bit. A new ``fit`` of a model that is quantized keeps it so, and follows its ranges until ``freeze``.
+    Strategies: a single device and DDP; ranges are pooled over ranks by one all-reduce per optimizer step.
+
+    References:
+        Jacob et al. 2018, "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only
+        Inference"; Krishnamoorthi 2018, "Quantizing deep convolutional networks for efficient inference".
+    """
+
+    order = 2
+
+    def __init__(
+        self,
+        *,
+        weight_bits: int = 8,
+        activation_bits: int | None = 8,
+        start: int | float = 0.5,
+        observe_steps: int | None = None,
+        freeze: int | float = 0.9,
+        observer: str = "moving_average",
+        weight_granularity: str = "per_channel",
+        bits: dict[str, int] | None = None,
+        example_inputs: Any = None,
+        module: str | None = None,
+        include: Sequence[Pattern] | None = None,
+        exclude: Sequence[Pattern] | None = None,
+    ) -> None:
+        window = Window(start, freeze, every_n_steps=1, names=("start", "freeze"))
+        super().__init__(window, module=module, include=include, exclude=exclude)
+        if observe_steps is not None and (type(observe_steps) is not int or observe_steps < 1):
+            raise ValueError(f"`observe_steps` must be a whole number >= 1 or None, got {observe_steps!r}.")
+        self.observe_steps = observe_steps
+        self.scheme = QuantizationScheme(weight_bits, activation_bits, weight_granularity, observer, dict(bits or {}))
+        self._inputs = InputSource(example_inputs, 2, module)
+        self._layers: dict[str, QuantizedLayer] = {}
+        self._observed_until: int | None = None
+        self._least_phase = 0
+        self._outputs_known = False
+        self._strategy: Any = None
+        self._frozen_norms: list[nn.Module] = []
+
+    # What the base asks for.
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Prepare the layers that exist already, before any weight is loaded; fit start prepares the others."""
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit" and not _builds_later(pl_module):
+            self._prepare(trainer, pl_module)
+
+    def target_parameters(self) -> dict[str, nn.Parameter]:
+        """Return the weights of the quantized layers."""
+        return {
+            f"{name}.{leaf}": parameter
+            for name, layer in self._layers.items()
+            for leaf, parameter in layer.named_parameters(recurse=False)
+        }
+
+    def start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *, fresh: bool) -> None:
+        """Prepare what is not yet, and put the layers into the phase that is due."""
+        selection = self._prepare(trainer, pl_module)
+        self._check_peers(trainer)
+        self._strategy = trainer.strategy
+        if fresh:
+            phases = [PHASES.index(layer.quantization_phase) for layer in self._layers.values()]
+            self._least_phase = min(min(phases), PHASES.index("fake_quantize"))
+            self._outputs_known = False
+        if not self._outputs_known:
+            if has_convolutions(self._layers):
+                self._inputs.prepare(pl_module, type(self).__name__)
+            else:
+                self._outputs_known = True
+        self._enter(trainer, pl_module, self._phase_due(), say=False)
+        title = f"{self._label()}: steps {self.window.start_step} to {self.window.end_step}"
+        rank_zero_info(coverage_table(title, self._layers, selection.left_out))
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Let the layers observe this batch, hold BatchNorm where it is frozen, and catch inputs where needed."""
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        self._hold_norms(trainer, pl_module)
+        for layer in self._layers.values():
+            layer.observing = layer.quantization_phase in ("observe", "fake_quantize")
+        opens_next = self.window.start_step is not None and self.window.step + 1 >= self.window.start_step
+        if not self._outputs_known and opens_next:
+            self._inputs.begin_batch(pl_module)
+
+    def after_step(self, optimizer: Optimizer) -> None:
+        """Fold what passed into the ranges: one all-reduce for all layers."""
+        fold_ranges(self._layers, self._pool if self._strategy.world_size > 1 else None)
+
+    def _pool(self, seen: Tensor, operation: str) -> Tensor:
+        pooled: Tensor = self._strategy.reduce(seen, reduce_op=operation)
+        return pooled
+
+    def finish_batch(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """End the observing of this batch, and enter the phase that is due."""
+        for layer in self._layers.values():
+            layer.observing = False
+        if not self._outputs_known and (self._inputs.inputs is not None or self._inputs.catching):
+            self._find_outputs(trainer, pl_module)
+        if self._follows:
+            self._copy_ranges(trainer)
+        super().finish_batch(trainer, pl_module)
+
+    def apply_event(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Enter the phase that is due now."""
+        self._enter(trainer, pl_module, self._phase_due())
+
+    # Phases.
+
+    @property
+    def phase(self) -> str:
+        """The phase the layers are in."""
+        phases = [PHASES.index(layer.quantization_phase) for layer in self._layers.values()]
+        return PHASES[min(phases, default=0)]
+
+    @property
+    def _follows(self) -> bool:
+        return self.phase in ("observe", "fake_quantize")
+
+    def _phase_due(self) -> str:
+        step, window = self.window.step, self.window
+        if window.start_step is None or window.end_step is None or self._observed_until is None:
+            return PHASES[self._least_phase]
+        passed = (window.start_step, self._observed_until, window.end_step)
+        return PHASES[max(self._least_phase, sum(step >= bound for bound in passed))]
+
+    def _enter(self, trainer: pl.Trainer, pl_module: pl.LightningModule, phase: str, *, say: bool = True) -> None:
+        behind = any(layer.quantizes_output and layer.output_phase != phase for layer in self._layers.values())
+        changes = phase != self.phase
+        if not changes and not behind:
+            return
+        if PHASES.index(phase) >= PHASES.index("fake_quantize"):
+            if self.phase == "off" and self.scheme.activation_bits is not None:
+                raise RuntimeError("ranges were never observed.")  # our own invariant: observing comes before
+            settle_ranges(self._layers)
+        if phase == "frozen" and trainer.world_size > 1:
+            self._share_norms(trainer, pl_module)
+        for module in (pl_module, *averaged_copies(trainer)):
+            set_phase(module, self._layers_of(module), phase)
+        self._copy_ranges(trainer)
+        if changes and is_compiled(pl_module):
+            torch._dynamo.reset()  # graphs of earlier phases count towards its limit, beyond which it runs eager
+        if changes and say:
+            self._report(trainer, pl_module)
+
+    def _layers_of(self, module: nn.Module) -> dict[str, QuantizedLayer]:
+        layers = quantized_layers(module)
+        return {name: layers[name] for name in self._layers}
+
+    def _copy_ranges(self, trainer: pl.Trainer) -> None:
+        for copy in averaged_copies(trainer):
+            copy_ranges(self._layers, self._layers_of(copy))
+
+    def _share_norms(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Give every rank the BatchNorm statistics of rank 0: they enter the training forward pass from now on."""
+        for layer in _batch_norms(self.find_target(pl_module)[1]):
+            for buffer in layer.buffers():
+                buffer.copy_(trainer.strategy.broadcast(buffer, src=0))
+
+    def _hold_norms(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Keep BatchNorm on its running statistics while frozen, unless weight averaging computes them anew."""
+        if self.phase != "frozen" or any(getattr(callback, "momenta", None) for callback in callbacks_of(trainer)):
+            self._release_norms()
+            return
+        for layer in _batch_norms(self.find_target(pl_module)[1]):
+            if layer.training:
+                layer.eval()
+                self._frozen_norms.append(layer)
+
+    def _release_norms(self) -> None:
+        for layer in self._frozen_norms:
+            layer.train()
+        self._frozen_norms = []
+
+    # Layers.
+
+    def _prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> QuantizedLayers:
+        prefix, target = self.find_target(pl_module)
+        selection = select_layers(target, prefix, include=self.include, exclude=self.exclude)
+        self.scheme.check_patterns(selection.chosen, prefix)
+        for module in (pl_module, *averaged_copies(trainer)):
+            prepare(module, selection.chosen, self.scheme, prefix)
+        layers = quantized_layers(pl_module)
+        outputs = {name for name, layer in layers.items() if layer.weight_bits is None and name.startswith(prefix)}
+        self._layers = {name: layer for name, layer in layers.items() if name in {*selection.chosen, *outputs}}
+        return selection
+
+    def _find_outputs(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Read the graph once, and let the outputs that need it have a range; rank 0 decides."""
+        outputs: dict[str, bool] = {}
+        try:
+            self._inputs.end_batch(pl_module)
+            if self._inputs.inputs is not None:
+                called = self._inputs.called(pl_module)
+                outputs = find_outputs(called, self._inputs.inputs, self._layers, self._inputs.layer)
+        except ValueError as error:
+            rank_zero_warn(
+                f"{self._label()}: no output of a convolution gets a range, so those before an addition stay float in "
+                f"the exported file: {error}"
+            )
+        if trainer.world_size > 1:
+            outputs = trainer.strategy.broadcast(outputs, src=0)
+        self._outputs_known = True
+        self._inputs.release()
+        prefix, _ = self.find_target(pl_module)
+        phase = self.phase
+        for module in (pl_module, *averaged_copies(trainer)):
+            prepare(module, (), self.scheme, prefix, outputs)
+        layers = quantized_layers(pl_module)
+        self._layers |= {name: layers[name] for name in outputs}
+        for module in (pl_module, *averaged_copies(trainer)):  # a BatchNorm that joins enters the phase of the others
+            set_phase(module, self._layers_of(module), phase)
+
+    def _check_peers(self, trainer: pl.Trainer) -> None:
+        for peer in compressions(trainer):
+            if isinstance(peer, QuantizationAwareTraining) and peer is not self:
+                both = sorted(self._layers.keys() & peer._layers.keys())
+                if both:
+                    raise MisconfigurationException(
+                        f"{both[0]} is selected by two QuantizationAwareTraining callbacks: {self.state_key} and "
+                        f"{peer.state_key}. Select different layers with `module`, `include` or `exclude`."
+                    )
+
+    # The window.
+
+    def _resolve_window(self, trainer: pl.Trainer, pl_module: pl.LightningModule, passed: int = 0) -> None:
+        super()._resolve_window(trainer, pl_module, passed)
+        start, freeze = self.window.start_step, self.window.end_step
+        if start is None or freeze is None:
+            raise RuntimeError("the window was just resolved.")
+        if self.scheme.activation_bits is None:
+            self._observed_until = start
+            return
+        planned = planned_steps(trainer, automatic_optimization=pl_module.automatic_optimization) - passed
+        run = freeze if math.isinf(planned) else planned
+        steps = self.observe_steps or max(1, round(OBSERVED_PART * run))
+        self._fit_observing(steps, fast_dev_run=bool(getattr(trainer, "fast_dev_run", False)))
+
+    def _fit_observing(self, steps: int, *, fast_dev_run: bool) -> None:
+        """Let observing end before ranges are frozen: a start that was given as a fraction moves forward for it."""
+        start, freeze = self.window.start_step or 0, self.window.end_step or 0
+        if fast_dev_run:
+            steps = min(steps, freeze)
+        if start + steps > freeze and (fast_dev_run or isinstance(self.window.start, float)):
+            start = max(0, freeze - steps)
+        if start + steps > freeze or steps == 0:
+            raise MisconfigurationException(
+                f"ranges are observed for {steps} steps from `start` (step {start}), which is not over by `freeze` "
+                f"(step {freeze}). Start earlier, freeze later, or lower `observe_steps`."
+            )
+        self.window.start_step, self._observed_until = start, start + steps
+
+    # State.
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return window and phases as plain types; ranges are in the module's ``state_dict``."""
+        return {
+            **super().state_dict(),
+            "observed_until": self._observed_until,
+            "least_phase": self._least_phase,
+            "outputs_known": self._outputs_known,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what :meth:`state_dict` returned."""
+        super().load_state_dict(state_dict)
+        self._observed_until = state_dict["observed_until"]
+        self._least_phase = state_dict["least_phase"]
+        self._outputs_known = state_dict["outputs_known"]
+
+    def plan_entry(self) -> dict[str, Any]:
+        """Return what was asked, and the phase."""
+        return {
+            "technique": "QuantizationAwareTraining",
+            "weight_bits": self.scheme.weight_bits,
+            "activation_bits": self.scheme.activation_bits,
+            "weight_granularity": self.scheme.weight_granularity,
+            "bits": dict(self.scheme.bits),
+            "phase": self.phase,
+        }
+
+    def parameters_replaced(
+        self, pl_module: pl.LightningModule, kept: Mapping[str, tuple[Tensor, tuple[int, ...]]]
+    ) -> None:
+        """Channels left: scales of weights come from the weights, and those of activations have no channels."""
+
+    # Words.
+
+    def _report(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        words = {"observe": "observing ranges", "fake_quantize": "rounding", "frozen": "ranges frozen", "off": "off"}
+        rank_zero_info(f"{self._label()}: step {self.window.step}, {words[self.phase]} in {len(self._layers)} layers.")
+        if trainer.barebones:
+            return
+        metrics = {"quantization/phase": float(PHASES.index(self.phase))}
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=trainer.global_step)
+        pl_module.log_dict(metrics, logger=False)
+
+    def last_line(self, pl_module: pl.LightningModule) -> str:
+        """Return the sentence that says what was asked and in which phase the model is."""
+        activations = "float" if self.scheme.activation_bits is None else f"uint{self.scheme.activation_bits}"
+        asked = (
+            f"asked int{self.scheme.weight_bits} weights and {activations} activations in {len(self._layers)} layers"
+        )
+        if self.reached_end:
+            return f"{self._label()}: {asked}; they are {self.phase.replace('_', ' ')}."
+        return (
+            f"{self._label()}: the run ended at step {self.window.step}, before the window's end at step "
+            f"{self.window.end_step}: {asked}; they are in phase {self.phase!r}."
+        )
+
+    def _label(self) -> str:
+        name = type(self).__name__
+        return name if self.module is None else f"{name}({self.module})"
+
+    def _release(self, pl_module: pl.LightningModule) -> None:
+        self._inputs.release()
+        self._release_norms()
+        self._strategy = None
+        for layer in self._layers.values():
+            layer.observing = False
+            layer.seen_input = layer.seen_output = None
+        super()._release(pl_module)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_layers": {}, "_strategy": None, "_frozen_norms": []}
+
+
+def _batch_norms(target: nn.Module) -> list[nn.Module]:
+    return [layer for layer in target.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
+
+
+def _builds_later(pl_module: pl.LightningModule) -> bool:
+    """Whether layers may be built after ``Callback.setup``."""
+    base = next(cls for cls in type(pl_module).__mro__ if cls.__name__ == "LightningModule")
+    return any(getattr(type(pl_module), hook) is not getattr(base, hook) for hook in ("setup", "configure_model"))

@@ -1,0 +1,183 @@
+"""Observers: how the range of an activation is found from the batches that pass.
+
+An observer keeps one statistic per tensor it watches. What it takes from a batch is pooled over the micro-batches of a
+step and over ranks by one reduction ("max" or "sum") and then folded into the statistic: so many watched tensors need
+one small all-reduce a step, and every rank ends with the same range.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lightning_optim.functional.fake_quantize import integer_range
+from lightning_optim.registry import Registry
+
+__all__ = ["OBSERVERS", "Histogram", "MinMax", "MovingAverage", "Observer"]
+
+
+class Observer:
+    """Base of the observers; a class is registered, and none has a state of its own.
+
+    Attributes:
+        size: Numbers in the statistic.
+        reduction: How what several batches or ranks saw is pooled.
+        settles: Whether the range is computed only when observing ends, since it costs more than a batch should.
+    """
+
+    size: int
+    reduction: Literal["max", "sum"]
+    settles = False
+
+    @staticmethod
+    def see(x: Tensor) -> Tensor:
+        """Return what is taken from a batch: float32 ``[size]``; ``x`` is detached, of any shape, not empty."""
+        raise NotImplementedError
+
+    @staticmethod
+    def fold(statistic: Tensor, seen: Tensor, batches: Tensor) -> Tensor:
+        """Return the new statistics.
+
+        Args:
+            statistic: ``[tensors, size]``, zeros where nothing was folded yet.
+            seen: Pooled batches, of the same shape.
+            batches: Integers ``[tensors]``: how often each was folded before.
+        """
+        raise NotImplementedError
+
+    @staticmethod
+    def range_of(statistic: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+        """Return smallest and largest value, each ``[tensors]``, of statistics ``[tensors, size]``."""
+        raise NotImplementedError
+
+
+OBSERVERS: Registry[type[Observer]] = Registry("observer")
+"""Name -> observer class."""
+
+
+class _Extremes(Observer):
+    """Keeps ``(-smallest, largest)``, so that both pool by their maximum."""
+
+    size = 2
+    reduction = "max"
+
+    @staticmethod
+    def see(x: Tensor) -> Tensor:
+        low, high = torch.aminmax(x)
+        return torch.stack([-low, high]).float()
+
+    @staticmethod
+    def range_of(statistic: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+        return -statistic[:, 0], statistic[:, 1]
+
+
+@OBSERVERS.register("min_max")
+class MinMax(_Extremes):
+    """The smallest and largest value ever seen: nothing is clipped, and one outlier widens the range for good."""
+
+    @staticmethod
+    def fold(statistic: Tensor, seen: Tensor, batches: Tensor) -> Tensor:
+        """Return the extremes of both."""
+        return torch.where(batches[:, None] > 0, torch.maximum(statistic, seen), seen)
+
+
+@OBSERVERS.register("moving_average")
+class MovingAverage(_Extremes):
+    """Exponential moving average of each batch's extremes, with the plain mean over the first 100 batches.
+
+    References:
+        Jacob et al. 2018, "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only
+        Inference", section 3.1.
+    """
+
+    MOMENTUM = 0.99
+
+    @staticmethod
+    def fold(statistic: Tensor, seen: Tensor, batches: Tensor) -> Tensor:
+        """Return the new average."""
+        momentum = (batches / (batches + 1)).clamp_max(MovingAverage.MOMENTUM)[:, None]
+        return momentum * statistic + (1 - momentum) * seen
+
+
+@OBSERVERS.register("histogram")
+class Histogram(Observer):
+    """Counts of magnitudes in logarithmic bins; the range is the one of least squared error.
+
+    Clips rare outliers where that pays. Observing costs a logarithm and a count of every activation, and finding the
+    range some milliseconds per tensor, once. Bins are fixed (16 an octave, from 2^-24 to 2^24, for each sign), so that
+    counts of batches and ranks simply add up.
+
+    References:
+        Zhao et al. 2019, "Improving Neural Network Quantization without Retraining using Outlier Channel Splitting"
+        (clipping by mean squared error).
+    """
+
+    PER_OCTAVE, OCTAVES = 16, 48
+    BINS = PER_OCTAVE * OCTAVES
+    size = 2 * BINS
+    reduction = "sum"
+    settles = True
+    ROUNDS = 2
+
+    @staticmethod
+    def see(x: Tensor) -> Tensor:
+        """Return the counts: negative magnitudes first, then positive ones; zeros are not counted."""
+        flat = x.flatten().float()
+        if not torch.isfinite(flat).all():
+            return flat.new_full((Histogram.size,), torch.nan)
+        octave = torch.log2(flat.abs()) + Histogram.OCTAVES // 2
+        bins = (octave * Histogram.PER_OCTAVE).floor_().clamp_(0, Histogram.BINS - 1).to(torch.int64)
+        bins = torch.where(flat > 0, bins + Histogram.BINS, bins)
+        bins = torch.where(flat == 0, Histogram.size, bins)
+        return torch.bincount(bins, minlength=Histogram.size + 1)[: Histogram.size].float()
+
+    @staticmethod
+    def fold(statistic: Tensor, seen: Tensor, batches: Tensor) -> Tensor:
+        """Return the sums."""
+        return statistic + seen
+
+    @staticmethod
+    def range_of(statistic: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+        """Return the ranges of least squared error, found by turns for each end."""
+        ranges = [_least_error(counts, bits) for counts in statistic]
+        return torch.stack([low for low, _ in ranges]), torch.stack([high for _, high in ranges])
+
+
+def _least_error(counts: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    steps = torch.arange(Histogram.BINS, dtype=torch.float32, device=counts.device)
+    centres = torch.exp2((steps + 0.5) / Histogram.PER_OCTAVE - Histogram.OCTAVES // 2)
+    edges = torch.exp2((steps + 1) / Histogram.PER_OCTAVE - Histogram.OCTAVES // 2)
+    negative, positive = counts.view(2, -1)
+    bounds = [_outermost(side, edges) for side in (negative, positive)]
+    if torch.isnan(counts).any():
+        return counts.new_full((), -torch.inf), counts.new_full((), torch.inf)
+    levels = integer_range(bits, symmetric=False)[1]
+    for _ in range(Histogram.ROUNDS):
+        for which, side in enumerate((positive, negative)):
+            end = 1 - which
+            if side.any():
+                bounds[end] = _best_bound(side, centres, edges, (negative, positive)[which], bounds[which], levels)
+    return -bounds[0], bounds[1]
+
+
+def _outermost(counts: Tensor, edges: Tensor) -> Tensor:
+    used = counts.nonzero()
+    return edges[used[-1, 0]] if len(used) else edges.new_zeros(())
+
+
+def _best_bound(
+    counts: Tensor, centres: Tensor, edges: Tensor, other_counts: Tensor, other: Tensor, levels: int
+) -> Tensor:
+    """Return the bound of one side, among the bins' edges, that gives the least error with the other side's bound."""
+    used = counts.nonzero()[:, 0]
+    candidates = edges[int(used[0]) : int(used[-1]) + 1]
+    scale = ((candidates + other) / levels)[:, None]
+    error = _squared_error(centres, candidates[:, None], scale) @ counts
+    error += _squared_error(centres, other.expand(len(candidates), 1), scale) @ other_counts
+    return candidates[error.argmin()]
+
+
+def _squared_error(x: Tensor, bound: Tensor, scale: Tensor) -> Tensor:
+    """Return the expected squared error of magnitudes ``x``: clipped, rounded to zero, or rounded."""
+    rounded = torch.where(x < scale / 2, x.square(), (scale.square() / 12).expand(len(scale), len(x)))
+    return torch.where(x > bound, (x - bound).square() + scale.square() / 12, rounded)

@@ -1,0 +1,1 @@
+"""Fake-quantized layers, how they are prepared, and how their ranges are found."""

@@ -1,0 +1,141 @@
+"""Post-training quantization: ranges from a few batches, no training."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from itertools import chain, islice
+from typing import Any, TypeVar
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from rich.progress import track
+from torch import nn
+
+from lightning_optim.checkpoint import conform, plain_plan
+from lightning_optim.quantization.coverage import coverage_table
+from lightning_optim.quantization.layers import QuantizedLayer
+from lightning_optim.quantization.outputs import find_outputs
+from lightning_optim.quantization.prepare import (
+    QuantizationScheme,
+    prepare,
+    quantized_layers,
+    select_layers,
+    set_phase,
+)
+from lightning_optim.quantization.ranges import fold_ranges, observing, settle_ranges
+from lightning_optim.target import ForwardInputs, Pattern, as_forward_inputs, batch_inputs, find_target, move_inputs
+
+__all__ = ["quantize_post_training"]
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def quantize_post_training(
+    model: M,
+    dataloader: Iterable[Any] | None = None,
+    *,
+    weight_bits: int = 8,
+    activation_bits: int | None = 8,
+    weight_granularity: str = "per_channel",
+    observer: str = "moving_average",
+    bits: Mapping[str, int] | None = None,
+    module: str | None = None,
+    include: Sequence[Pattern] | None = None,
+    exclude: Sequence[Pattern] | None = None,
+    inputs: Callable[[Any], Any] | None = None,
+    batches: int | None = None,
+    progress_bar: bool = True,
+) -> M:
+    """Quantize a trained model: its ranges are taken from a few batches, nothing is trained.
+
+    Weights only (``activation_bits=None``) needs no data: the tables of a recommender in one line,
+    ``quantize_post_training(model, activation_bits=None, include=[nn.EmbeddingBag])``.
+
+    Args:
+        model: A LightningModule or any module. It is changed in place: the classes of its layers are swapped, and it
+            computes with rounded numbers from then on; its mode stays.
+        dataloader: Batches as its forward takes them: a tensor, a dict of keywords, or a tuple of which forward takes
+            as many leading items as it requires.
+        weight_bits: 2 to 8.
+        activation_bits: 2 to 8, or None: inputs stay float.
+        weight_granularity: What shares a scale: "per_channel", "per_tensor", "per_group:32".
+        observer: "moving_average", "min_max" or "histogram"; with few batches the first is the mean of their extremes.
+        bits: Weight bits by name or glob pattern; the first that matches counts.
+        module: Dotted name of the part to quantize; default the whole model.
+        include: Exactly what is quantized: names, glob patterns, layer classes.
+        exclude: What stays float.
+        inputs: Makes what forward receives from a batch, where the rule above does not fit.
+        batches: How many batches to take; default all.
+        progress_bar: Whether calibration shows one.
+
+    Returns:
+        The same module, for :func:`lightning_optim.export_onnx`. A checkpoint of a LightningModule written from now on
+        loads with :func:`lightning_optim.load_from_checkpoint`.
+
+    Raises:
+        ValueError: If nothing is selected, or activations are to be quantized and there is no data.
+        RuntimeError: If a selected layer is never called, or what passes is not finite. The model is then as it was.
+    """
+    scheme = QuantizationScheme(weight_bits, activation_bits, weight_granularity, observer, dict(bits or {}))
+    prefix, target = find_target(model, module)
+    selection = select_layers(target, prefix, include=include, exclude=exclude)
+    scheme.check_patterns(selection.chosen, prefix)
+    before = plain_plan(model)
+    try:
+        prepare(model, selection.chosen, scheme, prefix)
+        layers = {name: layer for name, layer in quantized_layers(target, prefix).items() if name in selection.chosen}
+        if any(layer.watched for layer in layers.values()):
+            calls = _calls(model, dataloader, inputs, batches)
+            first = next(calls, None)
+            if first is None:
+                raise ValueError("the dataloader gave no batch to take ranges from.")
+            outputs = find_outputs(model, first, layers)
+            prepare(model, (), scheme, prefix, outputs)
+            layers = {n: layer for n, layer in quantized_layers(model).items() if n in layers or n in outputs}
+            _calibrate(model, chain([first], calls), layers, total=_length(dataloader, batches), shown=progress_bar)
+        set_phase(model, layers, "frozen")
+    except BaseException:
+        conform(model, before)
+        raise
+    rank_zero_info(coverage_table("post-training quantization", layers, selection.left_out))
+    return model
+
+
+def _calls(
+    model: nn.Module, dataloader: Iterable[Any] | None, inputs: Callable[[Any], Any] | None, batches: int | None
+) -> Iterator[ForwardInputs]:
+    """Yield what forward receives from each batch."""
+    if dataloader is None:
+        raise ValueError(
+            "ranges of activations need data: pass a dataloader, or activation_bits=None to quantize weights only."
+        )
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    for batch in islice(dataloader, batches):
+        received = batch_inputs(model, batch) if inputs is None else as_forward_inputs(inputs(batch))
+        yield move_inputs(received, device)
+
+
+def _length(dataloader: Any, batches: int | None) -> int | None:
+    known = len(dataloader) if isinstance(dataloader, Sized) else None
+    return min((n for n in (known, batches) if n is not None), default=None)
+
+
+def _calibrate(
+    model: nn.Module,
+    calls: Iterable[ForwardInputs],
+    layers: Mapping[str, QuantizedLayer],
+    *,
+    total: int | None,
+    shown: bool,
+) -> None:
+    """Run the batches through the model in eval mode and settle the ranges."""
+    set_phase(model, layers, "observe")
+    modes = [(layer, layer.training) for layer in model.modules()]
+    try:
+        model.eval()
+        with torch.no_grad(), observing(layers):
+            for received in track(calls, "calibrating", total, disable=not shown):
+                received.call(model)
+                fold_ranges(layers)
+    finally:
+        for layer, training in modes:
+            layer.training = training
+    settle_ranges(layers)

@@ -1,0 +1,32 @@
+"""What is quantized and how, what stays float and why: one table."""
+
+from collections.abc import Mapping
+
+from lightning_optim.quantization.layers import QuantizedLayer
+from lightning_optim.tables import by_reason, render
+
+__all__ = ["coverage_table", "words_of"]
+
+
+def coverage_table(title: str, layers: Mapping[str, QuantizedLayer], left_out: Mapping[str, str]) -> str:
+    """Return the table: a row per quantized layer, and the others gathered by their reason.
+
+    Args:
+        title: Above the table.
+        layers: Quantized layers by name.
+        left_out: Layers that stay float -> why.
+    """
+    rows = [(name, _class_of(layer), *words_of(layer)) for name, layer in layers.items()]
+    rows += [(names, "", "float", reason) for names, reason in by_reason(left_out)]
+    return render(title, ("layer", "class", "weight", "input and output, or why not"), rows)
+
+
+def words_of(layer: QuantizedLayer) -> tuple[str, str]:
+    """Return how a layer's weight, and its input and output, are quantized, in words."""
+    weight = "-" if layer.weight_bits is None else f"int{layer.weight_bits}, {layer.weight_granularity}"
+    parts = [f"uint{layer.activation_bits} {which}" for which in layer.watched]
+    return weight, ", ".join(parts) or "float"
+
+
+def _class_of(layer: QuantizedLayer) -> str:
+    return type(layer).__name__.removeprefix("Quantized")

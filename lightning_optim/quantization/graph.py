@@ -1,0 +1,136 @@
+"""What follows each convolution: read from the graph that ``torch.export`` gives, which is used for nothing else.
+
+An engine runs an integer convolution only where its output is quantized too. The output is quantized by the layers
+that read it, or, where something else reads it (a residual addition, a concatenation, a pooling), by a quantizer of
+its own; which of both, and which BatchNorm and ReLU stand between, only the graph knows.
+"""
+
+from collections import Counter
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from lightning_optim.structured.groups import FAILURES, copy_for_tracing
+from lightning_optim.target import ForwardInputs
+
+__all__ = ["GraphFacts", "export_failure", "read_graph", "without_fast_path"]
+
+_CONVOLUTION, _BATCH_NORM, _RELU = ("aten::conv1d", "aten::conv2d", "aten::conv3d"), "aten::batch_norm", "aten::relu"
+
+
+@dataclass(frozen=True)
+class GraphFacts:
+    """What a graph says about the convolutions.
+
+    Attributes:
+        batch_norms: Convolution -> the BatchNorm that alone reads its output, by their names below the module. A
+            convolution or a BatchNorm that is called more than once is not among them.
+        outputs: Layer whose output needs a quantizer of its own (a convolution, or its BatchNorm) -> True when all
+            that follows it is one ReLU: the quantizer then stands after the ReLU, and its range begins at 0.
+    """
+
+    batch_norms: dict[str, str]
+    outputs: dict[str, bool]
+
+
+def read_graph(
+    module: nn.Module, inputs: ForwardInputs, convolutions: Collection[str], readers: Collection[str]
+) -> GraphFacts:
+    """Read what follows each convolution.
+
+    Args:
+        module: The module; it is not changed, a float copy of it in eval mode is exported.
+        inputs: What its forward receives.
+        convolutions: Names of the convolutions whose weight and input are quantized.
+        readers: Names of all layers whose input is quantized.
+
+    Raises:
+        ValueError: If ``torch.export`` cannot export the module.
+    """
+    if not convolutions:
+        return GraphFacts({}, {})
+    nodes = _exported_nodes(module, inputs)
+    calls = Counter(_layer_of(node) for node in nodes if _operator(node) in (*_CONVOLUTION, _BATCH_NORM))
+    batch_norms: dict[str, str] = {}
+    relus: dict[str, bool] = {}
+    elsewhere: set[str] = set()
+    for node in nodes:
+        name = _layer_of(node)
+        if _operator(node) not in _CONVOLUTION or name not in convolutions:
+            continue
+        last = node
+        follower = _only_user(node, _BATCH_NORM)
+        if follower is not None and _folds(module, name, _layer_of(follower), calls):
+            batch_norms[name], last = _layer_of(follower), follower
+        relu = _only_user(last, _RELU)
+        place = _layer_of(last)
+        relus[place] = relu is not None and relus.get(place, True)  # of a layer called twice: after both calls
+        if _is_read_elsewhere(last if relu is None else relu, readers):
+            elsewhere.add(place)
+    return GraphFacts(batch_norms, {place: relu for place, relu in relus.items() if place in elsewhere})
+
+
+def _exported_nodes(module: nn.Module, inputs: ForwardInputs) -> list[Any]:
+    copy = copy_for_tracing(module, rounded=False)
+    try:
+        with without_fast_path(), torch.no_grad(), torch.random.fork_rng(devices=[]):
+            program = torch.export.export(copy, inputs.args, inputs.kwargs or {}, strict=False)
+    except FAILURES as error:
+        raise ValueError(
+            f"{export_failure(module, error)} Without the graph it is not known which outputs of convolutions need a "
+            "range, and which BatchNorms fold into them."
+        ) from error
+    return list(program.graph.nodes)
+
+
+@contextmanager
+def without_fast_path() -> Iterator[None]:
+    """Keep PyTorch's fused inference path of attention off, which never calls the layers inside."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
+
+
+def export_failure(module: nn.Module, error: Exception) -> str:
+    """Return the sentence that says that a module cannot be exported, and why."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(module).__name__} cannot be exported by torch.export ({lines[0] if lines else repr(error)})."
+
+
+def _operator(node: Any) -> str:
+    """Return the operator without overload and without the underscore of an in-place one; empty for other nodes."""
+    return node.target.name().partition(".")[0].rstrip("_") if node.op == "call_function" else ""
+
+
+def _layer_of(node: Any) -> str:
+    """Return the name of the innermost module whose forward makes the node."""
+    stack = node.meta.get("nn_module_stack")
+    return str(list(stack.values())[-1][0]).partition("@")[0] if stack else ""
+
+
+def _only_user(node: Any, operator: str) -> Any:
+    users = list(node.users)
+    return users[0] if len(users) == 1 and _operator(users[0]) == operator else None
+
+
+def _folds(module: nn.Module, convolution: str, name: str, calls: Counter[str]) -> bool:
+    layer = module.get_submodule(name)
+    return (
+        isinstance(layer, _BatchNorm)
+        and layer.running_mean is not None
+        and len(layer.running_mean) == module.get_submodule(convolution).out_channels
+        and calls[convolution] == calls[name] == 1
+    )
+
+
+def _is_read_elsewhere(node: Any, readers: Collection[str]) -> bool:
+    others = [user for user in node.users if _layer_of(user) not in readers]
+    return bool(others) and not all(user.op == "output" for user in node.users)

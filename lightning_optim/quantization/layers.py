@@ -1,0 +1,305 @@
+"""Layers that compute with the numbers few bits can hold.
+
+Each is a subclass that is swapped in by ``__class__``: Parameters, their names and the optimizer stay. Per phase it is
+
+* ``"off"``: the float layer, bit for bit;
+* ``"observe"``: the float layer, which notes what passes;
+* ``"fake_quantize"``: weights and inputs rounded to integers, ranges still followed;
+* ``"frozen"``: the same with fixed ranges.
+
+Weights are symmetric, with scales from their own largest magnitude; inputs (and outputs, where an addition or another
+float operation follows a convolution) are affine, one scale per tensor.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_optim.checkpoint import layer_class
+from lightning_optim.functional.fake_quantize import fake_quantize, fake_quantize_weight, integer_range
+from lightning_optim.functional.observers import OBSERVERS
+
+__all__ = [
+    "ATTRIBUTES",
+    "PHASES",
+    "QUANTIZED",
+    "QuantizedBatchNorm1d",
+    "QuantizedBatchNorm2d",
+    "QuantizedBatchNorm3d",
+    "QuantizedConv1d",
+    "QuantizedConv2d",
+    "QuantizedConv3d",
+    "QuantizedEmbedding",
+    "QuantizedEmbeddingBag",
+    "QuantizedLayer",
+    "QuantizedLinear",
+    "compute_in_float",
+    "float_kernels",
+]
+
+PHASES = ("off", "observe", "fake_quantize", "frozen")
+"""In their order; ``quantization/phase`` logs the index."""
+
+ATTRIBUTES = (
+    "weight_bits",
+    "weight_granularity",
+    "activation_bits",
+    "observer",
+    "quantization_phase",
+    "quantizes_output",
+    "output_relu",
+    "output_phase",
+)
+"""What a quantized layer carries besides the float layer, as plain types: it is in the plan."""
+
+STATE = ("statistic", "batches", "scale", "zero_point")
+"""Buffers of one watched tensor, named ``input_scale``, ``output_scale`` and so on."""
+
+
+class QuantizedLayer(nn.Module):
+    """What the quantized layers share; it is never instantiated, only swapped in.
+
+    Attributes:
+        weight_bits: 2 to 8; None for a layer without a weight of its own to quantize (BatchNorm).
+        weight_granularity: What shares a scale.
+        activation_bits: Of input and output; None leaves them float.
+        observer: Name in ``OBSERVERS``.
+        quantization_phase: Of weight and input.
+        quantizes_output: Whether the output is quantized too.
+        output_relu: Whether all that follows the output is a ReLU, so that its range begins at 0.
+        output_phase: Of the output.
+        observing: Whether a training batch runs now; nothing else is observed.
+    """
+
+    weight_bits: int | None
+    weight_granularity: str
+    activation_bits: int | None
+    observer: str
+    quantization_phase: str
+    quantizes_output: bool
+    output_relu: bool
+    output_phase: str
+    observing = False
+    seen_input: Tensor | None = None
+    seen_output: Tensor | None = None
+
+    @property
+    def watched(self) -> tuple[str, ...]:
+        """The tensors that have a range: of "input" and "output"."""
+        return tuple(which for which in ("input", "output") if f"{which}_scale" in self._buffers)
+
+    def phase_of(self, which: str) -> str:
+        """Return the phase of the input or the output."""
+        return self.output_phase if which == "output" else self.quantization_phase
+
+    def watch(self, which: str) -> None:
+        """Give the layer the buffers of its input's or output's range."""
+        device = next((p.device for p in self.parameters(recurse=False)), torch.device("cpu"))
+        statistic = torch.zeros(OBSERVERS[self.observer].size, device=device, dtype=torch.float32)
+        self.register_buffer(f"{which}_statistic", statistic)
+        self.register_buffer(f"{which}_batches", torch.zeros((), dtype=torch.int64, device=device))
+        self.register_buffer(f"{which}_scale", torch.ones((), dtype=torch.float32, device=device))
+        self.register_buffer(f"{which}_zero_point", torch.zeros((), dtype=torch.int32, device=device))
+
+    def state_of(self, which: str) -> dict[str, Tensor]:
+        """Return the buffers of one watched tensor."""
+        return {name: getattr(self, f"{which}_{name}") for name in STATE}
+
+    def parameter_bits(self, name: str) -> float | None:
+        """Return the bits of a parameter as it is deployed, None where it stays as it is stored."""
+        rounded = self.quantization_phase in ("fake_quantize", "frozen")
+        return self.weight_bits if name == "weight" and rounded else None
+
+    def quantized_weight(self) -> Tensor:
+        """Return the weight as the phase has it."""
+        weight: Tensor = self.weight  # type: ignore[assignment]
+        if self.quantization_phase in ("off", "observe") or self.weight_bits is None:
+            return weight
+        return fake_quantize_weight(weight, self.weight_bits, self.weight_granularity)
+
+    def quantized_input(self, x: Tensor) -> Tensor:
+        """Return the input as the phase has it; note it where it is observed."""
+        return x if self.activation_bits is None else self._pass("input", self.quantization_phase, x)
+
+    def quantized_output(self, x: Tensor) -> Tensor:
+        """Return the output as its phase has it; note it where it is observed."""
+        return self._pass("output", self.output_phase, x) if self.quantizes_output else x
+
+    def _pass(self, which: str, phase: str, x: Tensor) -> Tensor:
+        if self.observing and phase in ("observe", "fake_quantize") and x.numel():
+            self._note(which, x.detach())
+        if phase in ("off", "observe") or self.activation_bits is None:
+            return x
+        low, high = integer_range(self.activation_bits, symmetric=False)
+        scale, zero_point = getattr(self, f"{which}_scale"), getattr(self, f"{which}_zero_point")
+        return fake_quantize(x, scale, zero_point, low, high)
+
+    def _note(self, which: str, x: Tensor) -> None:
+        observer = OBSERVERS[self.observer]
+        seen = observer.see(x.clamp_min(0) if which == "output" and self.output_relu else x)
+        before = self.seen_output if which == "output" else self.seen_input
+        if before is not None:
+            seen = torch.maximum(before, seen) if observer.reduction == "max" else before + seen
+        if which == "output":
+            self.seen_output = seen
+        else:
+            self.seen_input = seen
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantizedLayer":
+        """Move the ranges with the layer, and keep them float32 where ``fn`` changes the precision."""
+        kept = {n: b for n, b in self._buffers.items() if b is not None and n.endswith(STATE)}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, buffer in kept.items():
+            moved = self._buffers[name]
+            if moved is not None and moved.dtype != buffer.dtype:
+                self._buffers[name] = buffer.to(moved.device)
+        return self
+
+
+@layer_class
+class QuantizedLinear(QuantizedLayer, nn.Linear):
+    """A Linear layer; a scale per output by default."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Compute ``[..., in] -> [..., out]``."""
+        if self.quantization_phase == "off":
+            return nn.Linear.forward(self, input)
+        return F.linear(self.quantized_input(input), self.quantized_weight(), self.bias)
+
+
+class _QuantizedConv(QuantizedLayer):
+    _conv_forward: Any
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Compute as the convolution does."""
+        weight = self.weight if self.quantization_phase == "off" else self.quantized_weight()
+        x = input if self.quantization_phase == "off" else self.quantized_input(input)
+        return self.quantized_output(self._conv_forward(x, weight, self.bias))
+
+
+@layer_class
+class QuantizedConv1d(_QuantizedConv, nn.Conv1d):
+    """A Conv1d; a scale per output channel by default."""
+
+
+@layer_class
+class QuantizedConv2d(_QuantizedConv, nn.Conv2d):
+    """A Conv2d; a scale per output channel by default."""
+
+
+@layer_class
+class QuantizedConv3d(_QuantizedConv, nn.Conv3d):
+    """A Conv3d; a scale per output channel by default."""
+
+
+@layer_class
+class QuantizedEmbedding(QuantizedLayer, nn.Embedding):
+    """A table; a scale per row by default. Only the rows that are looked up are rounded in training."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Look up ``[...] -> [..., embedding_dim]``."""
+        rows = nn.Embedding.forward(self, input)
+        if self.quantization_phase in ("off", "observe") or self.weight_bits is None:
+            return rows
+        return _rounded_rows(self, rows.reshape(-1, self.embedding_dim)).view_as(rows)
+
+
+@layer_class
+class QuantizedEmbeddingBag(QuantizedLayer, nn.EmbeddingBag):
+    """A table whose rows are averaged or added up; a scale per row by default.
+
+    Only the rows that are looked up are rounded, or the table as a whole where that is smaller: the result is the same.
+    """
+
+    def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
+        """Look up and reduce bags, as ``nn.EmbeddingBag`` does."""
+        if self.quantization_phase in ("off", "observe") or self.weight_bits is None:
+            return nn.EmbeddingBag.forward(self, input, offsets, per_sample_weights)
+        places, table, padding = input, self.weight, self.padding_idx
+        if input.numel() < self.num_embeddings:
+            flat = input.reshape(-1)
+            table = F.embedding(flat, table, None, self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse)
+            places = torch.arange(len(flat), device=flat.device)
+            if padding is not None:  # a row of zeros stands for it: no place of a bag is counted that holds it
+                table = torch.cat([table, table.new_zeros(1, self.embedding_dim)])
+                places = torch.where(flat == padding, len(flat), places)
+                padding = len(flat)
+            places = places.view_as(input)
+        elif self.max_norm is not None:
+            F.embedding(input.reshape(-1), table, None, self.max_norm, self.norm_type)  # renormalises in place
+        return F.embedding_bag(
+            places,
+            _rounded_rows(self, table),
+            offsets,
+            mode=self.mode,
+            per_sample_weights=per_sample_weights,
+            include_last_offset=self.include_last_offset,
+            padding_idx=padding,
+        )
+
+
+def _rounded_rows(layer: QuantizedEmbedding | QuantizedEmbeddingBag, rows: Tensor) -> Tensor:
+    """Round rows of a table as the whole table would be rounded."""
+    bits = layer.weight_bits or 8
+    largest = layer.weight.detach().abs().amax() if layer.weight_granularity == "per_tensor" else None
+    return fake_quantize_weight(rows, bits, layer.weight_granularity, largest=largest)
+
+
+class _QuantizedBatchNorm(QuantizedLayer):
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalise as BatchNorm does, and quantize the output."""
+        return self.quantized_output(super().forward(input))
+
+
+@layer_class
+class QuantizedBatchNorm1d(_QuantizedBatchNorm, nn.BatchNorm1d):
+    """A BatchNorm1d after a quantized convolution, whose output is quantized."""
+
+
+@layer_class
+class QuantizedBatchNorm2d(_QuantizedBatchNorm, nn.BatchNorm2d):
+    """A BatchNorm2d after a quantized convolution, whose output is quantized."""
+
+
+@layer_class
+class QuantizedBatchNorm3d(_QuantizedBatchNorm, nn.BatchNorm3d):
+    """A BatchNorm3d after a quantized convolution, whose output is quantized."""
+
+
+QUANTIZED: dict[type[nn.Module], type[QuantizedLayer]] = {
+    nn.Linear: QuantizedLinear,
+    nn.Conv1d: QuantizedConv1d,
+    nn.Conv2d: QuantizedConv2d,
+    nn.Conv3d: QuantizedConv3d,
+    nn.Embedding: QuantizedEmbedding,
+    nn.EmbeddingBag: QuantizedEmbeddingBag,
+    nn.BatchNorm1d: QuantizedBatchNorm1d,
+    nn.BatchNorm2d: QuantizedBatchNorm2d,
+    nn.BatchNorm3d: QuantizedBatchNorm3d,
+}
+"""Float layer -> quantized layer; exact types only."""
+
+
+def compute_in_float(module: nn.Module) -> None:
+    """Put every quantized layer of a copy into phase "off"."""
+    for layer in module.modules():
+        if isinstance(layer, QuantizedLayer):
+            layer.quantization_phase = layer.output_phase = "off"
+
+
+@contextmanager
+def float_kernels(*modules: nn.Module) -> Iterator[None]:
+    """Let quantized layers compute in float for a while: rounding in PyTorch takes time, deployed integers do not."""
+    layers = [layer for module in modules for layer in module.modules() if isinstance(layer, QuantizedLayer)]
+    phases = [(layer.quantization_phase, layer.output_phase) for layer in layers]
+    try:
+        for layer in layers:
+            layer.quantization_phase = layer.output_phase = "off"
+        yield
+    finally:
+        for layer, (phase, output_phase) in zip(layers, phases, strict=True):
+            layer.quantization_phase, layer.output_phase = phase, output_phase

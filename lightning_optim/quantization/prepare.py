@@ -1,0 +1,301 @@
+"""Which layers are quantized, and the swap of their classes."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import nn
+from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
+from torch.nn.utils.parametrize import is_parametrized
+
+from lightning_optim.checkpoint import plan_of
+from lightning_optim.functional.fake_quantize import integer_range, parse_weight_granularity
+from lightning_optim.functional.observers import OBSERVERS
+from lightning_optim.quantization.layers import ATTRIBUTES, PHASES, QUANTIZED, QuantizedLayer
+from lightning_optim.target import Pattern, matches, named_layers
+
+__all__ = ["QuantizationScheme", "QuantizedLayers", "prepare", "quantized_layers", "select_layers", "set_phase"]
+
+_EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_FROM: dict[type[nn.Module], type[nn.Module]] = {
+    **{cls: cls for cls in QUANTIZED if cls not in _BATCH_NORMS},
+    **{quantized: cls for cls, quantized in QUANTIZED.items() if cls not in _BATCH_NORMS},
+}
+"""Class of a layer, float or quantized -> its float class."""
+
+# Layers with matrices that stay float, and why; the first that applies.
+_WHY_FLOAT: tuple[tuple[tuple[type[nn.Module], ...], str], ...] = (
+    ((nn.MultiheadAttention,), "nn.MultiheadAttention computes in one fused call; its projections stay float"),
+    ((nn.RNNBase, nn.RNNCellBase), "a recurrent layer: no integer kernels to export to"),
+    (
+        (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Bilinear),
+        "transposed and bilinear layers stay float",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class QuantizationScheme:
+    """How layers are quantized; checked when it is made.
+
+    Attributes:
+        weight_bits: 2 to 8.
+        activation_bits: 2 to 8, or None: weights only.
+        weight_granularity: "per_channel", "per_tensor" or "per_group:32".
+        observer: Name in ``functional.observers.OBSERVERS``.
+        bits: Weight bits by name, glob pattern or layer class; the first that matches counts.
+    """
+
+    weight_bits: int = 8
+    activation_bits: int | None = 8
+    weight_granularity: str = "per_channel"
+    observer: str = "moving_average"
+    bits: Mapping[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _check_bits("weight_bits", self.weight_bits)
+        if self.activation_bits is not None:
+            _check_bits("activation_bits", self.activation_bits)
+        for pattern, bits in self.bits.items():
+            if not isinstance(pattern, str):
+                raise TypeError(f"`bits` maps names or glob patterns to bits, got the key {pattern!r}.")
+            _check_bits(f"bits[{pattern!r}]", bits)
+        parse_weight_granularity(self.weight_granularity)
+        if not isinstance(self.observer, str):
+            raise TypeError(
+                f"`observer` is a registered name ({', '.join(sorted(OBSERVERS))}), since files name it; got "
+                f"{self.observer!r}. Register your own with @OBSERVERS.register('name')."
+            )
+        OBSERVERS.resolve(self.observer)
+
+    def bits_of(self, name: str, layer: nn.Module, prefix: str) -> int:
+        """Return the weight bits of a layer."""
+        pattern = next((p for p in self.bits if matches(p, f"{name}.weight", layer, prefix)), None)
+        return self.weight_bits if pattern is None else self.bits[pattern]
+
+    def check_patterns(self, chosen: Mapping[str, nn.Module], prefix: str) -> None:
+        """Raise when nothing is selected, or a pattern of ``bits`` matches no layer that is quantized."""
+        if not chosen:
+            raise ValueError("no layer is selected to be quantized. Name what to quantize with include=[...].")
+        for pattern in self.bits:
+            if not any(matches(pattern, f"{name}.weight", layer, prefix) for name, layer in chosen.items()):
+                raise ValueError(
+                    f"bits: {pattern!r} matches no layer that is quantized. Quantized: {', '.join(list(chosen)[:8])}."
+                )
+
+
+def _check_bits(word: str, bits: object) -> None:
+    try:
+        integer_range(bits, symmetric=True)  # type: ignore[arg-type]
+    except ValueError:
+        raise ValueError(
+            f"`{word}` must be a whole number of bits from 2 to 8, got {bits!r}. To leave layers float, exclude them."
+        ) from None
+
+
+@dataclass(frozen=True)
+class QuantizedLayers:
+    """The layers that are quantized, by name as in ``state_dict()``, and every other with parameters and why not."""
+
+    chosen: dict[str, nn.Module]
+    left_out: dict[str, str]
+
+
+def select_layers(
+    target: nn.Module,
+    prefix: str = "",
+    *,
+    include: Sequence[Pattern] | None = None,
+    exclude: Sequence[Pattern] | None = None,
+) -> QuantizedLayers:
+    """Select the layers that are quantized: by default every one that can be, embeddings and the last one too.
+
+    Args:
+        target: The module that is walked.
+        prefix: What its names begin with in the LightningModule's ``state_dict()``.
+        include: Exactly what is quantized: names, glob patterns, layer classes.
+        exclude: What stays float; it wins.
+
+    Raises:
+        ValueError: If a pattern matches nothing, a layer that is asked for by ``include`` cannot be quantized, or a
+            layer is lazy.
+    """
+    chosen: dict[str, nn.Module] = {}
+    left_out: dict[str, str] = {}
+    matched: set[Pattern] = set()
+    names = []
+    for name, layer in named_layers(target, prefix):
+        if not any(True for _ in layer.parameters(recurse=False)) and not is_parametrized(layer):
+            continue
+        names.append(name)
+        asked = _those_that_match(include, name, layer, prefix)
+        excluded = _those_that_match(exclude, name, layer, prefix)
+        matched.update(asked, excluded)
+        why_not = _why_float(layer)
+        if excluded:
+            left_out[name] = f"excluded by {_word(excluded[0])}"
+        elif include is not None and not asked:
+            left_out[name] = "not in include"
+        elif why_not is None:
+            chosen[name] = layer
+        elif (asked and _has_matrix(layer)) or why_not == "lazy":
+            raise ValueError(
+                f"{name} ({type(layer).__name__}) cannot be quantized: {_sentence(why_not)} Pass exclude=[{name!r}]."
+            )
+        else:
+            left_out[name] = why_not
+    for word, patterns in (("include", include), ("exclude", exclude)):
+        for pattern in patterns or ():
+            if pattern not in matched:
+                raise ValueError(
+                    f"{word}: {_word(pattern)} matches no layer with parameters. Layers: {', '.join(names[:8])}."
+                )
+    return QuantizedLayers(chosen, left_out)
+
+
+def _those_that_match(patterns: Sequence[Pattern] | None, name: str, layer: nn.Module, prefix: str) -> list[Pattern]:
+    float_class = _FROM.get(type(layer))
+    return [
+        pattern
+        for pattern in patterns or ()
+        if matches(pattern, f"{name}.weight", layer, prefix)
+        or (not isinstance(pattern, str) and float_class is not None and issubclass(float_class, pattern))
+    ]
+
+
+def _word(pattern: Pattern) -> str:
+    return repr(pattern) if isinstance(pattern, str) else pattern.__name__
+
+
+def _sentence(why_not: str) -> str:
+    if why_not == "lazy":
+        return "it is lazy (not initialised); run one forward pass before fit."
+    return f"{why_not}."
+
+
+def _why_float(layer: nn.Module) -> str | None:
+    """Return why a layer stays float, None where it can be quantized."""
+    if any(isinstance(parameter, UninitializedTensorMixin) for parameter in layer.parameters(recurse=False)):
+        return "lazy"
+    if is_parametrized(layer):
+        return "its weight is computed by a parametrization"
+    if type(layer) in _FROM:
+        weight = layer._parameters.get("weight")
+        return (
+            None if weight is not None and weight.is_floating_point() else "its weight is no floating point Parameter"
+        )
+    for classes, reason in _WHY_FLOAT:
+        if isinstance(layer, classes):
+            return reason
+    if type(layer).__name__ == "NonDynamicallyQuantizableLinear":
+        return "called inside nn.MultiheadAttention, never as a layer"
+    known = next((cls for cls in _FROM if isinstance(layer, cls)), None)
+    if known is not None:
+        return f"a subclass of {known.__name__}, whose own forward is not known"
+    return f"{type(layer).__name__} stays float"
+
+
+def _has_matrix(layer: nn.Module) -> bool:
+    return any(parameter.ndim > 1 for parameter in layer.parameters(recurse=False)) or is_parametrized(layer)
+
+
+def prepare(
+    root: nn.Module,
+    names: Iterable[str],
+    scheme: QuantizationScheme,
+    prefix: str = "",
+    outputs: Mapping[str, bool] = {},
+) -> None:
+    """Swap the classes of layers, in phase "off"; those that are quantized already keep their phase and ranges.
+
+    Args:
+        root: The module whose names are spoken: a LightningModule or an averaged copy of it.
+        names: Layers to quantize.
+        scheme: How.
+        prefix: The target's.
+        outputs: Layers (convolutions or their BatchNorms) whose output is quantized too -> whether a ReLU follows.
+    """
+    plan = plan_of(root)
+    for name, encoder in root.named_modules():
+        for attribute in _fast_path(encoder):
+            plan.track(name, attribute)
+    for name in names:
+        _swap(root, name, scheme, prefix)
+    for name, relu in outputs.items():
+        layer = _swap(root, name, scheme, prefix)
+        if not layer.quantizes_output:
+            layer.quantizes_output, layer.output_relu = True, relu
+            layer.watch("output")
+
+
+def _swap(root: nn.Module, name: str, scheme: QuantizationScheme, prefix: str) -> QuantizedLayer:
+    layer = root.get_submodule(name)
+    if not isinstance(layer, QuantizedLayer):
+        plan_of(root).track(name, *ATTRIBUTES)
+        layer.__class__ = QUANTIZED[type(layer)]
+        layer = root.get_submodule(name)
+        assert isinstance(layer, QuantizedLayer)  # noqa: S101 - what the line before made it
+        layer.quantization_phase = layer.output_phase = "off"
+        layer.quantizes_output = layer.output_relu = False
+        layer.observer = scheme.observer
+    has_weight = not isinstance(layer, _BATCH_NORMS)
+    layer.weight_bits = scheme.bits_of(name, layer, prefix) if has_weight else None
+    layer.weight_granularity = scheme.weight_granularity
+    layer.activation_bits = None if isinstance(layer, _EMBEDDINGS) else scheme.activation_bits
+    _watch_anew(layer, scheme, has_weight)
+    return layer
+
+
+def _watch_anew(layer: QuantizedLayer, scheme: QuantizationScheme, has_weight: bool) -> None:
+    """Give the layer the ranges that the scheme needs; what another observer gathered is of no use to this one."""
+    if layer.observer != scheme.observer:
+        layer.observer = scheme.observer
+        for which in layer.watched:
+            layer.watch(which)
+    if layer.activation_bits is None:
+        layer.quantizes_output = False
+        for name in [name for name in layer._buffers if name.startswith(("input_", "output_"))]:
+            del layer._buffers[name]
+    elif has_weight and "input" not in layer.watched:
+        layer.watch("input")
+
+
+def _fast_path(layer: nn.Module) -> dict[str, int | bool]:
+    """Return the attributes that keep PyTorch's fused inference path, which never calls the layers inside, off."""
+    if isinstance(layer, nn.TransformerEncoderLayer):
+        return {"activation_relu_or_gelu": 0}
+    if isinstance(layer, nn.TransformerEncoder):
+        return {"use_nested_tensor": False}
+    return {}
+
+
+def quantized_layers(root: nn.Module, prefix: str = "") -> dict[str, QuantizedLayer]:
+    """Return the quantized layers below a module, in order, by name."""
+    return {
+        name: layer
+        for name, layer in root.named_modules(prefix=prefix.rstrip("."))
+        if isinstance(layer, QuantizedLayer)
+    }
+
+
+def set_phase(root: nn.Module, layers: Mapping[str, QuantizedLayer], phase: str) -> None:
+    """Put layers into a phase.
+
+    Args:
+        root: The module that holds them, whose fused inference paths are turned off where weights are rounded.
+        layers: By name.
+        phase: One of ``PHASES``. An output whose range is not known yet stays behind until it was observed.
+    """
+    if phase not in PHASES:
+        raise ValueError(f"the phases are {', '.join(PHASES)}; got {phase!r}.")
+    rounds = phase in ("fake_quantize", "frozen")
+    for layer in layers.values():
+        layer.quantization_phase = phase
+        layer.observing = layer.observing and phase in ("observe", "fake_quantize")
+        if layer.quantizes_output:
+            unknown = rounds and int(layer.state_of("output")["batches"]) == 0
+            layer.output_phase = "observe" if unknown else phase
+    if rounds:
+        for module in root.modules():
+            for attribute, value in _fast_path(module).items():
+                setattr(module, attribute, value)

@@ -1,0 +1,127 @@
+"""The ranges of activations: folded from what passed, and settled."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from lightning_optim.functional.fake_quantize import affine_parameters
+from lightning_optim.functional.observers import OBSERVERS
+from lightning_optim.quantization.layers import QuantizedLayer
+
+__all__ = ["copy_ranges", "fold_ranges", "observing", "settle_ranges"]
+
+Reduce = Callable[[Tensor, str], Tensor]
+"""Adds up ("sum") or takes the largest of ("max") a tensor over the ranks."""
+
+_Watched = list[tuple[str, QuantizedLayer, str]]
+
+
+def _watched(layers: Mapping[str, QuantizedLayer], phases: tuple[str, ...]) -> _Watched:
+    return [
+        (name, layer, which)
+        for name, layer in layers.items()
+        for which in layer.watched
+        if layer.phase_of(which) in phases
+    ]
+
+
+@contextmanager
+def observing(layers: Mapping[str, QuantizedLayer]) -> Iterator[None]:
+    """Let layers note what passes while the block runs."""
+    for layer in layers.values():
+        layer.observing = True
+    try:
+        yield
+    finally:
+        for layer in layers.values():
+            layer.observing = False
+
+
+def fold_ranges(layers: Mapping[str, QuantizedLayer], reduce: Reduce | None = None) -> None:
+    """Fold what passed since the last call into the statistics, and compute the scales anew.
+
+    Args:
+        layers: All with one observer and one number of activation bits.
+        reduce: Pools over ranks: one call for all layers.
+    """
+    watched = _watched(layers, ("observe", "fake_quantize"))
+    if not watched:
+        return
+    first = watched[0][1]
+    observer = OBSERVERS[first.observer]
+    states = [layer.state_of(which) for _, layer, which in watched]
+    statistic = torch.stack([state["statistic"] for state in states])
+    batches = torch.stack([state["batches"] for state in states])
+    seen = _take_seen(watched, statistic, observer.reduction)
+    if reduce is not None:
+        seen = reduce(seen, observer.reduction)
+    nothing = (seen == (-torch.inf if observer.reduction == "max" else 0)).all(1, keepdim=True)
+    folded = torch.where(nothing, statistic, observer.fold(statistic, seen, batches))
+    _write(states, "statistic", folded)
+    _write(states, "batches", batches + ~nothing[:, 0])
+    if not observer.settles:
+        _write_scales(states, folded, first)
+
+
+def _take_seen(watched: _Watched, statistic: Tensor, reduction: str) -> Tensor:
+    """Return what passed, and forget it; what passed nowhere is the reduction's neutral element."""
+    nothing = torch.full_like(statistic[0], -torch.inf if reduction == "max" else 0.0)
+    seen = []
+    for _, layer, which in watched:
+        own = layer.seen_output if which == "output" else layer.seen_input
+        seen.append(nothing if own is None else own)
+        setattr(layer, f"seen_{which}", None)
+    return torch.stack(seen)
+
+
+def _write(states: list[dict[str, Tensor]], name: str, values: Tensor) -> None:
+    torch._foreach_copy_([state[name] for state in states], list(values.unbind(0)))
+
+
+def _write_scales(states: list[dict[str, Tensor]], statistic: Tensor, layer: QuantizedLayer) -> None:
+    bits = layer.activation_bits or 8
+    scale, zero_point = affine_parameters(*OBSERVERS[layer.observer].range_of(statistic, bits), bits)
+    _write(states, "scale", scale)
+    _write(states, "zero_point", zero_point)
+
+
+def settle_ranges(layers: Mapping[str, QuantizedLayer]) -> None:
+    """Compute the scales from the statistics, before they are used.
+
+    Raises:
+        RuntimeError: If an input was never seen, or what was seen is not finite, naming the layers.
+    """
+    watched = _watched(layers, ("observe", "fake_quantize"))
+    if not watched:
+        return
+    states = [layer.state_of(which) for _, layer, which in watched]
+    batches = torch.stack([state["batches"] for state in states]).tolist()
+    unseen = [name for (name, _, which), count in zip(watched, batches, strict=True) if not count and which == "input"]
+    if unseen:
+        raise RuntimeError(
+            f"no input of {', '.join(unseen[:5])} was seen while ranges were observed: the forward pass does not call "
+            f"{'it' if len(unseen) == 1 else 'them'}. Pass exclude={unseen[:5]!r}."
+        )
+    statistic = torch.stack([state["statistic"] for state in states])
+    finite = torch.isfinite(statistic).all(1).tolist()
+    infinite = [f"the {which} of {name}" for (name, _, which), ok in zip(watched, finite, strict=True) if not ok]
+    if infinite:
+        raise RuntimeError(
+            f"{infinite[0]} is not finite for some batch, so it has no range to quantize to. Look for overflow before "
+            "that layer, or exclude it."
+        )
+    _write_scales(states, statistic, watched[0][1])
+
+
+def copy_ranges(layers: Mapping[str, QuantizedLayer], copies: Mapping[str, QuantizedLayer]) -> None:
+    """Give an averaged copy the ranges of the live layers: an average of ranges would trail behind."""
+    pairs = [
+        (copies[name].state_of(which)[part], tensor)
+        for name, layer in layers.items()
+        for which in layer.watched
+        for part, tensor in layer.state_of(which).items()
+    ]
+    if pairs:
+        torch._foreach_copy_([mine for mine, _ in pairs], [theirs for _, theirs in pairs])
