@@ -1,12 +1,14 @@
-"""Prune a residual convolutional net that reads handwritten digits, and show what that buys and what it does not.
+"""Prune and quantize a residual net that reads handwritten digits, and show what that buys and what it does not.
 
 The 1,797 scans come with scikit-learn; nothing is downloaded. Run it with ``python examples/digits.py``.
 """
 
 import argparse
+import copy
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -18,7 +20,17 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_optim import ChannelPruning, CompressedCheckpoint, PerformanceScore, WeightPruning, measure_latency
+from exported import EXPORT_COLUMNS, EXPORT_NOTE, OnnxFile, export_row
+from lightning_optim import (
+    ChannelPruning,
+    CompressedCheckpoint,
+    PerformanceScore,
+    QuantizationAwareTraining,
+    WeightPruning,
+    measure_latency,
+    quantize_post_training,
+)
+from lightning_optim.measure.size import SIZES
 from reporting import (
     COST_COLUMNS,
     REPEAT_NOTE,
@@ -28,7 +40,9 @@ from reporting import (
     History,
     Report,
     Row,
+    accuracy_cell,
     latency_facts,
+    mean_rows,
     model_facts,
     no_speed_note,
     prepare,
@@ -118,22 +132,39 @@ class DigitsNet(pl.LightningModule):
 
 @dataclass(frozen=True)
 class Run:
-    """A row of the table: its name, what it is in the comparison, how it is pruned, and how wide it begins."""
+    """A row of the table.
+
+    Attributes:
+        name: In the table.
+        kind: What it is in the comparison.
+        pruning: Makes the callback that compresses while it trains.
+        width: How wide it begins.
+        of: Name of the row whose trained model is quantized; such a row is not trained.
+        bits: Of the weights, where ``of`` is given.
+        exported: Whether it is exported and measured in ONNX Runtime too.
+    """
 
     name: str
     kind: str
     pruning: Callable[[], pl.Callback] | None = None
     width: int = WIDTH
+    of: str = ""
+    bits: int = 8
+    exported: bool = False
 
 
 RUNS = (
-    Run("dense", "dense"),
+    Run("dense", "dense", exported=True),
     Run("80 % zeros", "pruned", lambda: WeightPruning(0.8, every_n_steps=10)),
     Run("90 % zeros", "pruned", lambda: WeightPruning(0.9, every_n_steps=10)),
     Run("2:4", "pruned", lambda: WeightPruning(granularity="2:4", every_n_steps=10)),
     Run("90 % at random", "control", lambda: WeightPruning(0.9, criterion="random", every_n_steps=10)),
-    Run("half the channels", "pruned", lambda: ChannelPruning(0.5, events=8)),
-    Run("small from scratch", "control", width=SMALL_WIDTH),
+    Run("half the channels", "pruned", lambda: ChannelPruning(0.5, events=8), exported=True),
+    Run("small from scratch", "control", width=SMALL_WIDTH, exported=True),
+    Run("int8, after training", "integer", of="dense", exported=True),
+    Run("half the channels, int8", "integer", of="half the channels", exported=True),
+    Run("3-bit weights, QAT", "integer", lambda: QuantizationAwareTraining(weight_bits=3), exported=True),
+    Run("3-bit weights, after training", "control", of="dense", bits=3, exported=True),
 )
 
 
@@ -185,53 +216,96 @@ def train(run: Run, splits: Splits, *, epochs: int, seed: int) -> tuple[DigitsNe
     return model, history, {"accuracy": tested["test_acc"], **score}
 
 
+def quantize(model: DigitsNet, splits: Splits, bits: int) -> tuple[DigitsNet, Row]:
+    """Quantize a copy of a trained model from some batches of training images."""
+    model = copy.deepcopy(model)
+    quantize_post_training(model, DataLoader(splits.train, BATCH_SIZE), weight_bits=bits, progress_bar=False)
+    accuracies = {f"{name}_acc": accuracy_on(model, part) for name, part in vars(splits).items()}
+    return model, {"accuracy": accuracies["test_acc"], "val_acc": accuracies["validation_acc"]}
+
+
+def accuracy_on(model: DigitsNet, part: TensorDataset) -> float:
+    images, labels = part[:]
+    with torch.no_grad():
+        return (model.eval()(images).argmax(1) == labels).float().mean().item()
+
+
 def compare(splits: Splits, *, epochs: int, seed: int) -> tuple[list[Row], dict[str, History]]:
-    """Train all rows with one seed, and measure them against the dense one."""
+    """Train or quantize all rows with one seed, and measure them against the dense one."""
     models: dict[str, DigitsNet] = {}
     histories: dict[str, History] = {}
     rows = []
-    for run in RUNS:
-        print(f"training: {run.name}")
-        models[run.name], histories[run.name], row = train(run, splits, epochs=epochs, seed=seed)
-        latency = measure_latency(models[run.name], splits.test[:1][0], against=models["dense"])
-        row |= model_facts(models[run.name]) | latency_facts(latency)
-        if run.width != WIDTH:
-            row["P"] = score_against(row, rows[0], row["val_acc"])
-            histories[run.name].forget_ratios()
-        rows.append({"name": run.name, "kind": run.kind, **row})
+    with tempfile.TemporaryDirectory() as folder:
+        files = Files(Path(folder), splits)
+        for run in RUNS:
+            print(f"{'quantizing' if run.of else 'training'}: {run.name}")
+            if run.of:
+                models[run.name], row = quantize(models[run.of], splits, run.bits)
+            else:
+                models[run.name], histories[run.name], row = train(run, splits, epochs=epochs, seed=seed)
+                row |= facts(run, models, splits)
+            if run.width != WIDTH:
+                row["P"] = score_against(row, rows[0], row["val_acc"])
+                histories[run.name].forget_ratios()
+            if run.exported:
+                row |= files.add(run.name, models[run.name], row["val_acc"])
+            rows.append({"name": run.name, "kind": run.kind, **row})
     return rows, histories
 
 
-def mean_rows(per_seed: Sequence[list[Row]]) -> list[Row]:
-    """Average the rows over the seeds, and add the standard deviation of the accuracy where there are several."""
-    rows = []
-    for same in zip(*per_seed, strict=True):
-        numbers = {key: float(np.mean([row[key] for row in same])) for key in same[0] if key not in ("name", "kind")}
-        spread = {"accuracy_std": float(np.std([row["accuracy"] for row in same], ddof=1))} if len(same) > 1 else {}
-        rows.append({"name": same[0]["name"], "kind": same[0]["kind"], **numbers, **spread})
-    return rows
+def facts(run: Run, models: dict[str, DigitsNet], splits: Splits) -> Row:
+    """Return what a trained model costs in PyTorch."""
+    latency = measure_latency(models[run.name], splits.test[:1][0], against=models["dense"])
+    costs = model_facts(models[run.name]) | latency_facts(latency)
+    if run.kind == "integer":  # in PyTorch it computes in float, and its file holds floats
+        costs = {name: costs[name] for name in ("parameters", "nonzero")} | {"P": None}
+    return costs
 
 
-def accuracy_cell(row: Row) -> str:
-    spread = f" ± {row['accuracy_std']:.4f}" if "accuracy_std" in row else ""
-    return f"{row['accuracy']:.4f}{spread}"
+class Files:
+    """The exported files of one comparison; the first is the dense one."""
+
+    def __init__(self, folder: Path, splits: Splits) -> None:
+        self.folder, self.splits = folder, splits
+        self.dense: tuple[OnnxFile, float] | None = None
+
+    def add(self, name: str, model: DigitsNet, accuracy: float) -> Row:
+        path = self.folder / f"{name}.onnx"
+        images = self.splits.test[:][0]
+        file, row = export_row(model, path, images[:1], images, self.dense, 1 - accuracy)
+        if self.dense is None:
+            self.dense = file, SIZES["bits"](model)
+        return row
+
+
+def integers_note(rows: list[Row]) -> str:
+    """Say what rounding costs, from what was measured."""
+    moved = {row["name"]: f"{row['accuracy'] - rows[0]['accuracy']:+.4f}" for row in rows}
+    return (
+        f"Rounding to 8 bits after training moved the test accuracy by {moved['int8, after training']}; to 3 bits by "
+        f"{moved['3-bit weights, after training']} after training, and by {moved['3-bit weights, QAT']} with the "
+        "rounding in training. Weights of fewer than 8 bits lie in 8-bit containers: P, exported, counts their bits, "
+        "the file does not."
+    )
 
 
 def build_report(rows: list[Row], histories: dict[str, History], seeds: int) -> Report:
     """Arrange the rows as a report; the curves are those of the last seed."""
+    repeats = "one seed" if seeds == 1 else f"mean and standard deviation of {seeds} seeds"
     training = 1797 - TEST_IMAGES - VALIDATION_IMAGES
     return Report(
-        title="Handwritten digits: a small residual net, pruned while it trains",
+        title="Handwritten digits: a small residual net, pruned and quantized",
         summary=(
             f"scikit-learn's 1,797 scans of 8x8 pixels: {training} to train on, {VALIDATION_IMAGES} to choose the "
             f"epoch and to compute P, {TEST_IMAGES} for the test accuracy. Every row is trained from scratch in the "
-            f"same way; {'one seed' if seeds == 1 else f'mean and standard deviation of {seeds} seeds'}."
+            f"same way, or quantized from one that was; {repeats}."
         ),
         columns=[
             Column("name", "model"),
             *COST_COLUMNS,
             Column("accuracy", "test accuracy", accuracy_cell),
             SCORE_COLUMN,
+            *EXPORT_COLUMNS,
         ],
         rows=rows,
         notes=[
@@ -241,6 +315,8 @@ def build_report(rows: list[Row], histories: dict[str, History], seeds: int) -> 
             f"One test image is {1 / TEST_IMAGES:.4f}: with a single seed, differences below 0.01 say nothing.",
             score_note("on the validation images, in the kept epoch", f"an accuracy of {MIN_ACCURACY}"),
             SCRATCH_SCORE_NOTE,
+            EXPORT_NOTE,
+            integers_note(rows),
             REPEAT_NOTE,
         ],
         figures=[

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ranking import hits_at_k, recall
 
-__all__ = ["TwoTower"]
+__all__ = ["Serving", "TwoTower", "padded"]
 
 WARM_UP_STEPS = 50
 LAST_RATE = 0.02  # of the learning rate, after the linear decay
@@ -132,3 +132,45 @@ class TwoTower(LightningModule):
             optimizer, lambda step: min(1, (step + 1) / WARM_UP_STEPS) * max(LAST_RATE, 1 - step / steps)
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+class Serving(nn.Module):
+    """A trained recommender as it is deployed: customers padded to one length, since engines know no ragged bags.
+
+    Layers and parameters are the recommender's own; a padded entry has weight 0 and adds nothing.
+    """
+
+    def __init__(self, model: TwoTower) -> None:
+        super().__init__()
+        table = model.history.weight
+        self.history = nn.EmbeddingBag(*table.shape, mode="sum", _weight=table)
+        self.mlp, self.norm, self.item = model.mlp, model.norm, model.item
+        self.register_buffer("terms", model.terms.detach())
+
+    def forward(
+        self,
+        item: Tensor,
+        weight: Tensor,
+        log_count: Tensor,
+        recency: Tensor,
+        shown: Tensor,
+        popularity: Tensor,
+        context: Tensor,
+    ) -> Tensor:
+        """Return scores ``[customers, items]``; the first five are ``[customers, entries]``, else as ``TwoTower``."""
+        bag = self.history(item, per_sample_weights=weight)
+        scores = self.item(self.norm(self.mlp(bag) + bag))
+        count_factor, recency_factor, popularity_factor = (context @ self.terms).unsqueeze(1).unbind(2)
+        bought = count_factor * log_count + recency_factor * recency - 20 * shown
+        return (scores + popularity_factor * popularity).scatter_add(1, item, bought)
+
+
+def padded(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return what ``Serving`` takes of what ``TwoTower`` takes."""
+    lengths = inputs["starts"].diff().tolist()
+    ragged = {name: inputs[name].split(lengths) for name in ("item", "weight", "log_count", "recency", "shown")}
+    return {
+        **{name: nn.utils.rnn.pad_sequence(parts, batch_first=True) for name, parts in ragged.items()},
+        "popularity": inputs["popularity"],
+        "context": inputs["context"],
+    }

@@ -34,7 +34,9 @@ __all__ = [
     "History",
     "Report",
     "Row",
+    "accuracy_cell",
     "latency_facts",
+    "mean_rows",
     "model_facts",
     "no_speed_note",
     "prepare",
@@ -46,8 +48,9 @@ __all__ = [
 ]
 
 Row = dict[str, Any]
-KINDS = ("dense", "pruned", "control", "baseline")
-"""How a row is drawn: the model as it is, what the package made of it, what it must beat, and what needs no net."""
+KINDS = ("dense", "pruned", "integer", "control", "baseline")
+"""How a row is drawn: the model as it is, what the package made of it (smaller, or of integers), what it must beat, and
+what needs no net."""
 
 
 # Facts about a finished model.
@@ -114,7 +117,7 @@ def speed_note(rows: Sequence[Row]) -> str:
 
 def _is_masked(row: Row) -> bool:
     """Tell zeros from removed channels, after which hardly any parameter that is left is zero."""
-    return row["nonzero"] < 0.9 * row["parameters"]
+    return "latency" in row and row["nonzero"] < 0.9 * row["parameters"]
 
 
 def _ratios(rows: Iterable[Row]) -> str:
@@ -128,6 +131,22 @@ def score_against(row: Row, dense: Row, accuracy: float) -> float:
     return performance_score(
         Terms(size=row["nonzero"] / dense["nonzero"], inference_time=row["latency"], error=1 - accuracy)
     )
+
+
+def mean_rows(per_seed: Sequence[list[Row]]) -> list[Row]:
+    """Average the rows over the seeds, and add the standard deviation of the accuracy where there are several."""
+    rows = []
+    for same in zip(*per_seed, strict=True):
+        keys = [key for key, value in same[0].items() if key not in ("name", "kind") and value is not None]
+        numbers = {key: float(np.mean([row[key] for row in same])) for key in keys}
+        spread = {"accuracy_std": float(np.std([row["accuracy"] for row in same], ddof=1))} if len(same) > 1 else {}
+        rows.append({"name": same[0]["name"], "kind": same[0]["kind"], **numbers, **spread})
+    return rows
+
+
+def accuracy_cell(row: Row) -> str:
+    spread = f" ± {row['accuracy_std']:.4f}" if "accuracy_std" in row else ""
+    return f"{row['accuracy']:.4f}{spread}"
 
 
 class History(pl.Callback):
@@ -373,10 +392,11 @@ PAGE = """<!doctype html>
 COLOURS = {
     "dense": ("#1c2024", "#8a9199"),
     "pruned": ("#0072b2", "#009e73", "#8e5aa8", "#56b4e9", "#8c564b"),
+    "integer": ("#cc79a7", "#117733", "#882255"),
     "control": ("#d55e00", "#e69f00"),
 }
 LONG_NAME = 20  # three columns of longer ones are wider than the figure
-MARKERS = {"dense": "s", "pruned": "o", "control": "X"}
+MARKERS = {"dense": "s", "pruned": "o", "integer": "D", "control": "X"}
 
 
 def _styles(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
@@ -457,7 +477,7 @@ def trade_off_figure(rows: Sequence[Row], metric: str, label: str) -> Figure:
     """Draw a metric against the compressed size of the file, with its standard deviation where there is one."""
     figure, axis = _panel()
     styles = _styles(rows)
-    for row in filter(_is_net, rows):
+    for row in (row for row in rows if "bytes" in row):
         style = {**styles[row["name"]], "linestyle": ""}
         spread = row.get(f"{metric}_std")
         axis.errorbar(row["bytes"] / 1000, row[metric], spread, label=row["name"], markersize=9, capsize=3, **style)

@@ -9,6 +9,7 @@ from lightning_optim.callbacks import (
     WeightPruning,
 )
 from lightning_optim.checkpoint import conform, load_from_checkpoint
+from lightning_optim.export import ExportReport, export_onnx
 from lightning_optim.measure import LatencyResult, measure_latency
 from lightning_optim.quantization.calibrate import quantize_post_training
 from lightning_optim.structured.prune import prune_channels
@@ -17,12 +18,14 @@ from lightning_optim.structured.sensitivity import sensitivity
 __all__ = [
     "ChannelPruning",
     "CompressedCheckpoint",
+    "ExportReport",
     "LatencyResult",
     "PerformanceScore",
     "QuantizationAwareTraining",
     "WeightPruning",
     "__version__",
     "conform",
+    "export_onnx",
     "load_from_checkpoint",
     "measure_latency",
     "prune_channels",

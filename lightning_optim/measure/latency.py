@@ -7,7 +7,7 @@ of minima of equal models spread by 8 %, that of these means by 1 %).
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import fmean
@@ -18,7 +18,7 @@ from torch import nn
 
 from lightning_optim.target import ForwardInputs, as_forward_inputs, first_rows
 
-__all__ = ["LatencyResult", "interleaved_latency", "measure_latency"]
+__all__ = ["LatencyResult", "interleaved_latency", "measure_latency", "time_in_turns"]
 
 WARM_UP = 5
 """Calls of each model before any is timed: the first after a training step takes 1.9x, the fifth 1.1x."""
@@ -135,15 +135,34 @@ def interleaved_latency(
         calls.append(lambda: other_inputs.call(other))
     modules = [module] if against is None else [module, against]
     with _inference(*modules):
-        clock = _clock(module)
-        for _ in range(WARM_UP):
-            once = [_timed(clock, call) for call in calls]
-        pairs = int(min(max(seconds / max(sum(once), 1e-9), least), most))
-        times: list[list[float]] = [[] for _ in calls]
-        for index in range(pairs):
-            order = range(len(calls)) if index % 2 else reversed(range(len(calls)))
-            for which in order:
-                times[which].append(_timed(clock, calls[which]))
+        return time_in_turns(calls, _clock(module), seconds=seconds, least=least, most=most)
+
+
+def time_in_turns(
+    calls: Sequence[Callable[[], Any]],
+    clock: Callable[[], float] = time.thread_time,
+    *,
+    seconds: float = 0.2,
+    least: int = 10,
+    most: int = 100,
+) -> LatencyResult:
+    """Time one function, or two in turns.
+
+    Args:
+        calls: The function, and the one to compare with.
+        clock: Gives seconds.
+        seconds: Time to spend: it decides on the number of pairs.
+        least: Pairs at least.
+        most: Pairs at most.
+    """
+    for _ in range(WARM_UP):
+        once = [_timed(clock, call) for call in calls]
+    pairs = int(min(max(seconds / max(sum(once), 1e-9), least), most))
+    times: list[list[float]] = [[] for _ in calls]
+    for index in range(pairs):
+        order = range(len(calls)) if index % 2 else reversed(range(len(calls)))
+        for which in order:
+            times[which].append(_timed(clock, calls[which]))
     return _result(times, pairs)
 
 

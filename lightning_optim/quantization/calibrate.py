@@ -11,6 +11,7 @@ from torch import nn
 
 from lightning_optim.checkpoint import conform, plain_plan
 from lightning_optim.quantization.coverage import coverage_table
+from lightning_optim.quantization.graph import without_fast_path
 from lightning_optim.quantization.layers import QuantizedLayer
 from lightning_optim.quantization.outputs import find_outputs
 from lightning_optim.quantization.prepare import (
@@ -131,7 +132,7 @@ def _calibrate(
     modes = [(layer, layer.training) for layer in model.modules()]
     try:
         model.eval()
-        with torch.no_grad(), observing(layers):
+        with torch.no_grad(), without_fast_path(), observing(layers):
             for received in track(calls, "calibrating", total, disable=not shown):
                 received.call(model)
                 fold_ranges(layers)

@@ -101,8 +101,9 @@ def without_fast_path() -> Iterator[None]:
 
 def export_failure(module: nn.Module, error: Exception) -> str:
     """Return the sentence that says that a module cannot be exported, and why."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(module).__name__} cannot be exported by torch.export ({lines[0] if lines else repr(error)})."
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [repr(error)]
+    reason = next((line for line in lines if line.startswith("- ")), lines[0])  # below a heading that says nothing
+    return f"{type(module).__name__} cannot be exported by torch.export ({reason.removeprefix('- ').rstrip('.')})."
 
 
 def _operator(node: Any) -> str:

@@ -11,7 +11,13 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from helpers.models import Classifier, data
-from lightning_optim import ChannelPruning, CompressedCheckpoint, PerformanceScore, WeightPruning
+from lightning_optim import (
+    ChannelPruning,
+    CompressedCheckpoint,
+    PerformanceScore,
+    QuantizationAwareTraining,
+    WeightPruning,
+)
 
 CONFIG = """
 trainer:
@@ -129,3 +135,39 @@ def test_channel_pruning_in_yaml(tmp_path, monkeypatch, words):
     cli = LightningCLI(Classifier, Data, save_config_callback=None, seed_everything_default=1)
     assert next(c for c in cli.trainer.callbacks if isinstance(c, ChannelPruning)).reached_end
     assert cli.model.net[0].out_features < 16
+
+
+INTEGERS = """
+trainer:
+  accelerator: cpu
+  max_epochs: 2
+  logger: false
+  enable_checkpointing: false
+  enable_progress_bar: false
+  enable_model_summary: false
+  callbacks:
+    - class_path: lightning_optim.QuantizationAwareTraining
+      init_args:
+        weight_bits: 4
+        activation_bits: {activation_bits}
+        start: 2
+        freeze: 0.9
+        observer: histogram
+        weight_granularity: {granularity}
+        bits: {{net.6: 8}}
+        exclude: [torch.nn.LayerNorm, net.0]
+model:
+  width: 16
+"""
+
+
+@pytest.mark.parametrize("activation_bits", [8, "null"])
+def test_integers_from_yaml(tmp_path, monkeypatch, activation_bits):
+    config = INTEGERS.format(activation_bits=activation_bits, granularity="'per_group:8'")
+    (tmp_path / "config.yaml").write_text(config.replace("torch.nn.LayerNorm", "torch.nn.BatchNorm1d"))
+    monkeypatch.setattr(sys, "argv", ["train.py", "fit", "--config", str(tmp_path / "config.yaml")])
+    cli = LightningCLI(Classifier, Data, save_config_callback=None, seed_everything_default=1)
+    callback = next(c for c in cli.trainer.callbacks if isinstance(c, QuantizationAwareTraining))
+    assert callback.scheme.activation_bits == (8 if activation_bits == 8 else None)
+    assert callback.scheme.weight_granularity == "per_group:8"
+    assert [getattr(cli.model.net[i], "weight_bits", None) for i in (0, 4, 6)] == [None, 4, 8]

@@ -5,7 +5,14 @@ import torch
 from lightning import pytorch as pl
 
 from helpers.models import Classifier, Files, assert_same_state, new, train_loader, val_loader
-from lightning_optim import ChannelPruning, PerformanceScore, WeightPruning, load_from_checkpoint, measure_latency
+from lightning_optim import (
+    ChannelPruning,
+    PerformanceScore,
+    QuantizationAwareTraining,
+    WeightPruning,
+    load_from_checkpoint,
+    measure_latency,
+)
 
 pytestmark = [
     pytest.mark.gpu,
@@ -86,3 +93,22 @@ def test_channels_leave_on_the_device_in_multiples_of_eight(tmp_path, precision)
     run = fit(tmp_path, module, ChannelPruning(0.4, scope="layer", start=2, end=0.8, events=3), precision=precision)
     assert module.net[0].out_features == module.net[4].out_features == 40  # 64 - 25 = 39, kept up to 40
     assert all(p.device.type == "cuda" for group in run.optimizers[0].param_groups for p in group["params"])
+
+
+@pytest.mark.parametrize("precision", ["32-true", "16-mixed", "bf16-mixed", "bf16-true"])
+@pytest.mark.parametrize("observer", ["moving_average", "histogram"])
+def test_rounding_on_the_device_resumes_and_reloads(tmp_path, precision, observer):
+    class Cast(Classifier):
+        def forward(self, x):
+            return super().forward(x.to(self.net[0].weight.dtype))
+
+    def integers():
+        return QuantizationAwareTraining(weight_bits=4, start=8, freeze=20, observer=observer)
+
+    module, again = new(Cast), new(Cast)
+    fit(tmp_path, module, integers(), Files(tmp_path / "files"), precision=precision)
+    assert module.net[0].input_scale.dtype == torch.float32
+    assert module.net[0].input_scale.device.type == "cuda"
+    fit(tmp_path, again, integers(), ckpt_path=tmp_path / "files" / "1.ckpt", precision=precision)
+    torch.testing.assert_close(module.net[4].input_scale, again.net[4].input_scale, rtol=1e-2, atol=0)
+    assert_same_state(module.cpu(), load_from_checkpoint(Cast, tmp_path / "files" / "2.ckpt").to(module.dtype).cpu())

@@ -383,7 +383,9 @@ def test_ranges_stay_float32(tmp_path, precision):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch 2.13's own tracing does it
+@pytest.mark.filterwarnings(
+    "ignore:.*should not be instantiated:DeprecationWarning"
+)  # torch 2.13's own tracing does it
 @pytest.mark.parametrize("when", ["whole", "part"])
 def test_torch_compile(tmp_path, when):
     eager, module = new(Quiet), new(Quiet)

@@ -11,7 +11,7 @@ import digits
 import recommender
 from reporting import Column, Report
 
-MEASURED = {"milliseconds", "latency", "latency_low", "latency_high", "P"}
+MEASURED = {"milliseconds", "latency", "latency_low", "latency_high", "P", "onnx_ms", "onnx_latency", "onnx_P"}
 """What a clock has a part in; all else repeats."""
 
 
@@ -41,7 +41,7 @@ def digits_rows(tmp_path_factory):
 
 def test_digits_prunes_what_it_says_and_says_that_masks_give_no_speed(digits_rows):
     rows, folder = digits_rows
-    dense, eighty, ninety, two_of_four, at_random, _, _ = rows
+    dense, eighty, ninety, two_of_four, at_random = rows[:5]
     selected = 13 * 9 * (1 + 13 + 13) + 26 * 9 * (13 + 26 + 26)  # all convolutions; not norms, nor the last layer
     others = dense["parameters"] - selected
     for row, kept in ((eighty, 0.2), (ninety, 0.1)):
@@ -70,6 +70,20 @@ def test_digits_loses_channels_for_real_and_trains_a_control_of_the_same_size(di
     assert small["P"] == pytest.approx(expected)
     markdown = (folder / "report.md").read_text(encoding="utf-8")
     assert f"the nets that lost some take {halved['latency']:.2f} times as long" in markdown
+
+
+def test_digits_exports_integers_that_answer_the_same(digits_rows):
+    rows, folder = digits_rows
+    by_name = {row["name"]: row for row in rows}
+    integers = [row for row in rows if row["kind"] == "integer"]
+    assert len(integers) == 3
+    for row in integers:
+        assert row["integer_kernels"] == row["kernels"] == 7
+        assert row["onnx_agreement"] >= 0.995
+    assert by_name["dense"]["integer_kernels"] == 0
+    assert by_name["int8, after training"]["accuracy"] == pytest.approx(by_name["dense"]["accuracy"], abs=0.01)
+    assert by_name["int8, after training"]["onnx_bytes"] < 0.75 * by_name["dense"]["onnx_bytes"]
+    assert "Rounding to 8 bits after training moved" in (folder / "report.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow

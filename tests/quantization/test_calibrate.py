@@ -93,6 +93,14 @@ def test_convolutions_before_an_addition_get_a_range():
     assert module.net[2].quantizes_output
 
 
+def test_the_inference_path_of_an_encoder_is_observed():
+    """In eval mode and without gradients PyTorch would not call the layers inside."""
+    torch.manual_seed(0)
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 1)
+    quantize_post_training(encoder, [torch.randn(3, 5, 8)], progress_bar=False)
+    assert int(encoder.layers[0].linear2.input_batches) == 1
+
+
 def test_a_checkpoint_of_it_reloads(trained, tmp_path):
     module = quantize_post_training(copy.deepcopy(trained), val_loader(), progress_bar=False)
     run = trainer(tmp_path)

@@ -1,0 +1,382 @@
+"""A fake-quantized copy becomes a module that holds integers, which is what is exported.
+
+Two operators of our own stand for ONNX's QuantizeLinear and DequantizeLinear. The exporter's translation of PyTorch's
+fake quantization takes neither the symmetric range (-127, 127) nor int8 weights in the file.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from lightning_optim.functional.fake_quantize import grouped, integer_range, symmetric_scale
+from lightning_optim.quantization.layers import QuantizedLayer
+
+__all__ = ["convert", "dequantize", "quantize", "rounds", "rounds_output"]
+
+_ROUNDING = ("fake_quantize", "frozen")
+_CONVOLUTIONS: dict[type[nn.Module], Callable[..., Tensor]] = {
+    nn.Conv1d: F.conv1d,
+    nn.Conv2d: F.conv2d,
+    nn.Conv3d: F.conv3d,
+}
+_LARGEST_BIAS = 2**30
+"""Of an int32 bias; leaves as much room for the products that are added to it."""
+
+
+@torch.library.custom_op("lightning_optim::quantize", mutates_args=())
+def quantize(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    """Return ``clamp(round(x / scale) + zero_point, 0, 255)`` as uint8: ONNX's QuantizeLinear."""
+    return (torch.round(x / scale) + zero_point).clamp(0, 255).to(torch.uint8)
+
+
+@quantize.register_fake
+def _(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    return torch.empty_like(x, dtype=torch.uint8)
+
+
+@torch.library.custom_op("lightning_optim::dequantize", mutates_args=())
+def dequantize(integers: Tensor, scale: Tensor, zero_point: Tensor | None, axis: int) -> Tensor:
+    """Return ``(integers - zero_point) * scale`` as float32, ``axis`` -1 for one scale: ONNX's DequantizeLinear."""
+    shape = [1] * integers.ndim
+    if axis >= 0:
+        shape[axis] = -1
+    shifted = integers.float() if zero_point is None else integers.float() - zero_point.float().reshape(shape)
+    return shifted * scale.reshape(shape)
+
+
+@dequantize.register_fake
+def _(integers: Tensor, scale: Tensor, zero_point: Tensor | None, axis: int) -> Tensor:
+    return torch.empty_like(integers, dtype=torch.float32)
+
+
+def rounds(layer: nn.Module) -> bool:
+    """Tell whether a layer computes with a rounded weight now."""
+    return isinstance(layer, QuantizedLayer) and layer.quantization_phase in _ROUNDING and layer.weight_bits is not None
+
+
+def rounds_output(layer: nn.Module) -> bool:
+    """Tell whether a layer rounds its output now."""
+    return isinstance(layer, QuantizedLayer) and layer.quantizes_output and layer.output_phase in _ROUNDING
+
+
+class _Quantizer(nn.Module):
+    """Rounds a tensor to uint8 and back.
+
+    Fewer than 8 bits are clipped between two roundings: the first belongs to the layer before and the second to the
+    layer after, and both still run with integers.
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+
+    def __init__(self, scale: Tensor, zero_point: Tensor, bits: int) -> None:
+        super().__init__()
+        self.register_buffer("scale", scale.clone())
+        self.register_buffer("zero_point", zero_point.to(torch.uint8))
+        low, high = integer_range(bits, symmetric=False)
+        offset, step = int(zero_point), float(scale)
+        self.bounds = None if bits == 8 else ((low - offset) * step, (high - offset) * step)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rounded = self._round(x)
+        return rounded if self.bounds is None else self._round(rounded.clamp(*self.bounds))
+
+    def _round(self, x: Tensor) -> Tensor:
+        rounded: Tensor = dequantize(quantize(x, self.scale, self.zero_point), self.scale, self.zero_point, -1)
+        return rounded
+
+
+class _Weight(nn.Module):
+    """A weight as int8 with its scales: ``[]``, ``[out]``, or ``[out, groups]``."""
+
+    integers: Tensor
+    scale: Tensor
+    zero_point: Tensor
+
+    def __init__(
+        self, weight: Tensor, bits: int, granularity: str, factor: Tensor | None = None, *, plain: bool = False
+    ) -> None:
+        """Take a weight.
+
+        Args:
+            weight: ``[out, in, ...]``.
+            bits: 2 to 8.
+            granularity: What shares a scale.
+            factor: ``[out]``, multiplies the rows after the rounding, as a BatchNorm does.
+            plain: Whether the weight is cast and multiplied instead of dequantized, for a layer that is computed in
+                float. Engines do that once, when the file is loaded. ONNX Runtime 1.32 makes of DequantizeLinear
+                before a MatMul one that rounds the activations too (differences of 0.05 where there are 1e-6), and
+                repeats it at each call before a convolution (2.0x the time of float).
+        """
+        super().__init__()
+        self.plain = plain
+        groups = grouped(weight.detach().float(), granularity)
+        scale = symmetric_scale(weight, bits, granularity)
+        integers = torch.div(groups, scale).round()
+        if factor is not None:
+            factor = factor.view(-1, 1, 1)
+            integers, scale = integers * factor.sign(), (scale * factor.abs()).clamp_min(torch.finfo().tiny)
+        self.shape = weight.shape
+        self.grouped = granularity.startswith("per_group")
+        if not self.grouped:
+            integers = integers.reshape(self.shape)
+        self.axis = 0 if scale.numel() > 1 or self.grouped else -1
+        shape = scale.shape[:2] if self.grouped else scale.shape[:1] if self.axis == 0 else ()
+        self._hold(integers, scale.reshape(shape))
+
+    def _hold(self, integers: Tensor, scale: Tensor) -> None:
+        self.register_buffer("integers", integers.to(torch.int8).contiguous())
+        self.register_buffer("scale", scale.contiguous())
+        self.register_buffer("zero_point", torch.zeros_like(scale, dtype=torch.int8))
+
+    def make_room(self, largest: Tensor) -> None:
+        """Widen the scales of rows whose bias would not fit into int32: their weights are next to nothing."""
+        if bool((largest <= self.scale).all()):
+            return
+        wider = torch.maximum(self.scale.expand_as(largest), largest)
+        shape = (-1, *[1] * (self.integers.ndim - 1))
+        self._hold((self.integers * (self.scale / wider).view(shape)).round(), wider)
+        self.axis = 0
+
+    def transpose(self) -> None:
+        """Store ``[in, out]``: engines find the integer kernel of a MatMul with a constant on its right."""
+        self._hold(self.integers.t(), self.scale)
+        self.axis = 1 if self.axis == 0 else -1
+
+    def rows(self, index: Tensor) -> Tensor:
+        """Look up int8 rows, then scale them: ``[...] -> [..., size]``."""
+        found = F.embedding(index, self.integers.flatten(1)).float()
+        if self.axis < 0:
+            return found * self.scale
+        scale = self.scale[:, None] if self.scale.ndim == 1 else self.scale
+        scales = F.embedding(index, scale)
+        if not self.grouped:
+            return found * scales
+        groups = found.reshape(*index.shape, *self.integers.shape[1:]) * scales.unsqueeze(-1)
+        return groups.flatten(-2)[..., : self.shape[1]]
+
+    def forward(self) -> Tensor:
+        if not self.grouped and not self.plain:
+            weight: Tensor = dequantize(self.integers, self.scale, self.zero_point, self.axis)
+            return weight
+        if not self.grouped:
+            return self.integers.float() * self.scale.view(-1, *[1] * (self.integers.ndim - 1))
+        whole = (self.integers.float() * self.scale.unsqueeze(-1)).flatten(1)
+        return whole[:, : self.shape[1:].numel()].reshape(self.shape)
+
+
+class _Bias(nn.Module):
+    """A bias as int32 in units of input scale times weight scale, which is what integer kernels add."""
+
+    integers: Tensor
+    scale: Tensor
+
+    def __init__(self, bias: Tensor, scale: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("integers", torch.round(bias.double() / scale.double()).to(torch.int32))
+        self.register_buffer("scale", scale)
+
+    def forward(self) -> Tensor:
+        bias: Tensor = dequantize(self.integers, self.scale, None, 0 if self.scale.ndim else -1)
+        return bias
+
+
+class _Integer(nn.Module):
+    """What the classes below share; they are swapped in, so that names and attributes of the layer stay."""
+
+    stored: _Weight | None
+    stored_bias: _Bias | None
+    reads: _Quantizer | None
+    writes: _Quantizer | None
+    output_relu: bool
+
+    def written(self, y: Tensor) -> Tensor:
+        """Round the output where it is rounded; a ReLU that follows comes first, and is then repeated in vain."""
+        if self.writes is None:
+            return y
+        return self.writes(y.relu() if self.output_relu else y)  # type: ignore[no-any-return]
+
+
+class _IntegerConv(_Integer):
+    weight: Any
+    bias: Any
+    stride: Any
+    padding: Any
+    padding_mode: Any
+    dilation: Any
+    groups: Any
+    _reversed_padding_repeated_twice: Any
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight = self.weight if self.stored is None else self.stored()
+        bias = self.bias if self.stored_bias is None else self.stored_bias()
+        x = input if self.reads is None else self.reads(input)
+        padding = self.padding
+        if self.padding_mode != "zeros":
+            padding, x = 0, F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+            # Rounding once more changes nothing, and lets the layers on both sides of the padding run with integers.
+            x = x if self.reads is None else self.reads(x)
+        convolve = next(function for cls, function in _CONVOLUTIONS.items() if isinstance(self, cls))
+        return self.written(convolve(x, weight, bias, self.stride, padding, self.dilation, self.groups))
+
+
+class _IntegerConv1d(_IntegerConv, nn.Conv1d):
+    pass
+
+
+class _IntegerConv2d(_IntegerConv, nn.Conv2d):
+    pass
+
+
+class _IntegerConv3d(_IntegerConv, nn.Conv3d):
+    pass
+
+
+class _IntegerLinear(_Integer, nn.Linear):
+    bias: Any
+
+    def forward(self, input: Tensor) -> Tensor:
+        assert self.stored is not None  # noqa: S101 - a Linear without rounded weight stays what it is
+        x = input if self.reads is None else self.reads(input)
+        if self.stored.grouped or self.stored.plain:
+            return F.linear(x, self.stored(), self.bias)
+        y: Tensor = torch.matmul(x, self.stored())
+        if self.bias is None:
+            return y
+        # ONNX Runtime makes one integer Gemm of a matrix product and an int32 bias, and an integer product with a
+        # float bias of one with more dimensions.
+        bias: Tensor = self.bias if self.stored_bias is None or y.ndim != 2 else self.stored_bias()
+        return y + bias
+
+
+class _IntegerEmbedding(_Integer, nn.Embedding):
+    def forward(self, input: Tensor) -> Tensor:
+        assert self.stored is not None  # noqa: S101 - a table that is not rounded stays what it is
+        return self.stored.rows(input)
+
+
+class _GatheredBag(_Integer, nn.EmbeddingBag):
+    """An EmbeddingBag as look-up and reduction, float or int8: OpenVINO cannot read the exporter's EmbeddingBag."""
+
+    def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
+        if input.ndim != 2 or offsets is not None:
+            raise ValueError(
+                "an EmbeddingBag with `offsets` (bags of different length in one flat tensor) cannot be exported. "
+                "Pass bags as [batch, length], filled up to one length with `padding_idx`."
+            )
+        rows = F.embedding(input, self.weight) if self.stored is None else self.stored.rows(input)
+        kept = None if self.padding_idx is None else (input != self.padding_idx).unsqueeze(-1)
+        if self.mode == "max":
+            return _largest(rows, kept)
+        if per_sample_weights is not None:
+            rows = rows * per_sample_weights.unsqueeze(-1)
+        if kept is None:
+            return rows.mean(1) if self.mode == "mean" else rows.sum(1)
+        total = torch.where(kept, rows, 0.0).sum(1)
+        return total / kept.sum(1).clamp_min(1) if self.mode == "mean" else total
+
+
+def _largest(rows: Tensor, kept: Tensor | None) -> Tensor:
+    if kept is None:
+        return rows.amax(1)
+    return torch.where(kept.any(1), torch.where(kept, rows, -torch.inf).amax(1), 0.0)
+
+
+class _RoundedBatchNorm(_Integer, _BatchNorm):
+    def forward(self, input: Tensor) -> Tensor:
+        return self.written(super().forward(input))
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        pass
+
+
+_INTEGER: tuple[tuple[type[nn.Module], type[_Integer]], ...] = (
+    (nn.Conv1d, _IntegerConv1d),
+    (nn.Conv2d, _IntegerConv2d),
+    (nn.Conv3d, _IntegerConv3d),
+    (nn.Linear, _IntegerLinear),
+    (nn.Embedding, _IntegerEmbedding),
+    (nn.EmbeddingBag, _GatheredBag),
+    (_BatchNorm, _RoundedBatchNorm),
+)
+
+
+def convert(module: nn.Module, batch_norms: Mapping[str, str]) -> None:
+    """Make integers of what is rounded, in place; layers that are not rounded stay float.
+
+    Args:
+        module: A float32 copy in eval mode on the CPU.
+        batch_norms: Convolution -> BatchNorm that is folded into it: only scales and signs change, no integer does.
+    """
+    layers = dict(module.named_modules())
+    _renormalise(module)
+    followers = {layers[name]: layers[follower] for name, follower in batch_norms.items() if rounds(layers[name])}
+    for layer, norm in followers.items():
+        _to_integer(layer, norm)
+        norm.__class__ = nn.Identity
+    for layer in layers.values():
+        if isinstance(layer, QuantizedLayer) and (rounds(layer) or rounds_output(layer)):
+            _to_integer(layer)
+        elif isinstance(layer, nn.EmbeddingBag) and not isinstance(layer, _Integer):
+            layer.stored = None  # type: ignore[assignment]
+            layer.__class__ = _GatheredBag
+
+
+def _renormalise(module: nn.Module) -> None:
+    """Apply ``max_norm`` to whole tables, which look-ups would do row by row, in place."""
+    for layer in module.modules():
+        if isinstance(layer, (nn.Embedding, nn.EmbeddingBag)) and layer.max_norm is not None:
+            with torch.no_grad():
+                F.embedding(torch.arange(layer.num_embeddings), layer.weight, None, layer.max_norm, layer.norm_type)
+            layer.max_norm = None
+
+
+def _to_integer(layer: nn.Module, norm: nn.Module | None = None) -> None:
+    assert isinstance(layer, QuantizedLayer)  # noqa: S101 - the callers ask
+    weight, bias, factor = layer._parameters.get("weight"), layer._parameters.get("bias"), None
+    writer = layer if norm is None or not rounds_output(norm) else norm
+    assert isinstance(writer, QuantizedLayer)  # noqa: S101 - rounds_output says so
+    if isinstance(norm, _BatchNorm):
+        factor, folded = _folded(norm, bias)
+        layer.bias = nn.Parameter(folded, requires_grad=False)
+        bias = layer.bias
+    reads = _quantizer(layer, "input") if rounds(layer) and "input" in layer.watched else None
+    writes = _quantizer(writer, "output") if rounds_output(writer) else None
+    stored = None
+    if rounds(layer) and weight is not None:
+        stored = _Weight(weight, layer.weight_bits or 8, layer.weight_granularity, factor, plain=reads is None)
+    stored_bias = None if bias is None or stored is None or reads is None else _integer_bias(bias, stored, reads)
+    if isinstance(layer, nn.Linear) and stored is not None and not stored.grouped and reads is not None:
+        stored.transpose()
+    layer.output_relu = writer.output_relu
+    layer.__class__ = next(integer for cls, integer in _INTEGER if isinstance(layer, cls))  # type: ignore[assignment]
+    for name, value in {"stored": stored, "stored_bias": stored_bias, "reads": reads, "writes": writes}.items():
+        layer.add_module(name, value)
+
+
+def _folded(norm: _BatchNorm, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return what a BatchNorm multiplies and adds, with the convolution's bias in it: each ``[out]``."""
+    assert norm.running_mean is not None and norm.running_var is not None  # noqa: S101, PT018 - else nothing folds
+    factor = torch.rsqrt(norm.running_var + norm.eps)
+    if norm.weight is not None:
+        factor = factor * norm.weight.detach()
+    shift = (0.0 if bias is None else bias.detach()) - norm.running_mean
+    added = shift * factor
+    return factor, added if norm.bias is None else added + norm.bias.detach()
+
+
+def _quantizer(layer: QuantizedLayer, which: str) -> _Quantizer:
+    state = layer.state_of(which)
+    return _Quantizer(state["scale"], state["zero_point"], layer.activation_bits or 8)
+
+
+def _integer_bias(bias: Tensor, stored: _Weight, reads: _Quantizer) -> _Bias | None:
+    if stored.grouped:
+        return None
+    bias = bias.detach().float()
+    stored.make_room(bias.abs() / (reads.scale * _LARGEST_BIAS))
+    return _Bias(bias, reads.scale * stored.scale)

@@ -1,0 +1,172 @@
+"""What was exported, how far its answers are from the module's, and what it costs."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from lightning_optim.export.integer import rounds, rounds_output
+from lightning_optim.measure.latency import LatencyResult
+from lightning_optim.quantization.layers import QuantizedLayer
+from lightning_optim.tables import by_reason, render
+
+__all__ = ["ExportReport", "Kernels", "describe_layers", "notes_on"]
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """How many convolutions and matrix products the engine runs, and how many of them with integers.
+
+    Attributes:
+        convolutions: All of them.
+        integer_convolutions: Of them, with integers.
+        matmuls: All matrix products, those of attention between activations too.
+        integer_matmuls: Of them, with integers.
+    """
+
+    convolutions: int = 0
+    integer_convolutions: int = 0
+    matmuls: int = 0
+    integer_matmuls: int = 0
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What an export gave; ``str(report)`` is a table.
+
+    Figures are None where nothing was verified (``verify=False``) or there was nothing to compare with.
+
+    Attributes:
+        path: The file.
+        runtime: The engine it was verified in, None without verification.
+        opset: ONNX's version of operators.
+        inputs: Name -> shape, "batch" where the batch is free.
+        outputs: Names.
+        layers: Layer with parameters -> how it is stored and computed.
+        notes: Sentences on what is not as one might expect.
+        file_bytes: Size of the file.
+        float_bytes: Size of the float32 export of the same module.
+        max_difference: Largest absolute difference of any output to the module's.
+        mean_difference: Mean absolute difference.
+        agreement: Fraction of rows in which the largest entry of the first output is the module's, in [0, 1]; None for
+            outputs without classes.
+        rows: How many such rows were compared.
+        convolutions: Convolutions the engine runs.
+        integer_convolutions: Of them, with integers.
+        matmuls: Matrix products the engine runs, those of attention between activations too.
+        integer_matmuls: Of them, with integers.
+        latency: Time of a call in the engine, as a ratio to the float32 export there.
+    """
+
+    path: Path
+    runtime: str | None
+    opset: int
+    inputs: dict[str, tuple[int | str, ...]]
+    outputs: tuple[str, ...]
+    layers: dict[str, str]
+    notes: list[str] = field(default_factory=list)
+    file_bytes: int = 0
+    float_bytes: int | None = None
+    max_difference: float | None = None
+    mean_difference: float | None = None
+    agreement: float | None = None
+    rows: int = 0
+    convolutions: int | None = None
+    integer_convolutions: int | None = None
+    matmuls: int | None = None
+    integer_matmuls: int | None = None
+    latency: LatencyResult | None = None
+
+    @property
+    def size_ratio(self) -> float | None:
+        """``file_bytes / float_bytes``."""
+        return None if not self.float_bytes else self.file_bytes / self.float_bytes
+
+    def __str__(self) -> str:
+        rows = list(_gathered(self.layers))
+        table = render(f"{self.path} (ONNX, opset {self.opset})", ("layer", "in the file"), rows)
+        return "\n".join([table, *self._sentences(), *self.notes])
+
+    def _sentences(self) -> list[str]:
+        size = f"{_kilobytes(self.file_bytes)}"
+        if self.float_bytes:
+            size += f", {self.file_bytes / self.float_bytes:.2f} of the float32 export's {_kilobytes(self.float_bytes)}"
+        sentences = [f"Size: {size}."]
+        if self.runtime is None:
+            return [*sentences, "Not verified."]
+        agreement = "" if self.agreement is None else f", the same class in {self.agreement:.2%} of {self.rows} rows"
+        sentences.append(
+            f"Verified in {self.runtime}: largest difference {self.max_difference:.3g}, mean "
+            f"{self.mean_difference:.3g}{agreement}."
+        )
+        sentences.append(
+            f"With integers run {self.integer_convolutions} of {self.convolutions} convolutions and "
+            f"{self.integer_matmuls} of {self.matmuls} matrix products."
+        )
+        if self.latency is not None:
+            sentences.append(f"Time of a call (batch {self.latency.batch_size}, one thread): {self.latency}.")
+        return sentences
+
+
+def _gathered(layers: Mapping[str, str]) -> list[tuple[str, str]]:
+    return by_reason(layers, shown=4)
+
+
+def _kilobytes(size: int) -> str:
+    return f"{size / 1e3:.1f} kB" if size < 1e6 else f"{size / 1e6:.2f} MB"
+
+
+def describe_layers(module: nn.Module, batch_norms: Mapping[str, str]) -> dict[str, str]:
+    """Return how each layer with parameters of its own is exported.
+
+    Args:
+        module: The module as it was quantized.
+        batch_norms: Convolution -> BatchNorm that is folded into it.
+    """
+    layers = dict(module.named_modules())
+    folded = {norm: convolution for convolution, norm in batch_norms.items() if rounds(layers[convolution])}
+    words: dict[str, str] = {}
+    for name, layer in layers.items():
+        if name in folded:
+            words[name] = f"folded into {folded[name]}"
+        elif any(True for _ in layer.parameters(recurse=False)):
+            words[name] = _words_of(layer, layers[batch_norms[name]] if name in batch_norms else layer)
+    return words
+
+
+def _words_of(layer: nn.Module, writer: nn.Module) -> str:
+    parts = []
+    if isinstance(layer, QuantizedLayer) and rounds(layer):
+        container = "" if layer.weight_bits == 8 else " in int8 container"
+        parts.append(f"int{layer.weight_bits}{container} weight {layer.weight_granularity.replace('_', ' ')}")
+        if "input" in layer.watched:
+            parts.append(f"uint{layer.activation_bits} input")
+    if isinstance(writer, QuantizedLayer) and rounds_output(writer):
+        parts.append(f"uint{writer.activation_bits} output")
+    return ", ".join(parts) or "float"
+
+
+def notes_on(module: nn.Module) -> list[str]:
+    """Return what a user should know about how the layers run."""
+    layers = [layer for layer in module.modules() if isinstance(layer, QuantizedLayer) and rounds(layer)]
+    if not layers:
+        return ["Nothing in this module is quantized: the file is its float32 export."]
+    notes = []
+    if any((layer.weight_bits or 8) < 8 for layer in layers):
+        notes.append("Weights of fewer than 8 bits are stored as int8: they are no smaller and no faster than 8 bits.")
+    if any(layer.weight_granularity.startswith("per_group") and not _is_table(layer) for layer in layers):
+        notes.append(
+            "Weights that share scales per group are stored as int8 and multiplied out to float when the file is "
+            "loaded; ONNX Runtime rounds those of convolutions to int8 once more, in its own way."
+        )
+    if any("input" in layer.watched and (layer.activation_bits or 8) < 8 for layer in layers):
+        notes.append(
+            "Activations of fewer than 8 bits are stored as uint8 and clipped in float: they are slower than 8 bits."
+        )
+    return notes
+
+
+def _is_table(layer: nn.Module) -> bool:
+    return isinstance(layer, (nn.Embedding, nn.EmbeddingBag, _BatchNorm))

@@ -1,0 +1,219 @@
+"""An exported file is run in the engine it is meant for, and compared with the module it was made from."""
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from lightning_optim.export.report import Kernels
+from lightning_optim.measure.latency import LatencyResult, time_in_turns
+from lightning_optim.registry import Registry
+
+__all__ = ["RUNTIMES", "Comparison", "Runtime", "compare", "compare_latency", "missing_package"]
+
+MOST_DIFFERENCE = 0.05
+"""Of outputs without classes, as a fraction of their range (which holds zero).
+
+A value that lies on the edge of two integers may fall to either side; in a few layers that made up to 0.02 of it.
+"""
+
+
+class Runtime(Protocol):
+    """A file that is loaded in an engine, on one thread of the CPU."""
+
+    clock: Callable[[], float]
+
+    def run(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """Return the outputs, in the file's order."""
+        ...
+
+    def kernels(self) -> Kernels:
+        """Return what the engine runs with integers."""
+        ...
+
+
+RUNTIMES: Registry[Callable[[Path], Runtime]] = Registry("runtime")
+"""Name -> what loads a file. A registered name is the package's, and the extra's."""
+
+
+def missing_package(package: str, extra: str) -> ImportError:
+    """Return the error that names the extra."""
+    return ImportError(f'{package} is not installed. Install it with: pip install "lightning-optim[{extra}]"')
+
+
+@RUNTIMES.register("onnxruntime")
+class _OnnxRuntime:
+    clock = staticmethod(time.thread_time)  # with one thread the call runs in the caller's
+
+    _CONVOLUTIONS = ("Conv", "FusedConv", "NhwcFusedConv")
+    _INTEGER_CONVOLUTIONS = ("QLinearConv", "ConvInteger")
+    _MATMULS = ("MatMul", "Gemm", "FusedMatMul", "FusedGemm", "MatMulNBits")
+    _INTEGER_MATMULS = (
+        "QLinearMatMul",
+        "MatMulInteger",
+        "MatMulIntegerToFloat",
+        "QGemm",
+        "DynamicQuantizeMatMul",
+    )
+
+    def __init__(self, path: Path) -> None:
+        try:
+            import onnxruntime  # type: ignore[import-not-found, import-untyped, unused-ignore]
+        except ImportError as error:
+            raise missing_package("onnxruntime", "onnx") from error
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        with TemporaryDirectory() as folder:
+            optimized = Path(folder) / "optimized.onnx"
+            options.optimized_model_filepath = str(optimized)
+            self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            self._operators = _operators(optimized)
+        self._names = [put.name for put in self._session.get_inputs()]
+
+    def run(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        feeds = {name: x.numpy() for name, x in zip(self._names, inputs, strict=True)}
+        return [torch.as_tensor(y) for y in self._session.run(None, feeds)]
+
+    def kernels(self) -> Kernels:
+        def count(*groups: tuple[str, ...]) -> int:
+            return sum(operator in group for operator in self._operators for group in groups)
+
+        return Kernels(
+            count(self._CONVOLUTIONS, self._INTEGER_CONVOLUTIONS),
+            count(self._INTEGER_CONVOLUTIONS),
+            count(self._MATMULS, self._INTEGER_MATMULS),
+            count(self._INTEGER_MATMULS),
+        )
+
+
+def _operators(path: Path) -> list[str]:
+    import onnx
+
+    def walk(graph: Any) -> Iterable[str]:
+        for node in graph.node:
+            yield node.op_type
+            for attribute in node.attribute:
+                for inner in (attribute.g, *attribute.graphs):
+                    yield from walk(inner)
+
+    return list(walk(onnx.load(str(path), load_external_data=False).graph))
+
+
+@RUNTIMES.register("openvino")
+class _OpenVINO:
+    clock = staticmethod(time.process_time)  # calls run in a thread of its own
+
+    def __init__(self, path: Path) -> None:
+        try:
+            import openvino  # type: ignore[import-not-found, import-untyped, unused-ignore]
+        except ImportError as error:
+            raise missing_package("openvino", "openvino") from error
+        options = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1, "NUM_STREAMS": 1}
+        self._model = openvino.Core().compile_model(str(path), "CPU", options)
+        self._request = self._model.create_infer_request()
+
+    def run(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        results = self._request.infer([x.numpy() for x in inputs])
+        return [torch.tensor(results[put]) for put in self._model.outputs]
+
+    def kernels(self) -> Kernels:
+        convolutions: list[bool] = []
+        matmuls: list[bool] = []
+        for operation in self._model.get_runtime_model().get_ops():
+            facts = operation.get_rt_info()
+            kind = facts["layerType"].astype(str) if "layerType" in facts else ""
+            found = {"Convolution": convolutions, "GroupConvolution": convolutions}.get(kind)
+            found = matmuls if kind in ("FullyConnected", "MatMul") else found
+            if found is not None:
+                found.append(facts["runtimePrecision"].astype(str) in ("u8", "i8"))
+        return Kernels(len(convolutions), sum(convolutions), len(matmuls), sum(matmuls))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How far answers are from the module's.
+
+    Attributes:
+        max_difference: Over all floating outputs.
+        mean_difference: Over all floating outputs.
+        agreement: Fraction of rows with the same class, None for outputs without classes.
+        rows: How many rows were compared.
+        relative: Largest difference of the first output as a fraction of its range, which holds zero.
+    """
+
+    max_difference: float
+    mean_difference: float
+    agreement: float | None
+    rows: int
+    relative: float
+
+    def complaint(self, least_agreement: float) -> str | None:
+        """Return what is wrong, None where the answers are close enough."""
+        numbers = f"largest difference {self.max_difference:.3g}, mean {self.mean_difference:.3g}"
+        if self.agreement is not None and not self.agreement >= least_agreement:
+            return (
+                f"the same class in {self.agreement:.2%} of {self.rows} rows, asked for are {least_agreement:.2%} "
+                f"({numbers})"
+            )
+        if self.agreement is None and not self.relative <= MOST_DIFFERENCE:
+            return (
+                f"a difference of {self.relative:.3g} of the output's range, allowed are {MOST_DIFFERENCE} ({numbers})"
+            )
+        return None
+
+
+def compare(expected: Sequence[Sequence[Tensor]], got: Sequence[Sequence[Tensor]]) -> Comparison:
+    """Compare the outputs of several calls.
+
+    Args:
+        expected: Per call, the module's outputs.
+        got: Per call, the engine's.
+    """
+    differences = torch.cat(
+        [
+            (right.float() - left.float()).abs().flatten()
+            for call, answer in zip(expected, got, strict=True)
+            for left, right in zip(call, answer, strict=True)
+            if left.is_floating_point()
+        ]
+        or [torch.zeros(1)]
+    )
+    firsts = [(call[0], answer[0]) for call, answer in zip(expected, got, strict=True)]
+    same = torch.cat([_same_class(left, right) for left, right in firsts])
+    largest = max(float((right.float() - left.float()).abs().max()) for left, right in firsts)
+    values = torch.cat([left.float().flatten() for left, _ in firsts])
+    span = float(values.max().clamp_min(0) - values.min().clamp_max(0))
+    has_classes = _has_classes(firsts[0][0])
+    return Comparison(
+        float(differences.max()),
+        float(differences.mean()),
+        float(same.float().mean()) if has_classes else None,
+        len(same) if has_classes else 0,
+        largest if span == 0 else largest / span,
+    )
+
+
+def _has_classes(output: Tensor) -> bool:
+    return not output.is_floating_point() or (output.ndim > 1 and output.shape[-1] > 1)
+
+
+def _same_class(left: Tensor, right: Tensor) -> Tensor:
+    if not left.is_floating_point():
+        return (left == right).flatten()
+    if not _has_classes(left):
+        return torch.ones(0, dtype=torch.bool)
+    return (left.argmax(-1) == right.argmax(-1)).flatten()
+
+
+def compare_latency(runtime: Runtime, against: Runtime, inputs: Sequence[Tensor]) -> LatencyResult:
+    """Time both files in turns in their engine."""
+    calls = (lambda: runtime.run(inputs), lambda: against.run(inputs))
+    result = time_in_turns(calls, runtime.clock, seconds=0.5, least=10, most=200)
+    batch = next((len(x) for x in inputs if x.ndim), None)
+    return LatencyResult(**{**vars(result), "batch_size": batch})
