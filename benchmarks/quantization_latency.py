@@ -93,19 +93,18 @@ def size_rows(folder: Path) -> Iterator[str]:
     for name, (make, draw) in ALL.items():
         torch.manual_seed(0)
         model = make().eval()
-        tables = {"include": [nn.Embedding, nn.EmbeddingBag], "activation_bits": None, "weight_bits": 4}
+        tables = [cls for cls in (nn.Embedding, nn.EmbeddingBag) if any(type(m) is cls for m in model.modules())]
         variants = {
             "float32": model,
             "int8": quantized(model, draw),
             "80 % zeros": pruned(model),
             "int8, 80 % zeros": quantized(pruned(model), draw),
         }
-        if any(isinstance(layer, (nn.Embedding, nn.EmbeddingBag)) for layer in model.modules()):
-            variants["int4 tables, int8 elsewhere"] = quantized(
-                quantize_post_training(copy.deepcopy(model), progress_bar=False, **tables),
-                draw,
-                exclude=tables["include"],
+        if tables:
+            small = quantize_post_training(
+                copy.deepcopy(model), include=tables, activation_bits=None, weight_bits=4, progress_bar=False
             )
+            variants["int4 tables, int8 elsewhere"] = quantized(small, draw, exclude=tables)
         for variant, made in variants.items():
             export_onnx(made, folder / "model.onnx", draw(2), verify=False)
             data = (folder / "model.onnx").read_bytes()

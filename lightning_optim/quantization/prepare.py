@@ -11,6 +11,7 @@ from lightning_optim.checkpoint import plan_of
 from lightning_optim.functional.fake_quantize import integer_range, parse_weight_granularity
 from lightning_optim.functional.observers import OBSERVERS
 from lightning_optim.quantization.layers import ATTRIBUTES, PHASES, QUANTIZED, QuantizedLayer
+from lightning_optim.quantization.ranges import write_scales
 from lightning_optim.target import Pattern, matches, named_layers
 
 __all__ = ["QuantizationScheme", "QuantizedLayers", "prepare", "quantized_layers", "select_layers", "set_phase"]
@@ -241,7 +242,10 @@ def _swap(root: nn.Module, name: str, scheme: QuantizationScheme, prefix: str) -
     has_weight = not isinstance(layer, _BATCH_NORMS)
     layer.weight_bits = scheme.bits_of(name, layer, prefix) if has_weight else None
     layer.weight_granularity = scheme.weight_granularity
+    bits_before = getattr(layer, "activation_bits", scheme.activation_bits)
     layer.activation_bits = None if isinstance(layer, _EMBEDDINGS) else scheme.activation_bits
+    if layer.activation_bits not in (None, bits_before):
+        write_scales([layer.state_of(which) for which in layer.watched], layer)
     _watch_anew(layer, scheme, has_weight)
     return layer
 
@@ -250,6 +254,8 @@ def _watch_anew(layer: QuantizedLayer, scheme: QuantizationScheme, has_weight: b
     """Give the layer the ranges that the scheme needs; what another observer gathered is of no use to this one."""
     if layer.observer != scheme.observer:
         layer.observer = scheme.observer
+        if layer.watched:
+            layer.quantization_phase = layer.output_phase = "off"
         for which in layer.watched:
             layer.watch(which)
     if layer.activation_bits is None:

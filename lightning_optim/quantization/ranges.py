@@ -10,7 +10,7 @@ from lightning_optim.functional.fake_quantize import affine_parameters
 from lightning_optim.functional.observers import OBSERVERS
 from lightning_optim.quantization.layers import QuantizedLayer
 
-__all__ = ["copy_ranges", "fold_ranges", "observing", "settle_ranges"]
+__all__ = ["copy_ranges", "fold_ranges", "observing", "settle_ranges", "write_scales"]
 
 Reduce = Callable[[Tensor, str], Tensor]
 """Adds up ("sum") or takes the largest of ("max") a tensor over the ranks."""
@@ -62,7 +62,7 @@ def fold_ranges(layers: Mapping[str, QuantizedLayer], reduce: Reduce | None = No
     _write(states, "statistic", folded)
     _write(states, "batches", batches + ~nothing[:, 0])
     if not observer.settles:
-        _write_scales(states, folded, first)
+        write_scales(states, first)
 
 
 def _take_seen(watched: _Watched, statistic: Tensor, reduction: str) -> Tensor:
@@ -80,8 +80,17 @@ def _write(states: list[dict[str, Tensor]], name: str, values: Tensor) -> None:
     torch._foreach_copy_([state[name] for state in states], list(values.unbind(0)))
 
 
-def _write_scales(states: list[dict[str, Tensor]], statistic: Tensor, layer: QuantizedLayer) -> None:
+def write_scales(states: list[dict[str, Tensor]], layer: QuantizedLayer) -> None:
+    """Compute scales and zero points from the statistics.
+
+    Args:
+        states: What :meth:`QuantizedLayer.state_of` returns, of several watched tensors.
+        layer: One of their layers: all have its observer and its bits.
+    """
+    if not states:
+        return
     bits = layer.activation_bits or 8
+    statistic = torch.stack([state["statistic"] for state in states])
     scale, zero_point = affine_parameters(*OBSERVERS[layer.observer].range_of(statistic, bits), bits)
     _write(states, "scale", scale)
     _write(states, "zero_point", zero_point)
@@ -112,7 +121,7 @@ def settle_ranges(layers: Mapping[str, QuantizedLayer]) -> None:
             f"{infinite[0]} is not finite for some batch, so it has no range to quantize to. Look for overflow before "
             "that layer, or exclude it."
         )
-    _write_scales(states, statistic, watched[0][1])
+    write_scales(states, watched[0][1])
 
 
 def copy_ranges(layers: Mapping[str, QuantizedLayer], copies: Mapping[str, QuantizedLayer]) -> None:

@@ -482,6 +482,23 @@ def test_a_new_fit_keeps_a_quantized_model_quantized(tmp_path):
     assert not hasattr(module.net[0], "weight_bits")
 
 
+def test_a_new_fit_with_other_words_begins_with_ranges_that_fit_them(tmp_path):
+    seen = []
+
+    class Notes(pl.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            seen.append((pl_module.net[0].quantization_phase, float(pl_module.net[0].input_scale)))
+
+    module = new()
+    fit(tmp_path, module, integers())
+    scale = float(module.net[0].input_scale)
+    fit(tmp_path, module, Notes(), integers(activation_bits=4))
+    assert seen[0] == ("fake_quantize", pytest.approx(17 * scale, rel=1e-4))
+    seen.clear()
+    fit(tmp_path, module, Notes(), integers(observer="histogram"))  # its ranges are not known yet
+    assert [phase for phase, _ in seen] == ["off"] * 8 + ["observe"] + ["fake_quantize"] * 11 + ["frozen"] * 4
+
+
 def test_a_file_without_quantization_continues_with_it(tmp_path):
     fit(tmp_path, new(), Files(tmp_path / "files"))
     module = new()
