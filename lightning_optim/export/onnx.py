@@ -335,7 +335,8 @@ def _check_size(model: Any) -> None:
 
 
 def _drop_traces(model: Any) -> None:
-    """Drop the Python stack that the exporter writes to each node: it was half of a small model's file."""
+    """Drop the Python stack and the signature that the exporter writes: they were half of a small model's file."""
+    model.graph.metadata_props.clear()
     for node in model.graph.all_nodes():
         node.metadata_props.clear()
         for value in node.outputs:
