@@ -8,6 +8,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 from lightning.pytorch.strategies import DDPStrategy
+from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler
 
 from helpers.models import Classifier, Files, data, new, trainer, val_loader
@@ -31,6 +32,19 @@ class InDDP(Classifier):
         return val_loader()
 
 
+class ResidualInDDP(InDDP):
+    """A convolution before an addition: its output gets a range in the middle of the run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.branch = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, padding=1)
+        self.net = nn.Sequential(nn.Flatten(), nn.Linear(32, 3))
+
+    def forward(self, x):
+        x = self.stem(x.view(-1, 3, 2, 2)).relu()
+        return self.net(x + self.branch(x))
+
+
 def callbacks(name: str) -> list:
     words = {"every_n_steps": 3, "start": 2, "end": 0.8}
     bits = {"weight_bits": 4, "start": 2, "freeze": 0.8}
@@ -44,6 +58,7 @@ def callbacks(name: str) -> list:
         "both": lambda: [ChannelPruning(0.5, start=2, end=0.8, events=3), WeightPruning(0.8, **words)],
         "nofm": lambda: [WeightPruning(granularity="2:4", **words)],
         "integers": lambda: [QuantizationAwareTraining(**bits)],
+        "integers-residual": lambda: [QuantizationAwareTraining(**bits)],
         "integers-unbroadcast": lambda: [QuantizationAwareTraining(**bits)],
         "integers-histogram": lambda: [QuantizationAwareTraining(observer="histogram", **bits)],
         "weights-integers": lambda: [WeightPruning(0.8, **words), QuantizationAwareTraining(**bits)],
@@ -59,7 +74,7 @@ def run(folder: Path, name: str, precision: str, ckpt_path: Path | None = None) 
     ours = callbacks(name)
     extra = [Files(folder)] if ckpt_path is None else []
     torch.manual_seed(0)
-    module = new(InDDP)
+    module = new(ResidualInDDP if name.endswith("residual") else InDDP)
     fitted = trainer(
         folder,
         *ours,

@@ -28,6 +28,7 @@ CASES = [
     "both/32-true",
     "integers/32-true",
     "integers/bf16-mixed",
+    "integers-residual/32-true",
     "integers-unbroadcast/32-true",
     "integers-histogram/32-true",
     "weights-integers/32-true",
@@ -90,8 +91,8 @@ def test_what_is_asked_is_reached(launched, case):
 @pytest.mark.parametrize("case", [case for case in CASES if "integers" in case])
 def test_ranges_are_those_of_both_ranks(launched, case):
     runs = [results(launched, case, rank)["straight"] for rank in (0, 1)]
-    ranges = [{n: v for n, v in run["state"].items() if "input_" in n} for run in runs]
-    assert len(ranges[0]) == 12
+    ranges = [{n: v for n, v in run["state"].items() if "input_" in n or "output_" in n} for run in runs]
+    assert len(ranges[0]) == (20 if "residual" in case else 12)  # four buffers a range
     assert_same_state(*ranges)
     assert all(run["metrics"]["quantization/phase"] == 3.0 for run in runs)
 
