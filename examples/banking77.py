@@ -100,7 +100,7 @@ def _read(path: Path) -> pd.DataFrame:
 
 def _messages(rows: pd.DataFrame, intents: list[str]) -> Messages:
     number = {intent: index for index, intent in enumerate(intents)}
-    return Messages(rows["text"].tolist(), rows["category"].map(number).to_numpy(dtype=np.int64), intents)
+    return Messages(rows["text"].tolist(), rows["category"].map(number).to_numpy(dtype=np.int64, copy=True), intents)
 
 
 def keep_intents(messages: Messages, kept: Sequence[int]) -> Messages:

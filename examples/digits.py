@@ -8,7 +8,6 @@ import copy
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -20,7 +19,7 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from exported import EXPORT_COLUMNS, EXPORT_NOTE, OnnxFile, export_row
+from exported import EXPORT_COLUMNS, EXPORT_NOTE, ExportedFiles
 from lightning_optim import (
     ChannelPruning,
     CompressedCheckpoint,
@@ -30,7 +29,6 @@ from lightning_optim import (
     measure_latency,
     quantize_post_training,
 )
-from lightning_optim.measure.size import SIZES
 from reporting import (
     COST_COLUMNS,
     REPEAT_NOTE,
@@ -236,7 +234,8 @@ def compare(splits: Splits, *, epochs: int, seed: int) -> tuple[list[Row], dict[
     histories: dict[str, History] = {}
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        files = Files(Path(folder), splits)
+        images = splits.test[:][0]
+        files = ExportedFiles(folder, images[:1], images)
         for run in RUNS:
             print(f"{'quantizing' if run.of else 'training'}: {run.name}")
             if run.of:
@@ -248,7 +247,7 @@ def compare(splits: Splits, *, epochs: int, seed: int) -> tuple[list[Row], dict[
                 row["P"] = score_against(row, rows[0], row["val_acc"])
                 histories[run.name].forget_ratios()
             if run.exported:
-                row |= files.add(run.name, models[run.name], row["val_acc"])
+                row |= files.add(run.name, models[run.name], dense="dense", accuracy=row["val_acc"])
             rows.append({"name": run.name, "kind": run.kind, **row})
     return rows, histories
 
@@ -260,22 +259,6 @@ def facts(run: Run, models: dict[str, DigitsNet], splits: Splits) -> Row:
     if run.kind == "integer":  # in PyTorch it computes in float, and its file holds floats
         costs = {name: costs[name] for name in ("parameters", "nonzero")} | {"P": None}
     return costs
-
-
-class Files:
-    """The exported files of one comparison; the first is the dense one."""
-
-    def __init__(self, folder: Path, splits: Splits) -> None:
-        self.folder, self.splits = folder, splits
-        self.dense: tuple[OnnxFile, float] | None = None
-
-    def add(self, name: str, model: DigitsNet, accuracy: float) -> Row:
-        path = self.folder / f"{name}.onnx"
-        images = self.splits.test[:][0]
-        file, row = export_row(model, path, images[:1], images, self.dense, 1 - accuracy)
-        if self.dense is None:
-            self.dense = file, SIZES["bits"](model)
-        return row
 
 
 def integers_note(rows: list[Row]) -> str:

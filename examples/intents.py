@@ -1,12 +1,15 @@
-"""Prune a convolutional net that sorts customer-service messages into 77 intents, and compare it with word counts.
+"""Prune and quantize a convolutional net that sorts customer-service messages into 77 intents.
 
-Run it with ``python examples/intents.py --data PATH``, or with ``--synthetic`` where the Banking77 files are missing.
+It is compared with word counts. Run it with ``python examples/intents.py --data PATH``, or with ``--synthetic`` where
+the Banking77 files are missing.
 """
 
 import argparse
+import copy
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
@@ -16,8 +19,17 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 
 from banking77 import Messages, find_folder, hold_out, keep_intents, read_messages
+from exported import EXPORT_COLUMNS, EXPORT_NOTE, ExportedFiles, rounding_notes
 from intents_model import IntentsNet, MessagePieces, loader
-from lightning_optim import ChannelPruning, CompressedCheckpoint, PerformanceScore, WeightPruning, measure_latency
+from lightning_optim import (
+    ChannelPruning,
+    CompressedCheckpoint,
+    PerformanceScore,
+    QuantizationAwareTraining,
+    WeightPruning,
+    measure_latency,
+    quantize_post_training,
+)
 from reporting import (
     COST_COLUMNS,
     REPEAT_NOTE,
@@ -47,6 +59,7 @@ EVALUATION_BATCH_SIZE = 128
 FAST_TOPIC = "transfer"  # ten intents that are easily taken for one another
 MAX_DROP = 0.03  # of the validation accuracy, below the dense net
 THREADS = 1  # two threads save little, and cost many times the time on a busy machine
+CALIBRATION_BATCHES = 16
 LAYERS = [nn.Embedding, nn.Conv1d, nn.Linear]  # embeddings and the last layer are left alone unless named
 INTENTS = ["intents"]  # the outputs of the last layer are the intents: all of them stay
 
@@ -64,6 +77,7 @@ class Widths:
 
 
 REAL = {"widths": Widths(384, 256, 256), "epochs": 7, "batch_size": 64}  # MiniLM's vectors have 384 numbers
+FAST_EPOCHS = 6
 SYNTHETIC = {"widths": Widths(128, 128, 128), "epochs": 9, "batch_size": 32}
 
 
@@ -116,6 +130,11 @@ def channels(message: Tensor) -> pl.Callback:
     return ChannelPruning(0.5, scope="layer", include=LAYERS, exclude=INTENTS, example_inputs=message)
 
 
+def four_bits(message: Tensor) -> pl.Callback:
+    """Train with weights rounded to 4 bits from the middle of the run on."""
+    return QuantizationAwareTraining(weight_bits=4, example_inputs=message)
+
+
 @dataclass(frozen=True)
 class Run:
     """A row of the table.
@@ -125,12 +144,18 @@ class Run:
         kind: What it is in the comparison, as a row has it.
         compressions: What makes the net smaller while it trains, in the Trainer's order.
         is_small: It begins with half of every width.
+        of: Name of the row whose trained net is quantized; such a row is not trained.
+        bits: Of the weights, where ``of`` is given.
+        exported: Whether it is exported and measured in ONNX Runtime too.
     """
 
     name: str
     kind: str
     compressions: tuple[Compression, ...] = ()
     is_small: bool = False
+    of: str = ""
+    bits: int = 8
+    exported: bool = False
 
     def build(self, task: Task) -> IntentsNet:
         """Make the net, which begins with the vocabulary's vectors where it has some."""
@@ -149,12 +174,19 @@ class Run:
         return model
 
 
-RUNS = (
-    Run("dense", "dense"),
+FAST_RUNS = (
+    Run("dense", "dense", exported=True),
     Run("80 % zeros", "pruned", (zeros(),)),
     Run("80 % at random", "control", (zeros("random"),)),
-    Run("half of every width", "pruned", (channels,)),
-    Run("the same shape from scratch", "control", is_small=True),
+    Run("half of every width", "pruned", (channels,), exported=True),
+    Run("the same shape from scratch", "control", is_small=True, exported=True),
+    Run("int8, after training", "integer", of="dense", exported=True),
+    Run("half of every width, int8", "integer", of="half of every width", exported=True),
+)
+RUNS = (
+    *FAST_RUNS,
+    Run("4-bit weights, QAT", "integer", (four_bits,), exported=True),
+    Run("4-bit weights, after training", "control", of="dense", bits=4),
 )
 
 
@@ -184,8 +216,15 @@ def build_task(arguments: argparse.Namespace) -> Task:
         texts=texts,
         pieces={part: MessagePieces(vocabulary.encode(found.texts), found.labels) for part, found in texts.items()},
         vocabulary=vocabulary,
-        **(SYNTHETIC if arguments.synthetic else REAL),
+        **_size(arguments),
     )
+
+
+def _size(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return how large a net is trained, and how long."""
+    if arguments.synthetic:
+        return SYNTHETIC
+    return REAL | {"epochs": FAST_EPOCHS} if arguments.fast else REAL
 
 
 def train(run: Run, task: Task, *, floor: float | None, seed: int) -> tuple[IntentsNet, History, Row]:
@@ -214,22 +253,52 @@ def train(run: Run, task: Task, *, floor: float | None, seed: int) -> tuple[Inte
     return model, history, {"accuracy": tested["test_acc"], **score}
 
 
-def compare(task: Task, *, seed: int) -> tuple[list[Row], dict[str, History]]:
-    """Train all rows with one seed, and measure them against the dense one."""
+def quantize(model: IntentsNet, task: Task, bits: int) -> tuple[IntentsNet, Row]:
+    """Quantize a copy of a trained net, with ranges from some batches of messages to train on."""
+    model = copy.deepcopy(model).eval()
+    batches = loader(task.pieces["train"], batch_size=task.batch_size, shuffle_seed=0)
+    quantize_post_training(model, batches, weight_bits=bits, batches=CALIBRATION_BATCHES, progress_bar=False)
+    return model, {"accuracy": accuracy_on(model, task, "test"), "val_acc": accuracy_on(model, task, "validation")}
+
+
+def accuracy_on(model: IntentsNet, task: Task, part: str) -> float:
+    batches = loader(task.pieces[part], batch_size=EVALUATION_BATCH_SIZE)
+    with torch.no_grad():
+        right = sum(int((model(pieces).argmax(1) == labels).sum()) for pieces, labels in batches)
+    return right / len(task.pieces[part])
+
+
+def compare(runs: Sequence[Run], task: Task, *, seed: int) -> tuple[list[Row], dict[str, History]]:
+    """Train or quantize all rows with one seed, and measure them against the dense one."""
     models: dict[str, IntentsNet] = {}
     histories: dict[str, History] = {}
     rows: list[Row] = []
-    for run in RUNS:
-        print(f"training: {run.name}")
-        floor = rows[0]["val_acc"] - MAX_DROP if rows else None
-        models[run.name], histories[run.name], row = train(run, task, floor=floor, seed=seed)
-        latency = measure_latency(models[run.name], task.one_message, against=models["dense"])
-        row |= model_facts(models[run.name]) | latency_facts(latency)
-        if run.is_small:
-            row["P"] = score_against(row, rows[0], row["val_acc"])
-            histories[run.name].forget_ratios()
-        rows.append({"name": run.name, "kind": run.kind, **row})
+    held_out = [pieces for pieces, _ in loader(task.pieces["test"], batch_size=EVALUATION_BATCH_SIZE)]
+    with tempfile.TemporaryDirectory() as folder:
+        files = ExportedFiles(folder, task.one_message, [task.one_message, *held_out], {"pieces": {1: "length"}})
+        for run in runs:
+            print(f"{'quantizing' if run.of else 'training'}: {run.name}")
+            if run.of:
+                models[run.name], row = quantize(models[run.of], task, run.bits)
+            else:
+                floor = rows[0]["val_acc"] - MAX_DROP if rows else None
+                models[run.name], histories[run.name], row = train(run, task, floor=floor, seed=seed)
+                row |= facts(run, models, task)
+            if run.is_small:
+                row["P"] = score_against(row, rows[0], row["val_acc"])
+                histories[run.name].forget_ratios()
+            if run.exported:
+                row |= files.add(run.name, models[run.name], dense="dense", accuracy=row["val_acc"])
+            rows.append({"name": run.name, "kind": run.kind, **row})
     return rows, histories
+
+
+def facts(run: Run, models: dict[str, IntentsNet], task: Task) -> Row:
+    """Return what a trained net costs in PyTorch."""
+    costs = model_facts(models[run.name])
+    if run.kind == "integer":  # in PyTorch it computes in float, and its file holds floats
+        return {name: costs[name] for name in ("parameters", "nonzero")} | {"P": None}
+    return costs | latency_facts(measure_latency(models[run.name], task.one_message, against=models["dense"]))
 
 
 def baseline_row(texts: dict[str, Messages]) -> Row:
@@ -247,6 +316,31 @@ def baseline_row(texts: dict[str, Messages]) -> Row:
     }
 
 
+def integers_notes(rows: list[Row], share: float) -> list[str]:
+    """Say what rounding costs and what it saves, from what was measured; ``share`` is the embedding's of the net."""
+    by_name = {row["name"]: row for row in rows}
+    ratio = by_name["int8, after training"]["onnx_bytes"] / by_name["dense"]["onnx_bytes"]
+    sources = {run.name: run.of for run in RUNS if run.of and run.name in by_name}
+    return [
+        f"The int8 file of the dense net has {ratio:.0%} of the float32 one's bytes, since the embedding, {share:.0%} "
+        f"of the parameters, is int8 in it too; with float32 vectors it could not go below {share:.0%}.",
+        *rounding_notes(rows, sources, "accuracy", "test accuracy"),
+        *_training_notes(by_name),
+    ]
+
+
+def _training_notes(by_name: dict[str, Row]) -> list[str]:
+    """Say what rounding in training gains over rounding after it, where both were run."""
+    if "4-bit weights, QAT" not in by_name:
+        return []
+    after, trained = (by_name[f"4-bit weights, {when}"]["accuracy"] for when in ("after training", "QAT"))
+    return [
+        f"With the rounding to 4 bits in training (QAT) the test accuracy is {trained:.4f}, with the rounding after it "
+        f"{after:.4f}. Weights of fewer than 8 bits lie in 8-bit containers: P, exported, counts their bits, the file "
+        "does not."
+    ]
+
+
 def build_report(rows: list[Row], histories: dict[str, History], task: Task, arguments: argparse.Namespace) -> Report:
     """Arrange the rows as a report; the curves are those of the last seed."""
     numbers = {part: len(found) for part, found in task.texts.items()}
@@ -254,12 +348,13 @@ def build_report(rows: list[Row], histories: dict[str, History], task: Task, arg
     source = "generated" if arguments.synthetic else "Banking77"
     share = len(task.vocabulary) * task.widths.embedding / rows[0]["parameters"]
     return Report(
-        title=f"Customer-service messages ({source}) by intent: a small convolutional net, pruned while it trains",
+        title=f"Customer-service messages ({source}) by intent: a small convolutional net, pruned and quantized",
         summary=(
             f"{intents} intents; {numbers['train']:,} messages to train on, {numbers['validation']:,} of the training "
             f"file, drawn from every intent, to choose the epoch and to compute P, {numbers['test']:,} for the test "
             f"accuracy. {_short(arguments)}{len(task.vocabulary):,} {task.vocabulary.name}. Every net is trained in "
-            f"the same way; {'one seed' if arguments.seeds == 1 else f'mean and deviation of {arguments.seeds} seeds'}."
+            "the same way, or quantized from one that was; "
+            f"{'one seed' if arguments.seeds == 1 else f'mean and deviation of {arguments.seeds} seeds'}."
         ),
         columns=[
             Column("name", "model"),
@@ -267,6 +362,7 @@ def build_report(rows: list[Row], histories: dict[str, History], task: Task, arg
             Column("val_acc", "validation accuracy", "{:.4f}"),
             Column("accuracy", "test accuracy", accuracy_cell),
             SCORE_COLUMN,
+            *EXPORT_COLUMNS,
         ],
         rows=rows,
         notes=[
@@ -286,11 +382,18 @@ def build_report(rows: list[Row], histories: dict[str, History], task: Task, arg
                 "on the validation messages, in the kept epoch", f"the dense net's validation accuracy less {MAX_DROP}"
             ),
             SCRATCH_SCORE_NOTE,
+            EXPORT_NOTE,
+            *integers_notes(rows, share),
             REPEAT_NOTE,
         ],
         figures=[
             *score_figures(rows, histories),
             ("trade_off", "Accuracy against file size.", trade_off_figure(rows, "accuracy", "test accuracy")),
+            (
+                "trade_off_onnx",
+                "Accuracy against the size of the exported file.",
+                trade_off_figure(rows, "accuracy", "test accuracy", size="onnx_bytes"),
+            ),
         ],
     )
 
@@ -323,7 +426,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", metavar="PATH", help="the folder with Banking77's train.csv and test.csv")
     parser.add_argument("--synthetic", action="store_true", help="generated messages in place of the files")
-    parser.add_argument("--fast", action="store_true", help=f"only the ten intents about a {FAST_TOPIC}")
+    parser.add_argument(
+        "--fast", action="store_true", help=f"only the ten intents about a {FAST_TOPIC}, and not all rows"
+    )
     parser.add_argument("--seeds", type=int, default=1, help="train every row with this many seeds")
     parser.add_argument("--no-minilm", action="store_true", help="own word pieces, also where MiniLM is installed")
     parser.add_argument("--report", default="reports/intents", metavar="DIR", help="where the report is written")
@@ -339,7 +444,8 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
     arguments = parse(argv)
     prepare(threads=THREADS, verbose=arguments.verbose)
     task = build_task(arguments)
-    results = [compare(task, seed=seed) for seed in range(arguments.seeds)]
+    runs = FAST_RUNS if arguments.fast else RUNS
+    results = [compare(runs, task, seed=seed) for seed in range(arguments.seeds)]
     rows = [*mean_rows([rows for rows, _ in results]), baseline_row(task.texts)]
     report = build_report(rows, results[-1][1], task, arguments)
     report.print()

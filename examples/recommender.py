@@ -1,4 +1,4 @@
-"""Prune a two-tower recommender on the Online Retail transactions, and compare it with what needs no net at all.
+"""Prune and quantize a two-tower recommender on the Online Retail transactions, beside what needs no net at all.
 
 For each customer the net ranks the whole catalogue for the next basket. Run it with
 ``python examples/recommender.py --data PATH``, or with ``--synthetic`` where the file is not at hand.
@@ -6,8 +6,10 @@ For each customer the net ranks the whole catalogue for the next basket. Run it 
 
 import argparse
 import copy
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import lightning.pytorch as pl
 import numpy as np
@@ -15,12 +17,19 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from lightning_optim import ChannelPruning, PerformanceScore, WeightPruning, measure_latency
+from exported import EXPORT_COLUMNS, EXPORT_NOTE, ExportedFiles, rounding_notes
+from lightning_optim import (
+    ChannelPruning,
+    PerformanceScore,
+    WeightPruning,
+    measure_latency,
+    quantize_post_training,
+)
 from online_retail import find_file, merge_repeats, purchases, read_transactions
 from ranking import ranking_metrics
 from recommender_baselines import BASELINES
 from recommender_data import TEST, VALIDATION, NextBasket, Task, build_task, loader, relevant_and_seen
-from recommender_model import TwoTower
+from recommender_model import RAGGED, Serving, TwoTower, padded
 from reporting import (
     COST_COLUMNS,
     REPEAT_NOTE,
@@ -50,6 +59,9 @@ ACCURACY = "val_new_recall"  # what P judges: over all items buying again hides 
 FLOOR = 0.85  # of the dense tower's
 TABLES_AND_MATRICES = [nn.EmbeddingBag, nn.Linear]  # embeddings and the last layer are left alone unless named
 CATALOGUE = ["item"]  # the item table reads the embedding width, and its outputs are the items: all of them stay
+TABLES = ["history", "item"]
+CALIBRATION_BATCHES = 16
+COMPARED_BATCHES = 4  # of held-out customers, in PyTorch and in ONNX Runtime
 
 
 @dataclass(frozen=True)
@@ -84,9 +96,28 @@ def channels(*, embedding: bool) -> Pruning:
     return lambda inputs: ChannelPruning(0.5, criterion="taylor", scope="layer", example_inputs=inputs, **selection)
 
 
+Quantization = Callable[[Serving, Task], Serving]
+"""Quantizes a trained tower, given the task that has its training baskets."""
+
+
+def tables(bits: int) -> Quantization:
+    """Round both tables, row by row; needs no data."""
+    return lambda model, task: quantize_post_training(
+        model, weight_bits=bits, activation_bits=None, include=TABLES, progress_bar=False
+    )
+
+
+def all_layers(model: Serving, task: Task) -> Serving:
+    """Round weights and inputs of all layers to 8 bits, with ranges from some training batches."""
+    batches = loader(task.train, task.popularity, batch_size=BATCH_SIZE, train=True)
+    return quantize_post_training(
+        model, batches, inputs=lambda batch: padded(batch["inputs"]), batches=CALIBRATION_BATCHES, progress_bar=False
+    )
+
+
 @dataclass(frozen=True)
 class Run:
-    """A row of the table: its name, what it is in the comparison, its tower, how that is pruned.
+    """A row of the table: its name, what it is in the comparison, its tower, how that is pruned or quantized.
 
     Attributes:
         name: In the table.
@@ -94,6 +125,9 @@ class Run:
         tower: What is trained.
         pruning: Makes the callback.
         against: The dense tower it is compared with; its own unless it was small from the start.
+        of: Name of the row whose trained towers are quantized; such a row is not trained.
+        quantization: Of those.
+        exported: Whether it is exported and measured in ONNX Runtime too.
     """
 
     name: str
@@ -101,10 +135,17 @@ class Run:
     tower: Tower
     pruning: Pruning | None = None
     against: Tower | None = None
+    of: str = ""
+    quantization: Quantization | None = None
+    exported: bool = False
 
     @property
     def dense(self) -> Tower:
         return self.against or self.tower
+
+
+def _rounded(name: str, tower: Tower, of: str, quantization: Quantization) -> Run:
+    return Run(name, "integer", tower, of=of, quantization=quantization, exported=True)
 
 
 LARGE = Tower(256, (1024, 1024), 5e-4)
@@ -112,22 +153,32 @@ HALF = Tower(128, (512, 512), 5e-4)  # that of the large one: twice the rate tra
 SMALL = Tower(64, (128,), 1.5e-3)
 HALF_SMALL = Tower(32, (64,), 1.5e-3)
 LARGE_RUNS = (
-    Run("large", "dense", LARGE),
+    Run("large", "dense", LARGE, exported=True),
     Run("large, 80 % zeros", "pruned", LARGE, zeros()),
     Run("large, half the hidden units", "pruned", LARGE, channels(embedding=False)),
-    Run("large, half of every width", "pruned", LARGE, channels(embedding=True)),
+    Run("large, half of every width", "pruned", LARGE, channels(embedding=True), exported=True),
     Run("the same shape from scratch", "control", HALF, against=LARGE),
+    _rounded("large, int8 tables", LARGE, "large", tables(8)),
+    _rounded("large, half of every width, int8", LARGE, "large, half of every width", all_layers),
 )
 SMALL_RUNS = (
-    Run("small", "dense", SMALL),
+    Run("small", "dense", SMALL, exported=True),
     Run("small, 80 % zeros", "pruned", SMALL, zeros()),
     Run("small, 80 % at random", "control", SMALL, zeros("random")),
 )
-ALL_RUNS = (*LARGE_RUNS, *SMALL_RUNS, Run("small, 80 % by magnitude", "pruned", SMALL, zeros("magnitude")))
+ALL_RUNS = (
+    *LARGE_RUNS,
+    *SMALL_RUNS,
+    Run("small, 80 % by magnitude", "pruned", SMALL, zeros("magnitude")),
+    _rounded("small, 4-bit tables", SMALL, "small", tables(4)),
+    _rounded("small, int8", SMALL, "small", all_layers),
+)
 FAST_RUNS = (
     *SMALL_RUNS,
-    Run("small, half of every width", "pruned", SMALL, channels(embedding=True)),
+    Run("small, half of every width", "pruned", SMALL, channels(embedding=True), exported=True),
     Run("the same shape from scratch", "control", HALF_SMALL, against=SMALL),
+    _rounded("small, int8 tables", SMALL, "small", tables(8)),
+    _rounded("small, half of every width, int8", SMALL, "small, half of every width", all_layers),
 )
 
 
@@ -174,49 +225,99 @@ def one_customer(task: Task) -> Inputs:
     return NextBasket(task.evaluation, task.popularity)[median]["inputs"]
 
 
-def score_run(run: Run, validation: Task, floor: float | None, seed: int) -> tuple[History, Row]:
-    """Train up to the validation cut; return what was logged, and P and its accuracy on the validation customers."""
+def score_run(run: Run, validation: Task, floor: float | None, seed: int) -> tuple[TwoTower, History, Row]:
+    """Train up to the validation cut.
+
+    Returns:
+        The tower, what was logged, and P and its accuracy on the validation customers.
+    """
     history = History()
     score = PerformanceScore(ACCURACY, size="nonzero", min_accuracy=floor, example_inputs=one_customer(validation))
-    fit(run, validation, [score, history], seed=seed, validate=True)
+    model = fit(run, validation, [score, history], seed=seed, validate=True)
     last = history.epochs[-1]
-    return history, {"P": last["P/unguarded"], "feasible": last["P/feasible"], ACCURACY: last[ACCURACY]}
+    return model, history, {"P": last["P/unguarded"], "feasible": last["P/feasible"], ACCURACY: last[ACCURACY]}
 
 
-def rank(model: TwoTower, task: Task) -> Tensor:
+def rank(model: TwoTower | Serving, task: Task) -> Tensor:
     """Score the catalogue for every customer of the evaluation."""
     model.eval()
+    arrange = padded if isinstance(model, Serving) else dict
     with torch.no_grad():
         batches = loader(task.evaluation, task.popularity, batch_size=BATCH_SIZE)
-        return torch.cat([model(**batch["inputs"]) for batch in batches])
+        return torch.cat([model(**arrange(batch["inputs"])) for batch in batches])
+
+
+def judge(model: TwoTower | Serving, task: Task) -> Row:
+    """Judge what a tower ranks first for the customers of the evaluation."""
+    relevant, seen = relevant_and_seen(task.evaluation, len(task.items))
+    return ranking_metrics(rank(model, task), relevant, seen)
 
 
 def compare(runs: Sequence[Run], validation: Task, test: Task, *, seed: int) -> tuple[list[Row], dict[str, History]]:
-    """Train all runs, and measure each against the dense one of its tower."""
-    dense: dict[Tower, tuple[TwoTower, Row]] = {}
-    histories: dict[str, History] = {}
+    """Train or quantize all runs, and measure each against the dense one of its tower."""
     rows = []
-    for run in runs:
-        print(f"{run.name}: training to {VALIDATION[0]:%Y-%m-%d} for P, then to {TEST[0]:%Y-%m-%d} for the test")
-        floor = FLOOR * dense[run.dense][1][ACCURACY] if run.dense in dense else None
-        histories[run.name], row = score_run(run, validation, floor, seed)
-        model = fit(run, test, [], seed=seed, validate=False)
-        if run.dense not in dense:  # a copy: against itself a model would find its weights in the cache
-            dense[run.dense] = copy.deepcopy(model), row
-        against, dense_row = dense[run.dense]
-        row |= test_facts(model, against, test)
+    with tempfile.TemporaryDirectory() as folder:
+        comparison = Comparison(folder, validation, test, seed=seed)
+        for run in runs:
+            row = comparison.quantize(run) if run.of else comparison.train(run)
+            if run.exported:
+                row |= comparison.export(run, row[ACCURACY])
+            rows.append({"name": run.name, "kind": run.kind, **row})
+    return rows, comparison.histories
+
+
+class Comparison:
+    """The towers of one comparison, trained to both cuts, and as they are deployed: with padded customers.
+
+    Args:
+        folder: Where the exported files go.
+        validation: Its towers are those that P judges.
+        test: Its towers are those of the other columns, and exported.
+        seed: Of all trainings.
+    """
+
+    def __init__(self, folder: str, validation: Task, test: Task, *, seed: int) -> None:
+        self.validation, self.test, self.seed = validation, test, seed
+        customers = loader(test.evaluation, test.popularity, batch_size=BATCH_SIZE)
+        held_out = [padded(batch["inputs"]) for batch in islice(customers, COMPARED_BATCHES)]
+        one = padded(one_customer(test))
+        self.files = ExportedFiles(folder, one, [one, *held_out], {name: {1: "entries"} for name in RAGGED})
+        self.histories: dict[str, History] = {}
+        self.dense: dict[Tower, tuple[str, TwoTower, Row]] = {}
+        self.towers: dict[str, tuple[Serving, Serving]] = {}
+
+    def train(self, run: Run) -> Row:
+        """Train a run to both cuts."""
+        print(f"training: {run.name}, to {VALIDATION[0]:%Y-%m-%d} for P and to {TEST[0]:%Y-%m-%d} for the test")
+        floor = FLOOR * self.dense[run.dense][2][ACCURACY] if run.dense in self.dense else None
+        scored, history, row = score_run(run, self.validation, floor, self.seed)
+        model = fit(run, self.test, [], seed=self.seed, validate=False)
+        if run.dense not in self.dense:  # a copy: against itself a model would find its weights in the cache
+            self.dense[run.dense] = run.name, copy.deepcopy(model), row
+        _, against, dense_row = self.dense[run.dense]
+        row |= test_facts(model, against, self.test)
         if run.against is not None:
             row["P"] = score_against(row, dense_row, row[ACCURACY])
-            histories[run.name].forget_ratios()
-        rows.append({"name": run.name, "kind": run.kind, **row})
-    return rows, histories
+            history.forget_ratios()
+        self.histories[run.name], self.towers[run.name] = history, (Serving(scored), Serving(model))
+        return row
+
+    def quantize(self, run: Run) -> Row:
+        """Quantize copies of both towers of an earlier run."""
+        print(f"quantizing: {run.name}")
+        scored, model = copy.deepcopy(self.towers[run.of])
+        self.towers[run.name] = run.quantization(scored, self.validation), run.quantization(model, self.test)
+        return {**judge(model, self.test), ACCURACY: judge(scored, self.validation)["new_recall"]}
+
+    def export(self, run: Run, accuracy: float) -> Row:
+        """Export the tower that was trained to the test cut, and measure the file."""
+        return self.files.add(run.name, self.towers[run.name][1], dense=self.dense[run.dense][0], accuracy=accuracy)
 
 
 def test_facts(model: TwoTower, against: TwoTower, test: Task) -> Row:
     """Judge a tower on the test customers, and measure what it costs."""
     latency = measure_latency(model, one_customer(test), against=against, batch_size=None)
-    relevant, seen = relevant_and_seen(test.evaluation, len(test.items))
-    return ranking_metrics(rank(model, test), relevant, seen) | model_facts(model) | latency_facts(latency)
+    return judge(model, test) | model_facts(model) | latency_facts(latency)
 
 
 def baseline_rows(test: Task) -> list[Row]:
@@ -228,12 +329,30 @@ def baseline_rows(test: Task) -> list[Row]:
     ]
 
 
+def integers_notes(rows: list[Row]) -> list[str]:
+    """Say what rounding costs and what it saves, from what was measured."""
+    shown = {row["name"] for row in rows}
+    sources = {run.name: run.of for run in (*ALL_RUNS, *FAST_RUNS) if run.of and run.name in shown}
+    notes = [
+        "Exported towers take customers padded to one length, since engines know no ragged bags; the class that is "
+        "compared is the item ranked first. Tables alone are rounded by rows, without any data; their products stay "
+        "float. int8 without 'tables' rounds weights and inputs of all layers, with ranges from "
+        f"{CALIBRATION_BATCHES} training batches.",
+        *rounding_notes(rows, sources, "new_recall", "recall of new items"),
+    ]
+    if any("4-bit" in name for name in sources):
+        notes.append(
+            "Weights of fewer than 8 bits lie in 8-bit containers: P, exported, counts their bits, the file does not."
+        )
+    return notes
+
+
 def build_report(rows: list[Row], histories: dict[str, History], test: Task, source: str) -> Report:
     """Arrange the rows as a report."""
     relevant, seen = relevant_and_seen(test.evaluation, len(test.items))
     again = (relevant & seen).sum() / relevant.sum()
     return Report(
-        title=f"Next-basket recommender on {source}, pruned while it trains",
+        title=f"Next-basket recommender on {source}, pruned and quantized",
         summary=(
             f"{len(test.train):,} baskets before {TEST[0]:%Y-%m-%d}; for each of {len(test.evaluation):,} customers "
             f"all {len(test.items):,} items are ranked for the first basket after it, from what was known before. "
@@ -248,6 +367,7 @@ def build_report(rows: list[Row], histories: dict[str, History], test: Task, sou
             Column("new_recall", "recall, new", "{:.4f}"),
             Column("new_ndcg", "NDCG, new", "{:.4f}"),
             SCORE_COLUMN,
+            *EXPORT_COLUMNS,
         ],
         rows=rows,
         notes=[
@@ -268,6 +388,8 @@ def build_report(rows: list[Row], histories: dict[str, History], test: Task, sou
                 f"{FLOOR} of the dense tower's",
             ),
             SCRATCH_SCORE_NOTE,
+            EXPORT_NOTE,
+            *integers_notes(rows),
             REPEAT_NOTE,
         ],
         figures=[
@@ -278,6 +400,11 @@ def build_report(rows: list[Row], histories: dict[str, History], test: Task, sou
                 trade_off_figure(rows, "new_recall", "recall@20, new items"),
             ),
             ("trade_off", "Recall over all items against file size.", trade_off_figure(rows, "recall", "recall@20")),
+            (
+                "trade_off_onnx",
+                "Recall among new items against the size of the exported file.",
+                trade_off_figure(rows, "new_recall", "recall@20, new items", size="onnx_bytes"),
+            ),
         ],
     )
 

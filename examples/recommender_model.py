@@ -3,16 +3,19 @@
 An ordinary LightningModule of plain layers; it knows nothing of lightning_optim.
 """
 
+from collections.abc import Sequence
+
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from ranking import hits_at_k, recall
 
-__all__ = ["Serving", "TwoTower", "padded"]
+__all__ = ["RAGGED", "Serving", "TwoTower", "padded"]
 
 WARM_UP_STEPS = 50
 LAST_RATE = 0.02  # of the learning rate, after the linear decay
+RAGGED = ("item", "weight", "log_count", "recency", "shown")  # what has a number for each entry of a customer
 
 
 class TwoTower(LightningModule):
@@ -168,9 +171,13 @@ class Serving(nn.Module):
 def padded(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return what ``Serving`` takes of what ``TwoTower`` takes."""
     lengths = inputs["starts"].diff().tolist()
-    ragged = {name: inputs[name].split(lengths) for name in ("item", "weight", "log_count", "recency", "shown")}
     return {
-        **{name: nn.utils.rnn.pad_sequence(parts, batch_first=True) for name, parts in ragged.items()},
+        **{name: _filled_up(inputs[name].split(lengths)) for name in RAGGED},
         "popularity": inputs["popularity"],
         "context": inputs["context"],
     }
+
+
+def _filled_up(parts: Sequence[Tensor]) -> Tensor:
+    """Fill up with zeros to the longest, and to one entry where all are empty: an EmbeddingBag takes no empty rows."""
+    return nn.utils.rnn.pad_sequence([*parts, parts[0].new_zeros(1)], batch_first=True)[:-1]

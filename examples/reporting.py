@@ -9,6 +9,7 @@ import platform
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -191,11 +192,19 @@ def prepare(*, threads: int, verbose: bool) -> None:
 
 @dataclass(frozen=True)
 class Column:
-    """A column of the table: the key in a row, the title, and how it is written (of the value, or of the whole row)."""
+    """A column of the table.
+
+    Attributes:
+        key: In a row.
+        title: Of the column.
+        form: How it is written: of the value, or of the whole row.
+        begins_part: Whether a table that is too wide for the terminal is broken before it.
+    """
 
     key: str
     title: str
     form: str | Callable[[Row], str] = "{}"
+    begins_part: bool = False
 
     def cell(self, row: Row) -> str:
         """Return the text of a row's value; a dash where it has none."""
@@ -254,17 +263,13 @@ class Report:
     figures: list[tuple[str, str, Figure]] = field(default_factory=list)
 
     def print(self) -> None:
-        """Print table and notes to the terminal."""
+        """Print table and notes to the terminal, the table in parts where it is wider than that."""
         console = Console()
         if not console.is_terminal:
             console.width = 200  # a log file has no width of its own
-        table = Table(title=self.title, title_justify="left")
-        for place, column in enumerate(self.columns):
-            table.add_column(column.title, justify="right" if place else "left", overflow="fold")
-        for number, row in enumerate(self.rows):
-            is_last_of_kind = number + 1 < len(self.rows) and _is_net(row) != _is_net(self.rows[number + 1])
-            table.add_row(*(column.cell(row) for column in self.columns), end_section=is_last_of_kind)
-        console.print(table)
+        console.print(self.title, style="italic", highlight=False, markup=False)
+        for columns in _parts(self.columns, self.rows, console.width):
+            console.print(_table(columns, self.rows))
         for note in self.notes:
             console.print(f"- {note}", highlight=False, markup=False)
 
@@ -320,6 +325,40 @@ def environment() -> str:
         f"Python {platform.python_version()}, torch {torch.__version__}, lightning {pl.__version__}, "
         f"{torch.get_num_threads()} of {os.cpu_count()} cores, {platform.machine()}"
     )
+
+
+def _parts(columns: Sequence[Column], rows: Sequence[Row], width: int) -> list[list[Column]]:
+    """Deal out columns to tables that fit into a width where that can be; each begins with the first column."""
+
+    def fits(part: Sequence[Column]) -> bool:
+        return sum(_width(column, rows) for column in part) < width
+
+    name, *others = columns
+    parts = [[name]]
+    for column in others:
+        is_full = not fits([*parts[-1], column]) or (column.begins_part and not fits(columns))
+        if is_full and len(parts[-1]) > 1:
+            parts.append([name])
+        parts[-1].append(column)
+    return parts
+
+
+def _width(column: Column, rows: Sequence[Row]) -> int:
+    """Return how wide a column is when its title breaks between words and its cells do not, with frame and padding."""
+    return max(len(text) for text in (*column.title.split(), *map(column.cell, rows))) + 3
+
+
+def _table(columns: Sequence[Column], rows: Sequence[Row]) -> Table:
+    """Make a terminal table; rows that have none of the columns after the first are left out."""
+    shown = [row for row in rows if any(row.get(column.key) is not None for column in columns[1:])]
+    table = Table()
+    for place, column in enumerate(columns):
+        justify = "right" if place else "left"
+        table.add_column(column.title, justify=justify, overflow="fold", min_width=_width(column, rows) - 3)
+    for row, after in zip_longest(shown, shown[1:]):
+        is_last_of_kind = after is not None and _is_net(row) != _is_net(after)
+        table.add_row(*(column.cell(row) for column in columns), end_section=is_last_of_kind)
+    return table
 
 
 def _is_net(row: Row) -> bool:
@@ -392,7 +431,7 @@ PAGE = """<!doctype html>
 COLOURS = {
     "dense": ("#1c2024", "#8a9199"),
     "pruned": ("#0072b2", "#009e73", "#8e5aa8", "#56b4e9", "#8c564b"),
-    "integer": ("#cc79a7", "#117733", "#882255"),
+    "integer": ("#cc79a7", "#117733", "#882255", "#999933"),
     "control": ("#d55e00", "#e69f00"),
 }
 LONG_NAME = 20  # three columns of longer ones are wider than the figure
@@ -473,19 +512,29 @@ def sparsity_figure(rows: Sequence[Row], histories: dict[str, History]) -> Figur
     return figure
 
 
-def trade_off_figure(rows: Sequence[Row], metric: str, label: str) -> Figure:
-    """Draw a metric against the compressed size of the file, with its standard deviation where there is one."""
+SIZE_LABELS = {"bytes": "state_dict file, compressed", "onnx_bytes": "ONNX file"}
+
+
+def trade_off_figure(rows: Sequence[Row], metric: str, label: str, *, size: str = "bytes") -> Figure:
+    """Draw a metric against the size of the file, with its standard deviation where there is one.
+
+    Args:
+        rows: The table's rows; those without that file are left out.
+        metric: Key in a row.
+        label: Of the y axis.
+        size: Key of the size in a row: "bytes" or "onnx_bytes".
+    """
     figure, axis = _panel()
     styles = _styles(rows)
-    for row in (row for row in rows if "bytes" in row):
+    for row in (row for row in rows if size in row):
         style = {**styles[row["name"]], "linestyle": ""}
         spread = row.get(f"{metric}_std")
-        axis.errorbar(row["bytes"] / 1000, row[metric], spread, label=row["name"], markersize=9, capsize=3, **style)
+        axis.errorbar(row[size] / 1000, row[metric], spread, label=row["name"], markersize=9, capsize=3, **style)
     axis.set_xscale("log")
     axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
     axis.xaxis.set_major_formatter("{x:g}")
     axis.minorticks_off()
-    axis.set(xlabel="state_dict file, compressed (kB, logarithmic)", ylabel=label)
+    axis.set(xlabel=f"{SIZE_LABELS[size]} (kB, logarithmic)", ylabel=label)
     _legend(figure)
     return figure
 

@@ -119,7 +119,7 @@ def test_recommender_learns_the_structure_of_the_generated_shop(shop_rows):
     selected = 2 * width * items + 2 * width * hidden  # both tables and both matrices; not biases, norm and terms
     assert pruned["nonzero"] == pytest.approx(0.2 * selected + dense["parameters"] - selected, abs=1 + hidden)
     assert pruned["P"] < dense["P"]
-    check_report(folder, rows, figures=7)
+    check_report(folder, rows, figures=8)
 
 
 def test_recommender_loses_the_same_channels_in_every_layer_of_a_group(shop_rows):
@@ -133,6 +133,39 @@ def test_recommender_loses_the_same_channels_in_every_layer_of_a_group(shop_rows
     assert halved["nonzero"] > 0.99 * halved["parameters"]
     assert scratch["parameters"] == halved["parameters"]
     assert halved["P"] < dense["P"]
+
+
+def check_rounded(by_name):
+    """Integer rows rank like the float row each was made from, in PyTorch and in the file."""
+    for name, source in (
+        ("small, int8 tables", "small"),
+        ("small, half of every width, int8", "small, half of every width"),
+    ):
+        rounded, of = by_name[name], by_name[source]
+        assert rounded["kind"] == "integer"
+        for metric in ("recall", "ndcg", "new_recall", "new_ndcg", "val_new_recall"):
+            assert rounded[metric] == pytest.approx(of[metric], abs=0.01), (name, metric)
+        assert rounded["onnx_agreement"] >= 0.99
+        assert rounded["onnx_bytes"] < 0.5 * of["onnx_bytes"]
+        expected = 0.6 * rounded["onnx_latency"] + 0.1 * (1 - rounded["val_new_recall"])
+        assert rounded["onnx_P"] - expected < of["onnx_P"] - 0.6 * of["onnx_latency"]  # fewer bits
+
+
+def test_recommender_exports_integers_that_rank_the_same(shop_rows):
+    rows, folder = shop_rows
+    by_name = {row["name"]: row for row in rows}
+    check_rounded(by_name)
+    dense, halved = by_name["small"], by_name["small, half of every width"]
+    tables, everything = by_name["small, int8 tables"], by_name["small, half of every width, int8"]
+    assert [row["integer_kernels"] for row in (dense, halved, tables)] == [0, 0, 0]
+    assert (everything["integer_kernels"], everything["kernels"]) == (3, 4)  # float: the factors of the added terms
+    assert everything["onnx_bytes"] <= 0.40 * halved["onnx_bytes"]
+    width, items = 64, (dense["parameters"] - 64 * 128 * 2 - 128 - 64 - 128 - 9) // 129
+    saved = 2 * items * (3 * width - 4)  # of two tables, less one scale for each row
+    assert dense["onnx_bytes"] - tables["onnx_bytes"] == pytest.approx(saved, rel=0.05)
+    text = (folder / "report.md").read_text(encoding="utf-8")
+    assert "Rounded after training, each against the float32 row it was made from. small, int8 tables: recall" in text
+    assert "small, 4-bit" not in text
 
 
 @pytest.mark.slow
@@ -149,7 +182,8 @@ def test_recommender_runs_on_some_customers_of_the_real_file(retail_file, tmp_pa
     assert dense["recall"] > 2 * popular["recall"]
     assert dense["new_recall"] > popular["new_recall"]
     assert by_name["small, 80 % zeros"]["recall"] > 0.95 * dense["recall"]
-    check_report(tmp_path, rows, figures=7)
+    check_rounded(by_name)
+    check_report(tmp_path, rows, figures=8)
 
 
 def test_a_missing_file_ends_in_one_sentence(monkeypatch, tmp_path):
@@ -162,6 +196,25 @@ def test_data_and_synthetic_exclude_each_other(capsys):
     with pytest.raises(SystemExit):
         recommender.main(["--synthetic", "--data", "x.csv"])
     assert "exclude each other" in capsys.readouterr().err
+
+
+def test_a_wide_table_is_printed_in_parts_that_begin_with_the_name(capsys):
+    keys = [f"c{n:02}" for n in range(30)]
+    columns = [Column("name", "model"), *(Column(key, f"title of {key}", begins_part=key == "c05") for key in keys)]
+    some = {"name": "some", "kind": "dense", **dict.fromkeys(keys, 123_456)}
+    few = {"name": "few", "kind": "baseline", "c00": 1}
+
+    def printed(count):
+        Report("title", "summary", columns[: count + 1], [some, few]).print()
+        lines = capsys.readouterr().out.splitlines()
+        assert max(map(len, lines)) <= 200
+        return " ".join(lines)
+
+    wide, narrow = printed(30), printed(10)
+    assert [wide.count(f" {key} ") for key in keys] == [1] * 30
+    assert wide.count(" model ") == wide.count(" some ") == 3  # broken before c05, and where the width ends
+    assert wide.count(" few ") == 1  # it has nothing in the other parts
+    assert narrow.count(" model ") == 1
 
 
 def test_a_report_escapes_what_it_is_given():

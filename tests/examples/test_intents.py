@@ -214,7 +214,7 @@ def test_padding_changes_no_logit(messages):
 @pytest.fixture(scope="module")
 def generated_rows(tmp_path_factory):
     folder = tmp_path_factory.mktemp("intents")
-    return intents.main(["--synthetic", "--fast", "--report", str(folder)]), folder
+    return intents.main(["--synthetic", "--report", str(folder)]), folder
 
 
 def test_the_net_reads_what_word_counts_cannot_and_pruning_beats_its_controls(generated_rows):
@@ -225,12 +225,35 @@ def test_the_net_reads_what_word_counts_cannot_and_pruning_beats_its_controls(ge
     assert by_name["80 % zeros"]["accuracy"] > dense["accuracy"] - 0.15
     assert by_name["80 % zeros"]["accuracy"] > by_name["80 % at random"]["accuracy"] + 0.2
     assert by_name["half of every width"]["accuracy"] > dense["accuracy"] - 0.1
-    check_report(folder, rows, figures=6)
+    check_report(folder, rows, figures=7)
+
+
+def test_integers_answer_like_the_net_they_were_made_from(generated_rows):
+    rows, folder = generated_rows
+    by_name = {row["name"]: row for row in rows}
+    dense, trained = by_name["dense"], by_name["4-bit weights, QAT"]
+    for name, source in (("int8, after training", "dense"), ("half of every width, int8", "half of every width")):
+        rounded, of = by_name[name], by_name[source]
+        assert rounded["kind"] == "integer"
+        for metric in ("accuracy", "val_acc"):
+            assert rounded[metric] == pytest.approx(of[metric], abs=0.02)
+        assert rounded["onnx_bytes"] <= 0.40 * of["onnx_bytes"]  # the embedding is int8 too
+        assert rounded["integer_kernels"] == rounded["kernels"] == 3
+        assert rounded["onnx_agreement"] >= 0.99
+        assert of["integer_kernels"] == 0
+    assert trained["onnx_agreement"] >= 0.99
+    assert trained["integer_kernels"] == trained["kernels"] == 3
+    assert trained["accuracy"] > dense["accuracy"] - 0.1
+    assert trained["parameters"] == dense["parameters"]
+    assert "onnx_bytes" not in by_name["4-bit weights, after training"]
+    text = (folder / "report.md").read_text(encoding="utf-8")
+    ratio = by_name["int8, after training"]["onnx_bytes"] / dense["onnx_bytes"]
+    assert f"The int8 file of the dense net has {ratio:.0%} of the float32 one's bytes" in text
 
 
 def test_channels_leave_the_embedding_too_and_zeros_every_layer(generated_rows):
     rows, _ = generated_rows
-    dense, zeros, at_random, halved, small, _ = rows
+    dense, zeros, at_random, halved, small = rows[:5]
     width, intents_ = 128, 16
     others = width + width + intents_  # biases
     pieces = (dense["parameters"] - others - 3 * width**2 - width**2 - width * intents_) // width
@@ -250,7 +273,7 @@ def test_channels_leave_the_embedding_too_and_zeros_every_layer(generated_rows):
 @pytest.mark.slow
 def test_it_gives_the_same_numbers_again(generated_rows, tmp_path):
     rows, _ = generated_rows
-    assert repeatable(intents.main(["--synthetic", "--fast", "--report", str(tmp_path)])) == repeatable(rows)
+    assert repeatable(intents.main(["--synthetic", "--report", str(tmp_path)])) == repeatable(rows)
 
 
 def test_generated_messages_repeat_with_a_seed():
@@ -278,4 +301,7 @@ def test_it_runs_on_some_intents_of_the_real_files(vocabulary, bank_folder, tmp_
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
     assert "Short form: only the intents with 'transfer' in their name" in text
     assert ("all-MiniLM-L6-v2" in text) == (vocabulary == "minilm")
-    check_report(tmp_path, rows, figures=6)
+    rounded = by_name["int8, after training"]
+    assert rounded["accuracy"] == pytest.approx(by_name["dense"]["accuracy"], abs=0.02)
+    assert rounded["onnx_bytes"] <= 0.30 * by_name["dense"]["onnx_bytes"]
+    check_report(tmp_path, rows, figures=7)

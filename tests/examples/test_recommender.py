@@ -8,7 +8,7 @@ import torch
 from ranking import ranking_metrics
 from recommender_baselines import BASELINES, buy_again, popularity
 from recommender_data import NextBasket, build_task, history_before, loader, positions, relevant_and_seen
-from recommender_model import TwoTower
+from recommender_model import RAGGED, Serving, TwoTower, padded
 from synthetic_retail import generate_purchases
 
 CUT, END = pd.Timestamp("2011-03-01"), pd.Timestamp("2011-04-01")
@@ -155,6 +155,26 @@ def test_the_tower_is_its_formula(shop):
     expected = tower.item.weight @ latent + tower.item.bias + popular * inputs["popularity"][0]
     expected += counted * dense["log_count"] + recent * dense["recency"]
     torch.testing.assert_close(tower(**inputs)[0], expected)
+
+
+def test_the_deployed_tower_scores_like_the_trained_one_whatever_the_padding(shop):
+    data = NextBasket(shop.train, shop.popularity, augment=True, seed=1)  # with items that are in the basket already
+    inputs = data.__getitems__(list(range(0, len(shop.train), 5)))["inputs"]
+    torch.manual_seed(0)
+    tower = TwoTower(len(shop.items), width=4, hidden=(8,)).eval()
+    filled = padded(inputs)
+    assert len(set(inputs["starts"].diff().tolist())) > 2
+    torch.testing.assert_close(Serving(tower).eval()(**filled), tower(**inputs))
+    longer = {name: torch.nn.functional.pad(filled[name], (0, 3)) for name in RAGGED}
+    torch.testing.assert_close(Serving(tower).eval()(**(filled | longer)), tower(**inputs))
+    assert sum(p.numel() for p in Serving(tower).parameters()) == sum(p.numel() for p in tower.parameters()) - 9
+
+
+def test_a_deployed_tower_without_history_ranks_by_what_it_knows_of_all(task):
+    inputs = NextBasket(task.evaluation, task.popularity)[0]["inputs"]
+    empty = {name: inputs[name][:0] for name in RAGGED} | {"starts": torch.tensor([0, 0])}
+    tower = TwoTower(3, width=4, hidden=(8,)).eval()
+    torch.testing.assert_close(Serving(tower).eval()(**padded(inputs | empty)), tower(**(inputs | empty)))
 
 
 def test_an_item_in_the_basket_is_not_recommended_again(shop):
