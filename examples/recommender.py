@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from exported import EXPORT_COLUMNS, EXPORT_NOTE, ExportedFiles, rounding_notes
 from lightning_optim import (
     ChannelPruning,
+    DistillationModule,
     PerformanceScore,
     WeightPruning,
     measure_latency,
@@ -125,6 +126,7 @@ class Run:
         tower: What is trained.
         pruning: Makes the callback.
         against: The dense tower it is compared with; its own unless it was small from the start.
+        teacher: Name of the row whose trained towers teach this one.
         of: Name of the row whose trained towers are quantized; such a row is not trained.
         quantization: Of those.
         exported: Whether it is exported and measured in ONNX Runtime too.
@@ -135,6 +137,7 @@ class Run:
     tower: Tower
     pruning: Pruning | None = None
     against: Tower | None = None
+    teacher: str = ""
     of: str = ""
     quantization: Quantization | None = None
     exported: bool = False
@@ -169,14 +172,16 @@ SMALL_RUNS = (
 ALL_RUNS = (
     *LARGE_RUNS,
     *SMALL_RUNS,
-    Run("small, 80 % by magnitude", "pruned", SMALL, zeros("magnitude")),
+    Run("small, taught by large", "distilled", SMALL, teacher="large"),
     _rounded("small, 4-bit tables", SMALL, "small", tables(4)),
     _rounded("small, int8", SMALL, "small", all_layers),
+    _rounded("small, taught by large, int8", SMALL, "small, taught by large", all_layers),
 )
 FAST_RUNS = (
     *SMALL_RUNS,
     Run("small, half of every width", "pruned", SMALL, channels(embedding=True), exported=True),
     Run("the same shape from scratch", "control", HALF_SMALL, against=SMALL),
+    Run("the same shape, taught by small", "distilled", HALF_SMALL, against=SMALL, teacher="small"),
     _rounded("small, int8 tables", SMALL, "small", tables(8)),
     _rounded("small, half of every width, int8", SMALL, "small, half of every width", all_layers),
 )
@@ -196,8 +201,16 @@ def load_purchases(arguments: argparse.Namespace) -> pd.DataFrame:
     return rows[rows["customer"].isin(chosen)]
 
 
-def fit(run: Run, task: Task, callbacks: Sequence[pl.Callback], *, seed: int, validate: bool) -> TwoTower:
-    """Train a tower on the baskets before the task's cut: a plain Trainer with our callbacks."""
+def fit(
+    run: Run,
+    task: Task,
+    callbacks: Sequence[pl.Callback],
+    *,
+    seed: int,
+    validate: bool,
+    teacher: TwoTower | None = None,
+) -> TwoTower:
+    """Train a tower on the baskets before the cut: a plain Trainer with our callbacks, and a teacher where given."""
     pl.seed_everything(seed, verbose=False)
     model = run.tower.build(len(task.items))
     trainer = pl.Trainer(
@@ -211,7 +224,7 @@ def fit(run: Run, task: Task, callbacks: Sequence[pl.Callback], *, seed: int, va
         callbacks=[*([run.pruning(one_customer(task))] if run.pruning else []), *callbacks],
     )
     trainer.fit(
-        model,
+        model if teacher is None else DistillationModule(model, teacher, alpha=0.5, temperature=1.0),
         loader(task.train, task.popularity, batch_size=BATCH_SIZE, train=True, seed=seed),
         loader(task.evaluation, task.popularity, batch_size=BATCH_SIZE),
     )
@@ -225,7 +238,9 @@ def one_customer(task: Task) -> Inputs:
     return NextBasket(task.evaluation, task.popularity)[median]["inputs"]
 
 
-def score_run(run: Run, validation: Task, floor: float | None, seed: int) -> tuple[TwoTower, History, Row]:
+def score_run(
+    run: Run, validation: Task, floor: float | None, seed: int, teacher: TwoTower | None
+) -> tuple[TwoTower, History, Row]:
     """Train up to the validation cut.
 
     Returns:
@@ -233,7 +248,7 @@ def score_run(run: Run, validation: Task, floor: float | None, seed: int) -> tup
     """
     history = History()
     score = PerformanceScore(ACCURACY, size="nonzero", min_accuracy=floor, example_inputs=one_customer(validation))
-    model = fit(run, validation, [score, history], seed=seed, validate=True)
+    model = fit(run, validation, [score, history], seed=seed, validate=True, teacher=teacher)
     last = history.epochs[-1]
     return model, history, {"P": last["P/unguarded"], "feasible": last["P/feasible"], ACCURACY: last[ACCURACY]}
 
@@ -284,14 +299,16 @@ class Comparison:
         self.files = ExportedFiles(folder, one, [one, *held_out], {name: {1: "entries"} for name in RAGGED})
         self.histories: dict[str, History] = {}
         self.dense: dict[Tower, tuple[str, TwoTower, Row]] = {}
+        self.trained: dict[str, tuple[TwoTower, TwoTower]] = {}
         self.towers: dict[str, tuple[Serving, Serving]] = {}
 
     def train(self, run: Run) -> Row:
         """Train a run to both cuts."""
         print(f"training: {run.name}, to {VALIDATION[0]:%Y-%m-%d} for P and to {TEST[0]:%Y-%m-%d} for the test")
         floor = FLOOR * self.dense[run.dense][2][ACCURACY] if run.dense in self.dense else None
-        scored, history, row = score_run(run, self.validation, floor, self.seed)
-        model = fit(run, self.test, [], seed=self.seed, validate=False)
+        teachers = self.trained.get(run.teacher, (None, None))
+        scored, history, row = score_run(run, self.validation, floor, self.seed, teachers[0])
+        model = fit(run, self.test, [], seed=self.seed, validate=False, teacher=teachers[1])
         if run.dense not in self.dense:  # a copy: against itself a model would find its weights in the cache
             self.dense[run.dense] = run.name, copy.deepcopy(model), row
         _, against, dense_row = self.dense[run.dense]
@@ -299,7 +316,8 @@ class Comparison:
         if run.against is not None:
             row["P"] = score_against(row, dense_row, row[ACCURACY])
             history.forget_ratios()
-        self.histories[run.name], self.towers[run.name] = history, (Serving(scored), Serving(model))
+        self.histories[run.name], self.trained[run.name] = history, (scored, model)
+        self.towers[run.name] = Serving(scored), Serving(model)
         return row
 
     def quantize(self, run: Run) -> Row:

@@ -49,9 +49,9 @@ __all__ = [
 ]
 
 Row = dict[str, Any]
-KINDS = ("dense", "pruned", "integer", "control", "baseline")
-"""How a row is drawn: the model as it is, what the package made of it (smaller, or of integers), what it must beat, and
-what needs no net."""
+KINDS = ("dense", "pruned", "distilled", "integer", "control", "baseline")
+"""How a row is drawn: the model as it is, what the package made of it (smaller, taught, or of integers), what it must
+beat, and what needs no net."""
 
 
 # Facts about a finished model.
@@ -431,11 +431,12 @@ PAGE = """<!doctype html>
 COLOURS = {
     "dense": ("#1c2024", "#8a9199"),
     "pruned": ("#0072b2", "#009e73", "#8e5aa8", "#56b4e9", "#8c564b"),
+    "distilled": ("#b8860b", "#6b8e23"),
     "integer": ("#cc79a7", "#117733", "#882255", "#999933"),
     "control": ("#d55e00", "#e69f00"),
 }
 LONG_NAME = 20  # three columns of longer ones are wider than the figure
-MARKERS = {"dense": "s", "pruned": "o", "integer": "D", "control": "X"}
+MARKERS = {"dense": "s", "pruned": "o", "distilled": "P", "integer": "D", "control": "X"}
 
 
 def _styles(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:

@@ -9,6 +9,7 @@ from lightning_optim.callbacks import (
     WeightPruning,
 )
 from lightning_optim.checkpoint import conform, load_from_checkpoint
+from lightning_optim.distillation import DistillationModule, Feature, IndexedDataset, Ramp, student_only
 from lightning_optim.export import ExportReport, export_onnx
 from lightning_optim.measure import LatencyResult, measure_latency
 from lightning_optim.quantization.calibrate import quantize_post_training
@@ -18,10 +19,14 @@ from lightning_optim.structured.sensitivity import sensitivity
 __all__ = [
     "ChannelPruning",
     "CompressedCheckpoint",
+    "DistillationModule",
     "ExportReport",
+    "Feature",
+    "IndexedDataset",
     "LatencyResult",
     "PerformanceScore",
     "QuantizationAwareTraining",
+    "Ramp",
     "WeightPruning",
     "__version__",
     "conform",
@@ -31,4 +36,5 @@ __all__ = [
     "prune_channels",
     "quantize_post_training",
     "sensitivity",
+    "student_only",
 ]

@@ -320,6 +320,34 @@ def plain_plan(module: nn.Module) -> dict[str, Any]:
     return hook.plan.as_plain() if isinstance(hook, _SaveHook) else dict(EMPTY)
 
 
+def share_plan(module: nn.Module, name: str) -> None:
+    """Let a module and one below it know of each other's changes, so that both write them into their checkpoints.
+
+    Args:
+        module: The module around.
+        name: Dotted name of the one below; only what lies in it is shared.
+    """
+    below = module.get_submodule(name)
+    outer, inner = plan_of(module), plan_of(below)
+    for own, base in list(inner._base.items()):
+        outer._base.setdefault(f"{name}.{own}".rstrip("."), base)
+    for full, base in list(outer._base.items()):
+        if full == name or full.startswith(f"{name}."):
+            inner._base.setdefault(full.removeprefix(name).removeprefix("."), base)
+    for each in (module, below):
+        detach(each)
+
+
+def plan_below(plain: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Return a plan as it is for the module ``name`` alone: its names lose the prefix, other modules are dropped."""
+    modules = {
+        full.removeprefix(name).removeprefix("."): structure
+        for full, structure in plain["modules"].items()
+        if full == name or full.startswith(f"{name}.")
+    }
+    return {**plain, "modules": modules}
+
+
 def attach(module: nn.Module) -> None:
     """Wrap a LightningModule's checkpoint hooks on the instance; wrapping twice is harmless."""
     plan_of(module)

@@ -1,7 +1,7 @@
 """ChannelPruning: channels leave the model while it trains, and the run goes on."""
 
 import gc
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -400,11 +400,13 @@ class ChannelPruning(CompressionCallback):
     # The change.
 
     def _commit(self, trainer: pl.Trainer, pl_module: pl.LightningModule, removal: Removal) -> None:
+        follow = self._followed(pl_module, removal)
         wrapped = "DDPStrategy" in mro_names(trainer.strategy)
         if wrapped:
             trainer.strategy.model = trainer.strategy.lightning_module
             gc.collect()
         replaced = self._shrink(pl_module, removal)
+        follow(trainer)
         for optimizer in trainer.optimizers:
             for shape in slice_optimizer(optimizer, replaced, reset=self.optimizer_state == "reset"):
                 rank_zero_info(f"{self._label()}: the optimizer state of a {shape} parameter cannot be sliced; reset.")
@@ -417,6 +419,12 @@ class ChannelPruning(CompressionCallback):
             torch._dynamo.reset()  # graphs of earlier shapes count towards its limit, beyond which it runs eager
         if wrapped:
             trainer.strategy.configure_ddp()  # type: ignore[attr-defined]
+
+    def _followed(self, pl_module: pl.LightningModule, removal: Removal) -> Callable[[pl.Trainer], None]:
+        """Ask a module that has more than the target (a distillation module: projectors) how that will follow."""
+        ask = getattr(pl_module, "follow_removal", None)
+        answer: Callable[[pl.Trainer], None] = (lambda _: None) if ask is None else ask(self._target, removal)
+        return answer
 
     def _shrink(self, root: nn.Module, removal: Removal) -> dict[nn.Parameter, tuple[nn.Parameter, Tensor]]:
         """Remove from the model, or from an averaged copy of it, and let its plan know."""

@@ -1,0 +1,138 @@
+"""What a teacher adds to a training step: live, of two sizes, and with its logits cached; and what the cache costs.
+
+A student MLP and teachers of about 5 and 20 times its parameters, 77 classes, batch 64, one thread. Every variant
+trains in a Trainer of its own; the variants take turns, and each one's figure is the mean of its faster steps (the 5th
+to the 40th hundredth) in CPU time. Ratios are to the student alone.
+
+    python benchmarks/distillation_step.py > benchmarks/distillation_step_cpu_2026-11-25.md
+"""
+
+import argparse
+import os
+import platform
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from statistics import fmean
+
+import lightning
+import lightning.pytorch as pl
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_optim.distillation import DistillationModule, IndexedDataset
+
+FEATURES, CLASSES, BATCH, SKIPPED = 384, 77, 64, 4
+WIDTHS = {"student": 1408, "teacher, 5 times": 3408, "teacher, 20 times": 7024}
+
+
+class Net(pl.LightningModule):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        layers = [nn.Linear(FEATURES, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, CLASSES)]
+        self.net = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return F.cross_entropy(self(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.parameters(), 1e-4)
+
+
+class Clock(pl.Callback):
+    """Times the batches after the first ones; first in the list, so that all hooks of others are inside."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def on_train_batch_start(self, *_: object) -> None:
+        self.began = time.thread_time()
+
+    def on_train_batch_end(self, *_: object) -> None:
+        self.seconds.append(time.thread_time() - self.began)
+
+
+def steps_of(module: pl.LightningModule, data: object, folder: str) -> list[float]:
+    clock = Clock()
+    trainer = pl.Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[clock],
+        default_root_dir=folder,
+    )
+    trainer.fit(module, DataLoader(data, BATCH))
+    return clock.seconds[SKIPPED:]
+
+
+def faster(seconds: list[float]) -> float:
+    ordered = sorted(seconds)
+    return fmean(ordered[len(ordered) * 5 // 100 : max(len(ordered) * 40 // 100, 1)])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rows", type=int, default=5_000)
+    words = parser.parse_args()
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    data = TensorDataset(torch.randn(words.rows, FEATURES), torch.randint(0, CLASSES, (words.rows,)))
+    teachers = {name: Net(width) for name, width in WIDTHS.items() if name != "student"}
+    largest = teachers["teacher, 20 times"]
+    times: dict[str, list[float]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        cache = Path(folder) / "logits"
+        began = time.perf_counter()
+        for _ in range(words.rounds):
+            variants = {
+                "student alone": (Net(WIDTHS["student"]), data),
+                **{
+                    f"{name}, live": (DistillationModule(Net(WIDTHS["student"]), t), data)
+                    for name, t in teachers.items()
+                },
+                "20 times, cached": (
+                    DistillationModule(Net(WIDTHS["student"]), largest, cache=cache),
+                    IndexedDataset(data),
+                ),
+            }
+            for name, (module, dataset) in variants.items():
+                times.setdefault(name, []).extend(steps_of(module, dataset, folder))
+        size = sum(os.path.getsize(path) for path in Path(folder).glob("logits*"))
+        began = time.perf_counter()
+        steps_of(
+            DistillationModule(Net(WIDTHS["student"]), largest, cache=Path(folder) / "again"),
+            IndexedDataset(data),
+            folder,
+        )
+        built = time.perf_counter() - began
+        began = time.perf_counter()
+        steps_of(
+            DistillationModule(Net(WIDTHS["student"]), largest, cache=Path(folder) / "again"),
+            IndexedDataset(data),
+            folder,
+        )
+        built -= time.perf_counter() - began
+    sizes = ", ".join(f"{name} {sum(p.numel() for p in Net(width).parameters()):,}" for name, width in WIDTHS.items())
+    print("# Cost of a training step with a teacher\n")
+    print(f"{platform.machine()}, one thread; torch {torch.__version__}, lightning {lightning.__version__}.")
+    print(f"`python benchmarks/distillation_step.py --rounds {words.rounds} --rows {words.rows}`\n")
+    print(f"Parameters: {sizes}. Batch {BATCH}, kd, CPU time.\n\n| | step, ms | ratio |\n| --- | --- | --- |")
+    alone = faster(times["student alone"])
+    for name, seconds in times.items():
+        print(f"| {name} | {faster(seconds) * 1e3:.2f} | {faster(seconds) / alone:.2f} |")
+    print(f"\nThe cache of {words.rows:,} x {CLASSES} logits: {size / 1e6:.2f} MB, built in {built:.1f} s.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,210 @@
+"""Cached teacher logits: the live run within float16, never another teacher's, never half a file."""
+
+import copy
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from helpers.distilled import Teacher, distilled, teacher
+from helpers.models import EpochSampler, Files, assert_same_state, data, new, train_loader, trainer, val_loader
+from lightning_optim.distillation import DistillationModule, Indexed, IndexedCollate, IndexedDataset, LogitCache
+
+ROWS = 64
+
+
+def loader(collate=None, rows=ROWS, dataset=None):
+    dataset = IndexedDataset(data(rows)) if dataset is None else dataset
+    return DataLoader(dataset, 8, sampler=EpochSampler(rows), collate_fn=collate)
+
+
+def run(tmp_path, module, *callbacks, train=None, ckpt_path=None, **options):
+    torch.manual_seed(0)
+    fitted = trainer(tmp_path, *callbacks, **options)
+    fitted.fit(module, loader() if train is None else train, val_loader(), ckpt_path=ckpt_path)
+    return fitted
+
+
+def answers(rows=4, classes=3):
+    return [(torch.arange(rows), torch.arange(rows * classes).view(rows, classes).float())]
+
+
+def written(path, rows=4, teacher="me"):
+    return LogitCache.build(path, answers(rows), teacher=teacher, rows=rows, progress=False)
+
+
+# The file.
+
+
+def test_what_is_written_is_read(tmp_path):
+    cache = written(tmp_path / "deep" / "logits.cache")
+    assert torch.equal(cache.read(torch.tensor([2, 0])), torch.tensor([[6.0, 7.0, 8.0], [0.0, 1.0, 2.0]]))
+    assert len(cache) == 4
+    assert [each.name for each in (tmp_path / "deep").iterdir()] == ["logits.cache"]
+    assert pickle.loads(pickle.dumps(cache)).read(3).tolist() == [[9.0, 10.0, 11.0]]
+    assert copy.deepcopy(cache) is cache
+    for index in (-1, 4):
+        with pytest.raises(IndexError, match="outside the 4 rows"):
+            cache.read(index)
+
+
+def test_another_teacher_length_or_dtype_is_refused(tmp_path):
+    path = tmp_path / "logits.cache"
+    written(path)
+    with pytest.raises(ValueError, match="of another teacher: me, and this run's is you"):
+        LogitCache(path, teacher="you")
+    with pytest.raises(ValueError, match="of another dataset length: 4, and this run's is 5"):
+        LogitCache(path, rows=5)
+    path.write_bytes(path.read_bytes().replace(b"float16", b"float32"))
+    with pytest.raises(ValueError, match="of another dtype: float32"):
+        LogitCache(path)
+
+
+@pytest.mark.parametrize("left", [0, 4, 10, 40, 4096, -1])
+def test_a_truncated_file_is_refused(tmp_path, left):
+    path = tmp_path / "logits.cache"
+    written(path)
+    path.write_bytes(path.read_bytes()[:left])
+    with pytest.raises(ValueError, match="truncated"):
+        LogitCache(path)
+    with pytest.raises(FileNotFoundError):
+        LogitCache(tmp_path / "none")
+
+
+@pytest.mark.parametrize("failure", [KeyboardInterrupt, RuntimeError])
+def test_a_build_that_dies_leaves_nothing(tmp_path, failure):
+    def dying():
+        yield torch.arange(2), torch.zeros(2, 3)
+        raise failure
+
+    with pytest.raises(failure):
+        LogitCache.build(tmp_path / "logits.cache", dying(), teacher="me", rows=4, progress=False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_cannot_be_cached_is_refused(tmp_path):
+    def build(batches, rows=4):
+        LogitCache.build(tmp_path / "logits.cache", batches, teacher="me", rows=rows, progress=False)
+
+    with pytest.raises(ValueError, match="1 of 5 samples got no teacher logits"):
+        build(answers(4), rows=5)
+    with pytest.raises(ValueError, match="beyond float16"):
+        build([(torch.arange(4), torch.full((4, 3), 1e6))])
+    with pytest.raises(ValueError, match="of one shape"):
+        build([(torch.arange(2), torch.zeros(2, 3)), (torch.arange(2, 4), torch.zeros(2, 5))])
+    assert not list(tmp_path.iterdir())
+
+
+def test_indexed_samples():
+    dataset = IndexedDataset(data())
+    assert len(dataset) == ROWS
+    assert dataset[5].index == 5
+    batch = next(iter(DataLoader(dataset, 4)))
+    assert isinstance(batch, Indexed)
+    assert batch.index.tolist() == [0, 1, 2, 3]
+    own = next(iter(DataLoader(dataset, 4, collate_fn=IndexedCollate(lambda rows: len(rows)))))
+    assert own.item == 4
+    with pytest.raises(TypeError, match="must have a length"):
+        IndexedDataset(iter([]))
+
+
+# Runs.
+
+
+def test_a_cached_run_is_a_live_run_within_float16(tmp_path):
+    live, cached = distilled(), distilled(cache=tmp_path / "logits.cache")
+    one = run(tmp_path, live, train=train_loader())
+    two = run(tmp_path, cached)
+    metrics = [{n: float(v) for n, v in each.callback_metrics.items()} for each in (one, two)]
+    assert metrics[0] == pytest.approx(metrics[1], rel=2e-2)
+    rows = live.teacher.networks[0](data().tensors[0])
+    stored = LogitCache(tmp_path / "logits.cache").read(torch.arange(ROWS))
+    assert torch.allclose(rows, stored, atol=5e-3)
+
+
+def test_the_teacher_is_asked_once_a_sample_and_resume_is_bitwise(tmp_path):
+    calls = []
+
+    class Counting(Teacher):
+        def forward(self, x):
+            calls.append(len(x))
+            return super().forward(x)
+
+    path = tmp_path / "logits.cache"
+    module = distilled(of=teacher(Counting), cache=path)
+    run(tmp_path, module, Files(tmp_path / "files"))
+    assert sum(calls) == ROWS + 8  # and the first batch once more: is it what was cached?
+    written_at = path.stat().st_mtime_ns
+    for epoch in range(2):
+        again = distilled(cache=path)
+        run(tmp_path, again, ckpt_path=tmp_path / "files" / f"{epoch}.ckpt")
+        assert_same_state(module, again)
+    without = DistillationModule(new(), cache=path)  # the file is enough
+    run(tmp_path, without)
+    assert_same_state(module, without)
+    assert path.stat().st_mtime_ns == written_at
+
+
+def test_caches_of_others_are_refused_at_fit_start(tmp_path):
+    path = tmp_path / "logits.cache"
+    run(tmp_path, distilled(cache=path), max_epochs=1)
+    with pytest.raises(ValueError, match="of another teacher"):
+        run(tmp_path, distilled(of=teacher(seed=12), cache=path))
+    with pytest.raises(ValueError, match="of another dataset length: 64, and this run's is 32"):
+        run(tmp_path, distilled(cache=path), train=loader(rows=32))
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(ValueError, match="truncated"):
+        run(tmp_path, distilled(cache=path))
+
+
+def test_a_batch_without_index_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="IndexedDataset"):
+        run(tmp_path, distilled(cache=tmp_path / "logits.cache"), train=train_loader())
+    assert not list(tmp_path.glob("*.cache"))
+
+
+def test_an_augmented_dataset_is_found_at_the_first_step(tmp_path):
+    class Augmented(torch.utils.data.Dataset):
+        def __len__(self):
+            return ROWS
+
+        def __getitem__(self, index):
+            x, y = data()[index]
+            return x + np.random.default_rng().normal(), y
+
+    with pytest.raises(ValueError, match="no augmentation"):
+        run(tmp_path, distilled(cache=tmp_path / "logits.cache"), train=loader(dataset=IndexedDataset(Augmented())))
+
+
+def test_dicts_with_an_index_and_a_collate_of_ones_own(tmp_path):
+    class Dicts(DistillationModule):
+        pass
+
+    def collate(rows):
+        x, y = torch.utils.data.default_collate(rows)
+        return [x, y]
+
+    module = Dicts(new(), teacher(), cache=tmp_path / "logits.cache")
+    run(tmp_path, module, train=loader(IndexedCollate(collate)), max_epochs=1)
+    assert module.sample_index({"index": 3}) == 3
+
+
+def test_features_and_a_cache_are_one_too_many(tmp_path):
+    with pytest.raises(ValueError, match="Give one of the two"):
+        distilled(cache=tmp_path / "c", features=[("net.2", "body.2")])
+
+
+def test_validation_needs_no_index(tmp_path):
+    module = distilled(cache=tmp_path / "logits.cache")
+    run(tmp_path, module, max_epochs=1)
+    indexed = trainer(tmp_path).validate(module, DataLoader(IndexedDataset(data()), 16), verbose=False)
+    assert indexed == trainer(tmp_path).validate(module, val_loader(), verbose=False)
+
+
+def test_a_progress_bar_where_the_trainer_has_one(tmp_path, capsys):
+    run(tmp_path, distilled(cache=tmp_path / "a.cache"), max_epochs=1)
+    assert "teacher logits" not in capsys.readouterr().out
+    run(tmp_path, distilled(cache=tmp_path / "b.cache"), max_epochs=1, enable_progress_bar=True)
+    assert "teacher logits" in capsys.readouterr().out
