@@ -19,6 +19,7 @@ from lightning_optim.quantization.outputs import find_outputs, has_convolutions
 from lightning_optim.quantization.prepare import (
     QuantizationScheme,
     QuantizedLayers,
+    drop_outputs,
     prepare,
     quantized_layers,
     select_layers,
@@ -103,7 +104,8 @@ class QuantizationAwareTraining(CompressionCallback):
         self._inputs = InputSource(example_inputs, 2, module)
         self._layers: dict[str, QuantizedLayer] = {}
         self._observed_until: int | None = None
-        self._least_phase = 0
+        self._rounded: list[str] = []
+        self._outputs: list[str] = []
         self._outputs_known = False
         self._strategy: Any = None
         self._frozen_norms: list[nn.Module] = []
@@ -126,13 +128,13 @@ class QuantizationAwareTraining(CompressionCallback):
 
     def start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *, fresh: bool) -> None:
         """Prepare what is not yet, and put the layers into the phase that is due."""
+        if fresh:
+            self._outputs, self._outputs_known = [], False
         selection = self._prepare(trainer, pl_module)
         self._check_peers(trainer)
         self._strategy = trainer.strategy
         if fresh:
-            phases = [PHASES.index(layer.quantization_phase) for layer in self._layers.values()]
-            self._least_phase = min(min(phases), PHASES.index("fake_quantize"))
-            self._outputs_known = False
+            self._rounded = [n for n, x in self._layers.items() if x.quantization_phase in ("fake_quantize", "frozen")]
         if not self._outputs_known:
             if has_convolutions(self._layers):
                 self._inputs.prepare(pl_module, type(self).__name__)
@@ -150,9 +152,20 @@ class QuantizationAwareTraining(CompressionCallback):
         self._hold_norms(trainer, pl_module)
         for layer in self._layers.values():
             layer.observing = layer.quantization_phase in ("observe", "fake_quantize")
-        opens_next = self.window.start_step is not None and self.window.step + 1 >= self.window.start_step
-        if not self._outputs_known and opens_next:
+        if not self._outputs_known and self._is_open(self.window.step + 1):
             self._inputs.begin_batch(pl_module)
+
+    def _is_open(self, step: int) -> bool:
+        return self.window.start_step is not None and step >= self.window.start_step
+
+    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The training forward is over: what others call in this batch is not observed."""
+        if pl_module.automatic_optimization:
+            self._stop_observing()
+
+    def _stop_observing(self) -> None:
+        for layer in self._layers.values():
+            layer.observing = False
 
     def after_step(self, optimizer: Optimizer) -> None:
         """Fold what passed into the ranges: one all-reduce for all layers."""
@@ -164,9 +177,11 @@ class QuantizationAwareTraining(CompressionCallback):
 
     def finish_batch(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """End the observing of this batch, and enter the phase that is due."""
-        for layer in self._layers.values():
-            layer.observing = False
-        if not self._outputs_known and (self._inputs.inputs is not None or self._inputs.catching):
+        self._stop_observing()
+        if self._stepped:  # seen after the last step: no file holds it, so a resumed run would not have it
+            self._forget_seen()
+        found = self._inputs.inputs is not None and self._is_open(self.window.step)
+        if not self._outputs_known and (found or self._inputs.catching):
             self._find_outputs(trainer, pl_module)
         if self._follows:
             self._copy_ranges(trainer)
@@ -191,28 +206,36 @@ class QuantizationAwareTraining(CompressionCallback):
     def _phase_due(self) -> str:
         step, window = self.window.step, self.window
         if window.start_step is None or window.end_step is None or self._observed_until is None:
-            return PHASES[self._least_phase]
+            return "off"
         passed = (window.start_step, self._observed_until, window.end_step)
-        return PHASES[max(self._least_phase, sum(step >= bound for bound in passed))]
+        return PHASES[sum(step >= bound for bound in passed)]
+
+    def _phase_of(self, name: str, due: str) -> str:
+        """Return a layer's phase: one that was rounded when the fit began stays so."""
+        return "fake_quantize" if name in self._rounded and due in ("off", "observe") else due
 
     def _enter(self, trainer: pl.Trainer, pl_module: pl.LightningModule, phase: str, *, say: bool = True) -> None:
-        behind = any(layer.quantizes_output and layer.output_phase != phase for layer in self._layers.values())
-        changes = phase != self.phase
+        wanted = {name: self._phase_of(name, phase) for name in self._layers}
+        behind = any(x.quantizes_output and x.output_phase != wanted[name] for name, x in self._layers.items())
+        changes = any(layer.quantization_phase != wanted[name] for name, layer in self._layers.items())
         if not changes and not behind:
             return
         if PHASES.index(phase) >= PHASES.index("fake_quantize"):
-            if self.phase == "off" and self.scheme.activation_bits is not None:
-                raise RuntimeError("ranges were never observed.")  # our own invariant: observing comes before
             settle_ranges(self._layers)
         if phase == "frozen" and trainer.world_size > 1:
             self._share_norms(trainer, pl_module)
         for module in (pl_module, *averaged_copies(trainer)):
-            set_phase(module, self._layers_of(module), phase)
+            self._set_phases(module, wanted)
         self._copy_ranges(trainer)
         if changes and is_compiled(pl_module):
             torch._dynamo.reset()  # graphs of earlier phases count towards its limit, beyond which it runs eager
         if changes and say:
             self._report(trainer, pl_module)
+
+    def _set_phases(self, module: nn.Module, wanted: Mapping[str, str]) -> None:
+        layers = self._layers_of(module)
+        for phase in dict.fromkeys(wanted.values()):
+            set_phase(module, {name: layer for name, layer in layers.items() if wanted[name] == phase}, phase)
 
     def _layers_of(self, module: nn.Module) -> dict[str, QuantizedLayer]:
         layers = quantized_layers(module)
@@ -250,10 +273,11 @@ class QuantizationAwareTraining(CompressionCallback):
         selection = select_layers(target, prefix, include=self.include, exclude=self.exclude)
         self.scheme.check_patterns(selection.chosen, prefix)
         for module in (pl_module, *averaged_copies(trainer)):
+            if self.scheme.activation_bits is None:
+                drop_outputs(module, selection.chosen)
             prepare(module, selection.chosen, self.scheme, prefix)
-        layers = quantized_layers(pl_module)
-        outputs = {name for name, layer in layers.items() if layer.weight_bits is None and name.startswith(prefix)}
-        self._layers = {name: layer for name, layer in layers.items() if name in {*selection.chosen, *outputs}}
+        ours = {*selection.chosen, *self._outputs}
+        self._layers = {name: layer for name, layer in quantized_layers(pl_module).items() if name in ours}
         return selection
 
     def _find_outputs(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -273,14 +297,16 @@ class QuantizationAwareTraining(CompressionCallback):
             outputs = trainer.strategy.broadcast(outputs, src=0)
         self._outputs_known = True
         self._inputs.release()
+        self._outputs = list(outputs)
         prefix, _ = self.find_target(pl_module)
-        phase = self.phase
+        phases = {name: layer.quantization_phase for name, layer in self._layers.items()}
         for module in (pl_module, *averaged_copies(trainer)):
             prepare(module, (), self.scheme, prefix, outputs)
         layers = quantized_layers(pl_module)
         self._layers |= {name: layers[name] for name in outputs}
-        for module in (pl_module, *averaged_copies(trainer)):  # a BatchNorm that joins enters the phase of the others
-            set_phase(module, self._layers_of(module), phase)
+        joining = dict.fromkeys(outputs.keys() - phases.keys(), self._phase_due())  # BatchNorms
+        for module in (pl_module, *averaged_copies(trainer)):
+            self._set_phases(module, phases | joining)
 
     def _check_peers(self, trainer: pl.Trainer) -> None:
         for peer in compressions(trainer):
@@ -328,7 +354,8 @@ class QuantizationAwareTraining(CompressionCallback):
         return {
             **super().state_dict(),
             "observed_until": self._observed_until,
-            "least_phase": self._least_phase,
+            "rounded": list(self._rounded),
+            "outputs": list(self._outputs),
             "outputs_known": self._outputs_known,
         }
 
@@ -336,7 +363,7 @@ class QuantizationAwareTraining(CompressionCallback):
         """Restore what :meth:`state_dict` returned."""
         super().load_state_dict(state_dict)
         self._observed_until = state_dict["observed_until"]
-        self._least_phase = state_dict["least_phase"]
+        self._rounded, self._outputs = list(state_dict["rounded"]), list(state_dict["outputs"])
         self._outputs_known = state_dict["outputs_known"]
 
     def plan_entry(self) -> dict[str, Any]:
@@ -388,10 +415,17 @@ class QuantizationAwareTraining(CompressionCallback):
         self._inputs.release()
         self._release_norms()
         self._strategy = None
-        for layer in self._layers.values():
-            layer.observing = False
-            layer.seen_input = layer.seen_output = None
+        self._stop_observing()
+        self._forget_seen()
         super()._release(pl_module)
+
+    def _forget_seen(self) -> None:
+        for layer in self._layers.values():
+            layer.seen_input = layer.seen_output = None
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Give BatchNorm its mode back, before the user's own last hooks."""
+        self._release_norms()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_layers": {}, "_strategy": None, "_frozen_norms": []}

@@ -117,6 +117,8 @@ class _Weight(nn.Module):
         groups = grouped(weight.detach().float(), granularity)
         scale = symmetric_scale(weight, bits, granularity)
         integers = torch.div(groups, scale).round()
+        spare = 2 ** (8 - bits)  # exact in the same container; a bias counts in units of the scale, and finer ones
+        integers, scale = integers * spare, scale / spare
         if factor is not None:
             factor = factor.view(-1, 1, 1)
             integers, scale = integers * factor.sign(), (scale * factor.abs()).clamp_min(torch.finfo().tiny)

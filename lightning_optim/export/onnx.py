@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -95,6 +96,8 @@ def export_onnx(
         ImportError: If a package is missing; the text names the extra.
     """
     path = Path(path)
+    if not 0.0 <= least_agreement <= 1.0:
+        raise ValueError(f"`least_agreement` must be a fraction in [0, 1], got {least_agreement!r}.")
     _check_packages()
     RUNTIMES.resolve(runtime)
     if not path.absolute().parent.is_dir():
@@ -247,12 +250,14 @@ class _Source:
             ) from error
         if not outputs:
             raise ValueError(f"forward of {type(module).__name__} returns no tensor, so there is nothing to export.")
+        returned = _names("output_names", output_names, [name for name, _ in outputs])
         names = _names("input_names", input_names, _argument_names(copy, examples))
+        _check_names(names, returned)
         return cls(
             copy,
             examples,
             names,
-            _names("output_names", output_names, [name for name, _ in outputs]),
+            returned,
             dynamic_batch,
             _free_dimensions(
                 dict(zip(names, _Flat(copy, examples).tensors(examples), strict=True)), dynamic_batch, dynamic_dims
@@ -374,6 +379,14 @@ def _free_dimensions(
                 )
             free[name][place] = dim
     return free
+
+
+def _check_names(inputs: Sequence[str], outputs: Sequence[str]) -> None:
+    twice = [name for name, count in Counter([*inputs, *outputs]).items() if count > 1]
+    if twice:
+        raise ValueError(
+            f"{twice[0]!r} would name two of the file's inputs and outputs. Pass `input_names` or `output_names`."
+        )
 
 
 def _names(word: str, given: Sequence[str] | None, found: list[str]) -> list[str]:

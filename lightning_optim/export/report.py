@@ -159,7 +159,8 @@ def notes_on(module: nn.Module) -> list[str]:
     if any(layer.weight_granularity.startswith("per_group") and not _is_table(layer) for layer in layers):
         notes.append(
             "Weights that share scales per group are stored as int8 and multiplied out to float when the file is "
-            "loaded; ONNX Runtime rounds those of convolutions to int8 once more, in its own way."
+            "loaded; ONNX Runtime rounds those of convolutions, and of matrices before another quantized layer, to "
+            "int8 once more, in its own way."
         )
     if any("input" in layer.watched and (layer.activation_bits or 8) < 8 for layer in layers):
         notes.append(

@@ -23,6 +23,10 @@ A value that lies on the edge of two integers may fall to either side; in a few 
 """
 
 
+MOST_MEAN_DIFFERENCE = 0.02
+"""Of every floating output, as a fraction of its range: what a few values on edges make stays far below."""
+
+
 class Runtime(Protocol):
     """A file that is loaded in an engine, on one thread of the CPU."""
 
@@ -145,6 +149,7 @@ class Comparison:
         agreement: Fraction of rows with the same class, None for outputs without classes.
         rows: How many rows were compared.
         relative: Largest difference of the first output as a fraction of its range, which holds zero.
+        mean_relative: The largest, over the floating outputs, of the mean difference as a fraction of the range.
     """
 
     max_difference: float
@@ -152,6 +157,7 @@ class Comparison:
     agreement: float | None
     rows: int
     relative: float
+    mean_relative: float
 
     def complaint(self, least_agreement: float) -> str | None:
         """Return what is wrong, None where the answers are close enough."""
@@ -165,6 +171,11 @@ class Comparison:
             return (
                 f"a difference of {self.relative:.3g} of the output's range, allowed are {MOST_DIFFERENCE} ({numbers})"
             )
+        if not self.mean_relative <= MOST_MEAN_DIFFERENCE:
+            return (
+                f"a mean difference of {self.mean_relative:.3g} of an output's range, allowed are "
+                f"{MOST_MEAN_DIFFERENCE} ({numbers})"
+            )
         return None
 
 
@@ -175,28 +186,35 @@ def compare(expected: Sequence[Sequence[Tensor]], got: Sequence[Sequence[Tensor]
         expected: Per call, the module's outputs.
         got: Per call, the engine's.
     """
-    differences = torch.cat(
-        [
-            (right.float() - left.float()).abs().flatten()
-            for call, answer in zip(expected, got, strict=True)
-            for left, right in zip(call, answer, strict=True)
-            if left.is_floating_point()
-        ]
-        or [torch.zeros(1)]
-    )
+    pairs = [
+        [(call[place], answer[place]) for call, answer in zip(expected, got, strict=True)]
+        for place, output in enumerate(expected[0])
+        if output.is_floating_point()
+    ]
+    outputs = [_differences(pair) for pair in pairs]
     firsts = [(call[0], answer[0]) for call, answer in zip(expected, got, strict=True)]
     same = torch.cat([_same_class(left, right) for left, right in firsts])
-    largest = max(float((right.float() - left.float()).abs().max()) for left, right in firsts)
-    values = torch.cat([left.float().flatten() for left, _ in firsts])
-    span = float(values.max().clamp_min(0) - values.min().clamp_max(0))
+    first = outputs[0] if outputs and firsts[0][0].is_floating_point() else (torch.zeros(1), 1.0)
+    everything = torch.cat([differences for differences, _ in outputs] or [torch.zeros(1)])
     has_classes = _has_classes(firsts[0][0])
     return Comparison(
-        float(differences.max()),
-        float(differences.mean()),
+        float(everything.max()),
+        float(everything.mean()),
         float(same.float().mean()) if has_classes else None,
         len(same) if has_classes else 0,
-        largest if span == 0 else largest / span,
+        float(first[0].max()) / first[1],
+        max((float(differences.mean()) / span for differences, span in outputs), default=0.0),
     )
+
+
+def _differences(pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, float]:
+    """Return the absolute differences of an output over all calls, and its range, which holds zero."""
+    expected = torch.cat([left.float().flatten() for left, _ in pairs])
+    got = torch.cat([right.float().flatten() for _, right in pairs])
+    differences = torch.where(expected == got, 0.0, (got - expected).abs())  # infinities may be equal
+    finite = expected[expected.isfinite()]
+    span = float(finite.max().clamp_min(0) - finite.min().clamp_max(0)) if len(finite) else 0.0
+    return differences, span or 1.0
 
 
 def _has_classes(output: Tensor) -> bool:
@@ -208,7 +226,8 @@ def _same_class(left: Tensor, right: Tensor) -> Tensor:
         return (left == right).flatten()
     if not _has_classes(left):
         return torch.ones(0, dtype=torch.bool)
-    return (left.argmax(-1) == right.argmax(-1)).flatten()
+    dimension = 1 if left.ndim > 3 else -1  # of images, [batch, classes, height, width]
+    return (left.argmax(dimension) == right.argmax(dimension)).flatten()
 
 
 def compare_latency(runtime: Runtime, against: Runtime, inputs: Sequence[Tensor]) -> LatencyResult:

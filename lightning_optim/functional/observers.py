@@ -104,32 +104,32 @@ class Histogram(Observer):
     """Counts of magnitudes in logarithmic bins; the range is the one of least squared error.
 
     Clips rare outliers where that pays. Observing costs a logarithm and a count of every activation, and finding the
-    range some milliseconds per tensor, once. Bins are fixed (16 an octave, from 2^-24 to 2^24, for each sign), so that
-    counts of batches and ranks simply add up.
+    range some milliseconds per tensor, once. Bins are fixed (16 an octave, from 2^-64 to 2^64, for each sign, and one
+    for zero), so that counts of batches and ranks simply add up.
 
     References:
         Zhao et al. 2019, "Improving Neural Network Quantization without Retraining using Outlier Channel Splitting"
         (clipping by mean squared error).
     """
 
-    PER_OCTAVE, OCTAVES = 16, 48
+    PER_OCTAVE, OCTAVES = 16, 128
     BINS = PER_OCTAVE * OCTAVES
-    size = 2 * BINS
+    size = 2 * BINS + 1
     reduction = "sum"
     settles = True
     ROUNDS = 2
 
     @staticmethod
     def see(x: Tensor) -> Tensor:
-        """Return the counts: negative magnitudes first, then positive ones; zeros are not counted."""
+        """Return the counts: negative magnitudes first, then positive ones, then zeros."""
         flat = x.flatten().float()
         if not torch.isfinite(flat).all():
             return flat.new_full((Histogram.size,), torch.nan)
         octave = torch.log2(flat.abs()) + Histogram.OCTAVES // 2
         bins = (octave * Histogram.PER_OCTAVE).floor_().clamp_(0, Histogram.BINS - 1).to(torch.int64)
         bins = torch.where(flat > 0, bins + Histogram.BINS, bins)
-        bins = torch.where(flat == 0, Histogram.size, bins)
-        return torch.bincount(bins, minlength=Histogram.size + 1)[: Histogram.size].float()
+        bins = torch.where(flat == 0, 2 * Histogram.BINS, bins)
+        return torch.bincount(bins, minlength=Histogram.size).float()
 
     @staticmethod
     def fold(statistic: Tensor, seen: Tensor, batches: Tensor) -> Tensor:
@@ -147,7 +147,7 @@ def _least_error(counts: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     steps = torch.arange(Histogram.BINS, dtype=torch.float32, device=counts.device)
     centres = torch.exp2((steps + 0.5) / Histogram.PER_OCTAVE - Histogram.OCTAVES // 2)
     edges = torch.exp2((steps + 1) / Histogram.PER_OCTAVE - Histogram.OCTAVES // 2)
-    negative, positive = counts.view(2, -1)
+    negative, positive = counts[:-1].view(2, -1)
     bounds = [_outermost(side, edges) for side in (negative, positive)]
     if torch.isnan(counts).any():
         return counts.new_full((), -torch.inf), counts.new_full((), torch.inf)

@@ -5,7 +5,7 @@ from itertools import chain, islice
 from typing import Any, TypeVar
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from rich.progress import track
 from torch import nn
 
@@ -16,6 +16,7 @@ from lightning_optim.quantization.layers import QuantizedLayer
 from lightning_optim.quantization.outputs import find_outputs
 from lightning_optim.quantization.prepare import (
     QuantizationScheme,
+    drop_outputs,
     prepare,
     quantized_layers,
     select_layers,
@@ -80,7 +81,10 @@ def quantize_post_training(
     selection = select_layers(target, prefix, include=include, exclude=exclude)
     scheme.check_patterns(selection.chosen, prefix)
     before = plain_plan(model)
+    ranges = {name: buffer.clone() for name, buffer in _range_buffers(model).items()}
     try:
+        if activation_bits is None:
+            drop_outputs(model, selection.chosen)
         prepare(model, selection.chosen, scheme, prefix)
         layers = {name: layer for name, layer in quantized_layers(target, prefix).items() if name in selection.chosen}
         if any(layer.watched for layer in layers.values()):
@@ -88,16 +92,39 @@ def quantize_post_training(
             first = next(calls, None)
             if first is None:
                 raise ValueError("the dataloader gave no batch to take ranges from.")
-            outputs = find_outputs(model, first, layers)
+            outputs = _outputs(model, first, layers)
             prepare(model, (), scheme, prefix, outputs)
             layers = {n: layer for n, layer in quantized_layers(model).items() if n in layers or n in outputs}
             _calibrate(model, chain([first], calls), layers, total=_length(dataloader, batches), shown=progress_bar)
         set_phase(model, layers, "frozen")
     except BaseException:
         conform(model, before)
+        for name, buffer in _range_buffers(model).items():
+            buffer.copy_(ranges[name])
         raise
     rank_zero_info(coverage_table("post-training quantization", layers, selection.left_out))
     return model
+
+
+def _range_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the ranges of all layers that are quantized already."""
+    return {
+        f"{name}.{which}_{part}": buffer
+        for name, layer in quantized_layers(model).items()
+        for which in layer.watched
+        for part, buffer in layer.state_of(which).items()
+    }
+
+
+def _outputs(model: nn.Module, inputs: ForwardInputs, layers: Mapping[str, QuantizedLayer]) -> dict[str, bool]:
+    try:
+        return find_outputs(model, inputs, layers)
+    except ValueError as error:
+        rank_zero_warn(
+            "no output of a convolution gets a range, so those before an addition stay float in the exported file: "
+            f"{error}"
+        )
+        return {}
 
 
 def _calls(
@@ -129,7 +156,11 @@ def _calibrate(
 ) -> None:
     """Run the batches through the model in eval mode and settle the ranges."""
     set_phase(model, layers, "observe")
-    modes = [(layer, layer.training) for layer in model.modules()]
+    for layer in layers.values():  # what was seen before does not count: these batches do
+        for which in layer.watched:
+            layer.state_of(which)["statistic"].zero_()
+            layer.state_of(which)["batches"].zero_()
+    modes = [(module, module.training) for module in model.modules()]
     try:
         model.eval()
         with torch.no_grad(), without_fast_path(), observing(layers):
@@ -137,6 +168,6 @@ def _calibrate(
                 received.call(model)
                 fold_ranges(layers)
     finally:
-        for layer, training in modes:
-            layer.training = training
+        for module, training in modes:
+            module.training = training
     settle_ranges(layers)

@@ -6,7 +6,7 @@ its own; which of both, and which BatchNorm and ReLU stand between, only the gra
 """
 
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -55,6 +55,7 @@ def read_graph(
     if not convolutions:
         return GraphFacts({}, {})
     nodes = _exported_nodes(module, inputs)
+    _use_first_names(module, nodes)
     calls = Counter(_layer_of(node) for node in nodes if _operator(node) in (*_CONVOLUTION, _BATCH_NORM))
     batch_norms: dict[str, str] = {}
     relus: dict[str, bool] = {}
@@ -106,13 +107,26 @@ def export_failure(module: nn.Module, error: Exception) -> str:
     return f"{type(module).__name__} cannot be exported by torch.export ({reason.removeprefix('- ').rstrip('.')})."
 
 
+def _use_first_names(module: nn.Module, nodes: Sequence[Any]) -> None:
+    """Let calls of a layer that is registered under several names be told as calls of one layer, by its first name."""
+    first = {id(layer): name for name, layer in module.named_modules()}
+    names = {name: first[id(layer)] for name, layer in module.named_modules(remove_duplicate=False)}
+    for node in nodes:
+        called = _called_path(node)
+        node.meta["layer"] = names.get(called, called)
+
+
 def _operator(node: Any) -> str:
     """Return the operator without overload and without the underscore of an in-place one; empty for other nodes."""
     return node.target.name().partition(".")[0].rstrip("_") if node.op == "call_function" else ""
 
 
 def _layer_of(node: Any) -> str:
-    """Return the name of the innermost module whose forward makes the node."""
+    """Return the first name of the innermost module whose forward makes the node."""
+    return str(node.meta.get("layer", ""))
+
+
+def _called_path(node: Any) -> str:
     stack = node.meta.get("nn_module_stack")
     return str(list(stack.values())[-1][0]).partition("@")[0] if stack else ""
 

@@ -1,6 +1,6 @@
 """Which layers are quantized, and the swap of their classes."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -14,9 +14,18 @@ from lightning_optim.quantization.layers import ATTRIBUTES, PHASES, QUANTIZED, Q
 from lightning_optim.quantization.ranges import write_scales
 from lightning_optim.target import Pattern, matches, named_layers
 
-__all__ = ["QuantizationScheme", "QuantizedLayers", "prepare", "quantized_layers", "select_layers", "set_phase"]
+__all__ = [
+    "QuantizationScheme",
+    "QuantizedLayers",
+    "drop_outputs",
+    "prepare",
+    "quantized_layers",
+    "select_layers",
+    "set_phase",
+]
 
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _FROM: dict[type[nn.Module], type[nn.Module]] = {
     **{cls: cls for cls in QUANTIZED if cls not in _BATCH_NORMS},
@@ -134,9 +143,9 @@ def select_layers(
         matched.update(asked, excluded)
         why_not = _why_float(layer)
         if excluded:
-            left_out[name] = f"excluded by {_word(excluded[0])}"
+            left_out[name] = f"excluded by {_word(excluded[0])}{_from_before(layer)}"
         elif include is not None and not asked:
-            left_out[name] = "not in include"
+            left_out[name] = f"not in include{_from_before(layer)}"
         elif why_not is None:
             chosen[name] = layer
         elif (asked and _has_matrix(layer)) or why_not == "lazy":
@@ -152,6 +161,11 @@ def select_layers(
                     f"{word}: {_word(pattern)} matches no layer with parameters. Layers: {', '.join(names[:8])}."
                 )
     return QuantizedLayers(chosen, left_out)
+
+
+def _from_before(layer: nn.Module) -> str:
+    rounds = isinstance(layer, QuantizedLayer) and layer.quantization_phase in ("fake_quantize", "frozen")
+    return ", and stays as it was quantized before" if rounds else ""
 
 
 def _those_that_match(patterns: Sequence[Pattern] | None, name: str, layer: nn.Module, prefix: str) -> list[Pattern]:
@@ -229,6 +243,19 @@ def prepare(
             layer.watch("output")
 
 
+def drop_outputs(root: nn.Module, chosen: Collection[str]) -> None:
+    """Take back the ranges of outputs where all convolutions are among the chosen: their inputs become float."""
+    layers = quantized_layers(root)
+    others = [
+        n for n, layer in layers.items() if isinstance(layer, _CONVOLUTIONS) and layer.watched and n not in chosen
+    ]
+    for layer in layers.values() if not others else ():
+        if layer.quantizes_output:
+            layer.quantizes_output, layer.output_phase = False, "off"
+            for name in [name for name in layer._buffers if name.startswith("output_")]:
+                del layer._buffers[name]
+
+
 def _swap(root: nn.Module, name: str, scheme: QuantizationScheme, prefix: str) -> QuantizedLayer:
     layer = root.get_submodule(name)
     if not isinstance(layer, QuantizedLayer):
@@ -264,6 +291,7 @@ def _watch_anew(layer: QuantizedLayer, scheme: QuantizationScheme, has_weight: b
             del layer._buffers[name]
     elif has_weight and "input" not in layer.watched:
         layer.watch("input")
+        layer.quantization_phase = "off"  # until that range is known
 
 
 def _fast_path(layer: nn.Module) -> dict[str, int | bool]:

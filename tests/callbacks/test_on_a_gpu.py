@@ -7,6 +7,7 @@ from lightning import pytorch as pl
 from helpers.models import Classifier, Files, assert_same_state, new, train_loader, val_loader
 from lightning_optim import (
     ChannelPruning,
+    DistillationModule,
     PerformanceScore,
     QuantizationAwareTraining,
     WeightPruning,
@@ -112,3 +113,16 @@ def test_rounding_on_the_device_resumes_and_reloads(tmp_path, precision, observe
     fit(tmp_path, again, integers(), ckpt_path=tmp_path / "files" / "1.ckpt", precision=precision)
     torch.testing.assert_close(module.net[4].input_scale, again.net[4].input_scale, rtol=1e-2, atol=0)
     assert_same_state(module.cpu(), load_from_checkpoint(Cast, tmp_path / "files" / "2.ckpt").to(module.dtype).cpu())
+
+
+@pytest.mark.parametrize("precision", ["32-true", "16-mixed", "bf16-mixed"])
+def test_a_teacher_follows_the_student_to_the_device(tmp_path, precision):
+    teacher = new(width=64)
+    module = DistillationModule(new(), teacher, features=[("net.5", "net.5", "hint")])
+    fit(tmp_path, module, Files(tmp_path / "files"), precision=precision)
+    assert next(teacher.parameters()).device.type == "cuda"
+    assert not any("teacher" in name for name in module.state_dict())
+    again = DistillationModule(new(), new(width=64), features=[("net.5", "net.5", "hint")])
+    fit(tmp_path, again, ckpt_path=tmp_path / "files" / "1.ckpt", precision=precision)
+    for name, value in module.state_dict().items():
+        torch.testing.assert_close(value.cpu(), again.state_dict()[name].cpu(), rtol=1e-2, atol=1e-3)

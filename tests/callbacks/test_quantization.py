@@ -30,6 +30,7 @@ from lightning_optim import (
     WeightPruning,
     conform,
     load_from_checkpoint,
+    quantize_post_training,
 )
 from lightning_optim.checkpoint import EMPTY
 from lightning_optim.functional.fake_quantize import fake_quantize_weight
@@ -579,3 +580,129 @@ def test_train_loader_is_what_is_observed(tmp_path):
     rows = torch.cat([batch[0] for batch in train_loader()])
     assert float(-module.net[0].input_statistic[0]) == float(rows.min())
     assert float(module.net[0].input_statistic[1]) == float(rows.max())
+
+
+# What others do in a batch.
+
+
+class Peeks(pl.Callback):
+    """Calls the model on other data at the end of a training batch."""
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        with torch.no_grad():
+            pl_module(100 * batch[0])
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("first", [True, False])
+def test_what_another_callback_computes_is_not_observed(tmp_path, first, accumulate):
+    plain, module = new(), new()
+    words = {"start": 1, "freeze": 6, "observe_steps": 2}
+    fit(tmp_path, plain, integers(**words), accumulate_grad_batches=accumulate)
+    callbacks = [Peeks(), integers(**words)] if first else [integers(**words), Peeks()]
+    fit(tmp_path, module, *callbacks, accumulate_grad_batches=accumulate)
+    assert torch.equal(module.net[0].input_scale, plain.net[0].input_scale)
+
+
+def test_a_forward_after_the_last_step_does_not_break_resuming(tmp_path):
+    class Manual(Classifier):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            optimizer = self.optimizers()
+            optimizer.zero_grad()
+            self.manual_backward(F.cross_entropy(self(batch[0]), batch[1]))
+            optimizer.step()
+            self(3 * batch[0])
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), 0.1)
+
+    module = new(Manual)
+    fit(tmp_path, module, integers(), Files(tmp_path / "files"))
+    again = new(Manual)
+    fit(tmp_path, again, integers(), ckpt_path=tmp_path / "files" / "1.ckpt")
+    assert_same_state(module, again)
+
+
+def test_two_callbacks_share_a_residual_net_and_resume(tmp_path):
+    def callbacks():
+        return [integers(include=["stem", "head"], weight_bits=8), integers(include=["first", "second"])]
+
+    module = new(ResidualNet)
+    fit(tmp_path, module, *callbacks(), Files(tmp_path / "files"))
+    assert phases(module) == {"frozen"}
+    again = new(ResidualNet)
+    fit(tmp_path, again, *callbacks(), ckpt_path=tmp_path / "files" / "1.ckpt")
+    assert_same_state(module, again)
+    fit(tmp_path, again, *callbacks())  # and once more, as a new run
+    assert phases(again) == {"frozen"}
+
+
+def test_a_model_of_integer_weights_observes_before_it_rounds_inputs(tmp_path):
+    module = new()
+    quantize_post_training(module, activation_bits=None)
+    seen = []
+
+    class Notes(pl.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            seen.append(pl_module.net[0].quantization_phase)
+
+    fit(tmp_path, module, Notes(), integers())
+    assert seen[:10] == ["off"] * 8 + ["observe", "fake_quantize"]
+
+
+def test_a_wider_selection_keeps_rounded_what_was(tmp_path):
+    module = new()
+    fit(tmp_path, module, integers(include=["net.0"]))
+    seen = []
+
+    class Notes(pl.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            seen.append(tuple(pl_module.net[i].quantization_phase for i in (0, 4)))
+
+    fit(tmp_path, module, Notes(), integers())
+    assert seen[0] == ("fake_quantize", "off")
+    assert seen[8] == ("fake_quantize", "observe")
+    assert seen[-1] == ("frozen", "frozen")
+
+
+def test_other_observers_and_weights_only_on_a_residual_net(tmp_path):
+    module = new(ResidualNet)
+    fit(tmp_path, module, integers())
+    fit(tmp_path, module, integers(activation_bits=None))
+    assert not any(layer.watched for layer in module.modules() if isinstance(layer, QuantizedLayer))
+    assert not module.stem_norm.quantizes_output
+    fit(tmp_path, module, integers(observer="histogram"))
+    assert phases(module) == {"frozen"}
+    assert module.stem_norm.output_phase == "frozen"
+
+
+def test_the_mode_that_the_user_sets_last_stays(tmp_path):
+    class Ends(Classifier):
+        def on_fit_end(self):
+            self.eval()
+
+    module = new(Ends)
+    fit(tmp_path, module, integers())
+    assert not any(layer.training for layer in module.modules())
+
+
+def test_no_graph_is_read_before_the_window_opens(tmp_path, monkeypatch):
+    def read(*args, **kwargs):
+        steps.append(run_step[0])
+        return {}
+
+    steps, run_step = [], [0]
+
+    class Counts(pl.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            run_step[0] = trainer.global_step
+
+    monkeypatch.setattr("lightning_optim.callbacks.quantization.find_outputs", read)
+    module = new(ResidualNet)
+    module.example_input_array = torch.zeros(2, 12)
+    fit(tmp_path, module, Counts(), integers())
+    assert steps == [7]  # in the batch that leads to step 8

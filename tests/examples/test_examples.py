@@ -168,6 +168,16 @@ def test_recommender_exports_integers_that_rank_the_same(shop_rows):
     assert "small, 4-bit" not in text
 
 
+def test_a_taught_recommender_is_the_small_one_and_not_its_teacher(shop_rows):
+    rows, _ = shop_rows
+    by_name = {row["name"]: row for row in rows}
+    taught, scratch = by_name["the same shape, taught by small"], by_name["the same shape from scratch"]
+    assert taught["kind"] == "distilled"
+    assert taught["parameters"] == scratch["parameters"]
+    assert taught["recall"] != scratch["recall"]
+    assert taught["recall"] > 0.95 * scratch["recall"]
+
+
 @pytest.mark.slow
 def test_recommender_gives_the_same_numbers_again(shop_rows, tmp_path):
     rows, _ = shop_rows

@@ -13,6 +13,7 @@ from helpers.exported import NETS, TwoTowers, quantized
 from helpers.models import Classifier, data, new, train_loader, trainer, val_loader
 from lightning_optim.checkpoint import plain_plan
 from lightning_optim.export import export_onnx, integer
+from lightning_optim.export.verify import compare
 from lightning_optim.quantization.calibrate import quantize_post_training
 from lightning_optim.quantization.prepare import quantized_layers, set_phase
 
@@ -400,3 +401,72 @@ def test_other_dimensions_can_be_free(tmp_path):
         export_onnx(model, tmp_path / "a.onnx", lengths[0], dynamic_dims={"text": {1: "length"}})
     with pytest.raises(ValueError, match=r"dimension 1 of 'pieces' cannot be free with an example of shape \(4, 1\)"):
         export_onnx(model, tmp_path / "a.onnx", lengths[0][:, :1], dynamic_dims={"pieces": {1: "length"}})
+
+
+class Shared(nn.Module):
+    """One convolution under two names, with a BatchNorm of its own for each call."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = self.b = nn.Conv2d(3, 3, 3, padding=1)
+        self.na, self.nb = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+        with torch.no_grad():
+            for norm, factor in ((self.na, 0.5), (self.nb, 2.0)):
+                norm.weight.fill_(factor)
+                norm.running_mean.fill_(factor / 10)
+
+    def forward(self, x):
+        return self.nb(self.b(self.na(self.a(x)).relu())).relu()
+
+
+def test_a_layer_under_two_names_is_not_folded_into_one_of_its_norms(tmp_path):
+    torch.manual_seed(0)
+    x = torch.randn(8, 3, 6, 6)
+    model = quantize_post_training(Shared().eval(), [x], observer="min_max", progress_bar=False)
+    report = export_onnx(model, tmp_path / "shared.onnx", x, least_agreement=0.9)
+    assert report.mean_difference < 2e-3
+    again = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU())
+    again.append(again[0]).append(again[1])
+    quantize_post_training(again.eval(), [x], progress_bar=False)
+    assert export_onnx(again, tmp_path / "again.onnx", x, least_agreement=0.9).mean_difference < 2e-3
+
+
+def compared(expected, got):
+    return compare([[torch.as_tensor(expected)]], [[torch.as_tensor(got)]]).complaint(0.99)
+
+
+def test_values_count_beside_classes():
+    torch.manual_seed(0)
+    x = torch.randn(50, 8)
+    assert compared(x, x) is None
+    assert compared(x, x + 1e-3 * torch.randn(50, 8)) is None
+    assert "mean difference" in compared(x, 10 * x)
+    assert compared(torch.full((2, 3), torch.nan), torch.full((2, 3), torch.nan)) is not None
+    masked = torch.tensor([[1.0, -torch.inf, 0.0]])
+    assert compared(masked, masked) is None
+    second = [[x, x]], [[x, 3 * x]]
+    assert "mean difference" in compare(*second).complaint(0.99)
+    images = torch.randn(4, 3, 5, 5)
+    assert compare([[images]], [[images]]).rows == 4 * 25
+
+
+def test_names_that_meet_raise(tmp_path):
+    class Returns(nn.Module):
+        def forward(self, x):
+            return {"x": x + 1}
+
+    with pytest.raises(ValueError, match="'x' would name two of the file's inputs and outputs"):
+        export_onnx(Returns(), tmp_path / "a.onnx", torch.zeros(2, 3))
+    export_onnx(Returns(), tmp_path / "a.onnx", torch.zeros(2, 3), output_names=["y"])
+    with pytest.raises(ValueError, match=r"a fraction in \[0, 1\], got 99"):
+        export_onnx(Returns(), tmp_path / "a.onnx", torch.zeros(2, 3), least_agreement=99)
+
+
+@pytest.mark.parametrize("bits", [2, 3])
+def test_few_bits_keep_their_biases(tmp_path, bits):
+    torch.manual_seed(0)
+    x = torch.randn(64, 16)
+    net = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
+    quantize_post_training(net, [x], weight_bits=bits, activation_bits=bits, observer="min_max", progress_bar=False)
+    report = export_onnx(net, tmp_path / "few.onnx", x, least_agreement=0.95)
+    assert report.mean_difference < 0.01

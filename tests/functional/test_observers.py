@@ -79,3 +79,12 @@ def test_what_is_not_finite_stays_visible(name, value):
     x[3, 3] = value
     seen = OBSERVERS[name].see(x)
     assert not torch.isfinite(seen).all()
+
+
+def test_the_histogram_knows_zeros_and_magnitudes_far_apart():
+    zeros = Histogram.see(torch.zeros(5))
+    assert float(zeros.sum()) == 5
+    for size in (1e-10, 1e10):
+        low, high = observed(Histogram, [size * batch(6)])
+        assert low == pytest.approx(size * float(batch(6).min()), rel=0.5)
+        assert high == pytest.approx(size * float(batch(6).max()), rel=0.5)

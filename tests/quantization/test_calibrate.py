@@ -136,3 +136,30 @@ def test_calibration_shows_a_bar_unless_told_not_to(trained, capsys):
     assert "calibrating" in capsys.readouterr().out
     quantize_post_training(copy.deepcopy(trained), val_loader(), progress_bar=False)
     assert "calibrating" not in capsys.readouterr().out
+
+
+def test_a_failed_second_calibration_leaves_the_quantized_model_as_it_was(trained):
+    module = quantize_post_training(copy.deepcopy(trained), val_loader(), progress_bar=False)
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    expected = answers(module)
+    with pytest.raises(RuntimeError, match="not finite"):
+        quantize_post_training(module, [torch.full((2, 12), torch.inf)], progress_bar=False)
+    assert_same_state(module, before)
+    assert torch.equal(answers(module), expected)
+
+
+def test_a_second_calibration_forgets_the_first(trained):
+    module = copy.deepcopy(trained)
+    for scale in (100.0, 1.0):
+        quantize_post_training(module, [scale * data().tensors[0]], observer="min_max", progress_bar=False)
+    assert float(module.net[0].input_statistic.max()) == float(data().tensors[0].abs().max())
+
+
+def test_a_graph_that_cannot_be_read_is_a_warning():
+    class Branches(ConvNet):
+        def forward(self, x):
+            return self.net(x) if float(x.sum()) > -1e9 else self.net(x) * 2
+
+    with pytest.warns(UserWarning, match="no output of a convolution gets a range"):
+        module = quantize_post_training(new(Branches), val_loader(), progress_bar=False)
+    assert module.net[1].quantization_phase == "frozen"
