@@ -37,7 +37,6 @@ __all__ = [
     "QuantizedEmbeddingBag",
     "QuantizedLayer",
     "QuantizedLinear",
-    "compute_in_float",
     "float_kernels",
 ]
 
@@ -282,13 +281,6 @@ QUANTIZED: dict[type[nn.Module], type[QuantizedLayer]] = {
     nn.BatchNorm3d: QuantizedBatchNorm3d,
 }
 """Float layer -> quantized layer; exact types only."""
-
-
-def compute_in_float(module: nn.Module) -> None:
-    """Put every quantized layer of a copy into phase "off"."""
-    for layer in module.modules():
-        if isinstance(layer, QuantizedLayer):
-            layer.quantization_phase = layer.output_phase = "off"
 
 
 @contextmanager

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from lightning_optim.quantization.layers import compute_in_float
 from lightning_optim.target import ForwardInputs
 
 __all__ = ["FAILURES", "ChannelGroup", "Member", "Removal", "TracedModel", "copy_for_tracing"]
@@ -128,8 +127,9 @@ def copy_for_tracing(module: nn.Module, *, rounded: bool = True) -> nn.Module:
                 layer.__dict__.pop(patched, None)
         if "_orig_mod" in layer._modules:  # torch.compile's wrapper: its module is called as it is
             layer.__dict__["forward"] = layer._modules["_orig_mod"]
-    if not rounded:
-        compute_in_float(duplicate)
+    for layer in duplicate.modules():
+        if not rounded and hasattr(layer, "quantization_phase"):  # told by its mark: this module does not know them
+            vars(layer).update(quantization_phase="off", output_phase="off")
     return duplicate.eval()
 
 

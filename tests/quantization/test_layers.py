@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lightning_optim.functional.fake_quantize import fake_quantize_weight
-from lightning_optim.quantization.layers import QUANTIZED, QuantizedLayer, compute_in_float
+from lightning_optim.quantization.layers import QUANTIZED, QuantizedLayer, float_kernels
 from lightning_optim.quantization.prepare import QuantizationScheme, prepare, quantized_layers, set_phase
 from lightning_optim.quantization.ranges import fold_ranges, observing, settle_ranges
 
@@ -54,8 +54,7 @@ def test_it_computes_with_rounded_weights_and_inputs(name, bits):
         assert torch.equal(layer(x), expected)
         step = float(layer.input_scale)
         assert float((layer.quantized_input(x) - x).abs().max()) <= 0.5 * step * 1.001
-    compute_in_float(layer)
-    with torch.no_grad():
+    with torch.no_grad(), float_kernels(layer):
         plain.weight.copy_(layer.weight)
         assert torch.equal(layer(x), plain(x))
 
