@@ -1,6 +1,7 @@
 """The mathematics: tensors and numbers in, tensors and numbers out. Nothing here knows Lightning."""
 
 from lightning_optim.functional.criteria import CRITERIA, LazyScores, Statistics, parameter_generator, scores_of
+from lightning_optim.functional.losses import FEATURE_LOSSES, LOSSES
 from lightning_optim.functional.masks import (
     Granularity,
     apply_masks,
@@ -11,11 +12,15 @@ from lightning_optim.functional.masks import (
     sparsity_of,
     unpack_mask,
 )
+from lightning_optim.functional.observers import OBSERVERS
 from lightning_optim.functional.schedules import SCHEDULES
 from lightning_optim.functional.thresholds import Cut, ScoreReader, Scores, Shards, keep_largest, smallest
 
 __all__ = [
     "CRITERIA",
+    "FEATURE_LOSSES",
+    "LOSSES",
+    "OBSERVERS",
     "SCHEDULES",
     "Cut",
     "Granularity",
