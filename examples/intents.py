@@ -1,7 +1,8 @@
 """Prune and quantize a convolutional net that sorts customer-service messages into 77 intents.
 
 It is compared with word counts. Run it with ``python examples/intents.py --data PATH``, or with ``--synthetic`` where
-the Banking77 files are missing.
+the Banking77 files are missing. With ``--teacher`` nothing is compressed: MiniLM teaches the net, see
+``intents_teacher.py``.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from banking77 import Messages, find_folder, hold_out, keep_intents, read_messages
 from exported import EXPORT_COLUMNS, EXPORT_NOTE, ExportedFiles, rounding_notes
 from intents_model import IntentsNet, MessagePieces, loader
+from intents_teacher import compare_with_teacher, find_teacher, teacher_report
 from lightning_optim import (
     ChannelPruning,
     CompressedCheckpoint,
@@ -108,6 +110,22 @@ class Task:
         median = int(np.argsort(messages.lengths, kind="stable")[len(messages) // 2])
         return messages[median][0]
 
+    def net(self, widths: Widths, kind: type[IntentsNet] = IntentsNet, **options: Any) -> IntentsNet:
+        """Make a net, which begins with the vocabulary's vectors where it has some."""
+        vectors = self.vocabulary.vectors
+        model = kind(
+            len(self.vocabulary),
+            len(self.texts["train"].intents),
+            width=widths.embedding,
+            channels=widths.channels,
+            hidden=widths.hidden,
+            embedding_rate=3.0 if vectors is None else 1.0,
+            **options,
+        )
+        if vectors is not None:
+            model.start_from(narrow(vectors, widths.embedding))
+        return model
+
 
 Compression = Callable[[Tensor], pl.Callback]
 """Makes a callback for one training, given one message."""
@@ -158,20 +176,7 @@ class Run:
     exported: bool = False
 
     def build(self, task: Task) -> IntentsNet:
-        """Make the net, which begins with the vocabulary's vectors where it has some."""
-        widths = task.widths.half() if self.is_small else task.widths
-        vectors = task.vocabulary.vectors
-        model = IntentsNet(
-            len(task.vocabulary),
-            len(task.texts["train"].intents),
-            width=widths.embedding,
-            channels=widths.channels,
-            hidden=widths.hidden,
-            embedding_rate=3.0 if vectors is None else 1.0,
-        )
-        if vectors is not None:
-            model.start_from(narrow(vectors, widths.embedding))
-        return model
+        return task.net(task.widths.half() if self.is_small else task.widths)
 
 
 FAST_RUNS = (
@@ -431,11 +436,15 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--seeds", type=int, default=1, help="train every row with this many seeds")
     parser.add_argument("--no-minilm", action="store_true", help="own word pieces, also where MiniLM is installed")
-    parser.add_argument("--report", default="reports/intents", metavar="DIR", help="where the report is written")
+    parser.add_argument("--teacher", action="store_true", help="let MiniLM teach the net, in place of compressing it")
+    parser.add_argument("--report", metavar="DIR", help="where the report is written")
     parser.add_argument("--verbose", action="store_true", help="print what the Trainer and the callbacks say")
     arguments = parser.parse_args(argv)
     if arguments.synthetic and arguments.data:
         parser.error("--data and --synthetic exclude each other")
+    if arguments.teacher and (arguments.synthetic or arguments.no_minilm):
+        parser.error("--teacher is MiniLM on the real files: without --synthetic and --no-minilm")
+    arguments.report = arguments.report or ("reports/intents_teacher" if arguments.teacher else "reports/intents")
     return arguments
 
 
@@ -443,14 +452,25 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
     """Train, compare, print and write the report; return the table's rows."""
     arguments = parse(argv)
     prepare(threads=THREADS, verbose=arguments.verbose)
+    rows, report = run_teacher(arguments) if arguments.teacher else run_compression(arguments)
+    report.print()
+    print(f"report: {report.write(arguments.report)}")
+    return rows
+
+
+def run_compression(arguments: argparse.Namespace) -> tuple[list[Row], Report]:
     task = build_task(arguments)
     runs = FAST_RUNS if arguments.fast else RUNS
     results = [compare(runs, task, seed=seed) for seed in range(arguments.seeds)]
     rows = [*mean_rows([rows for rows, _ in results]), baseline_row(task.texts)]
-    report = build_report(rows, results[-1][1], task, arguments)
-    report.print()
-    print(f"report: {report.write(arguments.report)}")
-    return rows
+    return rows, build_report(rows, results[-1][1], task, arguments)
+
+
+def run_teacher(arguments: argparse.Namespace) -> tuple[list[Row], Report]:
+    minilm = find_teacher()
+    task = build_task(arguments)
+    rows = compare_with_teacher(task, minilm, seeds=arguments.seeds)
+    return rows, teacher_report(rows, task, seeds=arguments.seeds, short=_short(arguments))
 
 
 if __name__ == "__main__":

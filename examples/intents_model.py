@@ -36,6 +36,7 @@ class IntentsNet(pl.LightningModule):
         hidden: Width of the layer before the last.
         dropout: Of the embedding vectors, after the maximum and after the hidden layer.
         word_dropout: Share of the pieces that are unknown while training.
+        label_smoothing: Probability that the loss spreads evenly over all intents.
         learning_rate: Of AdamW.
         embedding_rate: How much faster the embedding learns; one that begins at random needs it.
     """
@@ -50,6 +51,7 @@ class IntentsNet(pl.LightningModule):
         hidden: int = 256,
         dropout: float = 0.3,
         word_dropout: float = 0.05,
+        label_smoothing: float = 0.05,
         learning_rate: float = 3e-3,
         embedding_rate: float = 3.0,
     ) -> None:
@@ -85,7 +87,8 @@ class IntentsNet(pl.LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         pieces, labels = batch
         is_dropped = (torch.rand(pieces.shape, device=pieces.device) < self.hparams.word_dropout) & (pieces != PADDING)
-        return F.cross_entropy(self(pieces.masked_fill(is_dropped, UNKNOWN)), labels, label_smoothing=0.05)
+        logits = self(pieces.masked_fill(is_dropped, UNKNOWN))
+        return F.cross_entropy(logits, labels, label_smoothing=self.hparams.label_smoothing)
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         self._evaluate("val", batch)

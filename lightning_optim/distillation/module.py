@@ -471,6 +471,8 @@ class DistillationModule(pl.LightningModule):
 
     def _total(self, task: Tensor, parts: Mapping[str, Tensor], alpha: float) -> Tensor:
         loss = task if alpha == 0.0 else (1.0 - alpha) * task
+        if alpha == 1.0:  # labels do not count: of a batch without any, cross-entropy is NaN
+            loss = torch.zeros_like(task)
         if alpha > 0.0:
             loss = loss + alpha * parts["kd"]
         for name, feature in zip(feature_names(self.features), self.features, strict=True):

