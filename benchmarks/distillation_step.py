@@ -14,18 +14,18 @@ import tempfile
 import time
 import warnings
 from pathlib import Path
-from statistics import fmean
 
 import lightning
 import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
+from step_clock import faster, step_seconds
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_optim.distillation import DistillationModule, IndexedDataset
+from lightning_optim import DistillationModule, IndexedDataset
 
-FEATURES, CLASSES, BATCH, SKIPPED = 384, 77, 64, 4
+FEATURES, CLASSES, BATCH = 384, 77, 64
 WIDTHS = {"student": 1408, "teacher, 5 times": 3408, "teacher, 20 times": 7024}
 
 
@@ -45,38 +45,11 @@ class Net(pl.LightningModule):
         return torch.optim.Adam(self.parameters(), 1e-4)
 
 
-class Clock(pl.Callback):
-    """Times the batches after the first ones; first in the list, so that all hooks of others are inside."""
-
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
-
-    def on_train_batch_start(self, *_: object) -> None:
-        self.began = time.thread_time()
-
-    def on_train_batch_end(self, *_: object) -> None:
-        self.seconds.append(time.thread_time() - self.began)
-
-
-def steps_of(module: pl.LightningModule, data: object, folder: str) -> list[float]:
-    clock = Clock()
-    trainer = pl.Trainer(
-        max_epochs=1,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[clock],
-        default_root_dir=folder,
-    )
-    trainer.fit(module, DataLoader(data, BATCH))
-    return clock.seconds[SKIPPED:]
-
-
-def faster(seconds: list[float]) -> float:
-    ordered = sorted(seconds)
-    return fmean(ordered[len(ordered) * 5 // 100 : max(len(ordered) * 40 // 100, 1)])
+def seconds_with(cache: Path, teacher: Net, data: TensorDataset, folder: str) -> float:
+    began = time.perf_counter()
+    module = DistillationModule(Net(WIDTHS["student"]), teacher, cache=cache)
+    step_seconds(module, DataLoader(IndexedDataset(data), BATCH), folder)
+    return time.perf_counter() - began
 
 
 def main() -> None:
@@ -93,7 +66,6 @@ def main() -> None:
     times: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         cache = Path(folder) / "logits"
-        began = time.perf_counter()
         for _ in range(words.rounds):
             variants = {
                 "student alone": (Net(WIDTHS["student"]), data),
@@ -107,22 +79,10 @@ def main() -> None:
                 ),
             }
             for name, (module, dataset) in variants.items():
-                times.setdefault(name, []).extend(steps_of(module, dataset, folder))
+                times.setdefault(name, []).extend(step_seconds(module, DataLoader(dataset, BATCH), folder))
         size = sum(os.path.getsize(path) for path in Path(folder).glob("logits*"))
-        began = time.perf_counter()
-        steps_of(
-            DistillationModule(Net(WIDTHS["student"]), largest, cache=Path(folder) / "again"),
-            IndexedDataset(data),
-            folder,
-        )
-        built = time.perf_counter() - began
-        began = time.perf_counter()
-        steps_of(
-            DistillationModule(Net(WIDTHS["student"]), largest, cache=Path(folder) / "again"),
-            IndexedDataset(data),
-            folder,
-        )
-        built -= time.perf_counter() - began
+        built = seconds_with(Path(folder) / "again", largest, data, folder)  # builds the file
+        built -= seconds_with(Path(folder) / "again", largest, data, folder)  # reads it
     sizes = ", ".join(f"{name} {sum(p.numel() for p in Net(width).parameters()):,}" for name, width in WIDTHS.items())
     print("# Cost of a training step with a teacher\n")
     print(f"{platform.machine()}, one thread; torch {torch.__version__}, lightning {lightning.__version__}.")

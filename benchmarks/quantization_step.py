@@ -12,15 +12,14 @@ import argparse
 import importlib.metadata
 import platform
 import tempfile
-import time
 import warnings
 from collections.abc import Callable
-from statistics import fmean
 
 import lightning
 import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
+from step_clock import faster, step_seconds
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -116,23 +115,6 @@ class Trained(pl.LightningModule):
         return torch.optim.Adam(self.parameters(), 1e-4)
 
 
-class Clock(pl.Callback):
-    """Begins at the start of each batch; put first."""
-
-    def on_train_batch_start(self, *_: object) -> None:
-        self.began = time.thread_time()
-
-
-class ClockEnd(pl.Callback):
-    """Ends it; put last."""
-
-    def __init__(self, clock: Clock) -> None:
-        self.clock, self.seconds = clock, []
-
-    def on_train_batch_end(self, *_: object) -> None:
-        self.seconds.append(time.thread_time() - self.clock.began)
-
-
 Variant = Callable[[nn.Module, Tensor], tuple[nn.Module, list[pl.Callback]]]
 
 
@@ -179,26 +161,8 @@ def steps_of(model: str, variant: str, steps: int, folder: str) -> list[float]:
     torch.manual_seed(0)
     make, draw = MODELS[model]
     net, callbacks = VARIANTS[variant](make(), draw(BATCH))
-    clock = Clock()
-    end = ClockEnd(clock)
-    trainer = pl.Trainer(
-        max_epochs=1,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[clock, *callbacks, end],
-        default_root_dir=folder,
-    )
-    rows = BATCH * steps
-    trainer.fit(Trained(net), DataLoader(TensorDataset(draw(rows), torch.zeros(rows, dtype=torch.long)), BATCH))
-    return end.seconds[SKIPPED:]
-
-
-def faster(seconds: list[float]) -> float:
-    ordered = sorted(seconds)
-    return fmean(ordered[len(ordered) * 5 // 100 : max(len(ordered) * 40 // 100, 1)])
+    data = TensorDataset(draw(BATCH * steps), torch.zeros(BATCH * steps, dtype=torch.long))
+    return step_seconds(Trained(net), DataLoader(data, BATCH), folder, callbacks, skip=SKIPPED)
 
 
 def table(model: str, rounds: int, steps: int) -> str:

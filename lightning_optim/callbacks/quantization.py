@@ -45,13 +45,13 @@ class QuantizationAwareTraining(CompressionCallback):
 
     :func:`lightning_optim.export_onnx` then writes the integers. In PyTorch the rounded model is not faster: it
     computes in float. At 8 bits :func:`lightning_optim.quantize_post_training` gives the same accuracy without
-    training; training pays at 4 bits and below.
+    training; where we measured it, training with rounding paid at 3 bits and not yet clearly at 4.
 
     Args:
         weight_bits: 2 to 8, symmetric.
         activation_bits: 2 to 8, affine, one scale per tensor; None: weights only.
         weight_granularity: What shares a scale: "per_channel" (per row of a table), "per_tensor", or "per_group:32"
-            (32 inputs of a row), which pays at 4 bits and below.
+            (32 inputs of a row), meant for 4 bits and below.
         bits: Weight bits by name or glob pattern, instead of ``weight_bits``; the first that matches counts.
         start: Where observing begins: a step (int) or a fraction of the planned steps (float).
         observe_steps: Steps of observing; None: 5 % of the planned steps, at least 1.

@@ -219,7 +219,7 @@ def prepare(
     names: Iterable[str],
     scheme: QuantizationScheme,
     prefix: str = "",
-    outputs: Mapping[str, bool] = {},
+    outputs: Mapping[str, bool] | None = None,
 ) -> None:
     """Swap the classes of layers, in phase "off"; those that are quantized already keep their phase and ranges.
 
@@ -236,7 +236,7 @@ def prepare(
             plan.track(name, attribute)
     for name in names:
         _swap(root, name, scheme, prefix)
-    for name, relu in outputs.items():
+    for name, relu in (outputs or {}).items():
         layer = _swap(root, name, scheme, prefix)
         if not layer.quantizes_output:
             layer.quantizes_output, layer.output_relu = True, relu
