@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateFinder
 from lightning.pytorch.tuner import Tuner
 from torch.utils.data import DataLoader
@@ -348,3 +349,20 @@ def test_pytorch_lightning_imports(tmp_path, make):
     assert_reached(module, callbacks)
     run.save_checkpoint(tmp_path / "other.ckpt")
     assert_same_state(module, load_from_checkpoint(Other, tmp_path / "other.ckpt"))
+
+
+# 5. Strategies are an allow list.
+
+
+@every_callback
+def test_a_strategy_that_is_not_known_to_work_is_refused_by_name(tmp_path, make):
+    run = trainer(tmp_path)
+
+    class FSDPStrategy(type(run.strategy).__mro__[1]):
+        pass
+
+    FSDPStrategy.__abstractmethods__ = frozenset()
+    run.strategy.__class__ = FSDPStrategy
+    for callback in make():
+        with pytest.raises(MisconfigurationException, match=r"not supported under FSDPStrategy.*strategy='ddp'"):
+            callback.setup(run, new(), "fit")
