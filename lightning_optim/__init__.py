@@ -1,5 +1,6 @@
 """PyTorch Lightning plugins that make a model smaller, faster and cheaper inside the Trainer you have."""
 
+from lightning_optim import strategies
 from lightning_optim._version import __version__
 from lightning_optim.callbacks import (
     ChannelPruning,
@@ -36,5 +37,6 @@ __all__ = [
     "prune_channels",
     "quantize_post_training",
     "sensitivity",
+    "strategies",
     "student_only",
 ]

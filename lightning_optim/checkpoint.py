@@ -25,7 +25,7 @@ from torch import nn
 from lightning_optim._version import __version__
 from lightning_optim.target import averaged_copies
 
-__all__ = ["KEY", "VERSION", "Plan", "conform", "layer_class", "load_from_checkpoint", "plan_of"]
+__all__ = ["KEY", "VERSION", "Plan", "conform", "is_layer_class", "layer_class", "load_from_checkpoint", "plan_of"]
 
 KEY = "lightning_optim"
 """The checkpoint's top-level key."""
@@ -48,6 +48,11 @@ def layer_class(cls: T) -> T:
     """
     _LAYER_CLASSES[_path_of(cls)] = cls
     return cls
+
+
+def is_layer_class(cls: type) -> bool:
+    """Whether a technique swaps the class in."""
+    return _LAYER_CLASSES.get(_path_of(cls)) is cls
 
 
 def _path_of(cls: type) -> str:

@@ -11,7 +11,7 @@ import lightning_optim
 
 PACKAGE = Path(lightning_optim.__file__).parent
 LAYERS = [
-    {"functional", "registry", "_version", "tables"},
+    {"functional", "registry", "_version", "tables", "sharding"},
     {"structured", "quantization", "measure", "export", "checkpoint", "target", "window"},
     {"callbacks", "strategies", "distillation", "cli"},
     {"__init__"},

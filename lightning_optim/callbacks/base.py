@@ -15,7 +15,7 @@ from lightning_optim import checkpoint
 from lightning_optim.target import Pattern, find_target
 from lightning_optim.window import Window, planned_steps
 
-__all__ = ["CompressionCallback", "callbacks_of", "compressions", "is_compiled", "mro_names"]
+__all__ = ["CompressionCallback", "callbacks_of", "compressions", "is_compiled", "mro_names", "ranks_per_batch"]
 
 
 def mro_names(instance: object) -> set[str]:
@@ -37,6 +37,12 @@ def callbacks_of(trainer: pl.Trainer) -> list[Any]:
 def compressions(trainer: pl.Trainer) -> "list[CompressionCallback]":
     """Return the Trainer's compression callbacks."""
     return [callback for callback in callbacks_of(trainer) if isinstance(callback, CompressionCallback)]
+
+
+def ranks_per_batch(trainer: pl.Trainer) -> int:
+    """Return how many ranks get the same batch: those that share layers by tensor parallelism."""
+    words = trainer.distributed_sampler_kwargs
+    return 1 if words is None else trainer.world_size // int(words["num_replicas"])
 
 
 class CompressionCallback(pl.Callback):

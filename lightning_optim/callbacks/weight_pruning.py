@@ -1,7 +1,7 @@
 """WeightPruning: zeros that grow by a schedule while the model trains, and stay zero."""
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 from torch.optim import Optimizer
 
-from lightning_optim.callbacks.base import CompressionCallback, compressions
+from lightning_optim.callbacks.base import CompressionCallback, compressions, ranks_per_batch
+from lightning_optim.callbacks.division import Division, divide
 from lightning_optim.callbacks.statistics import Squares
 from lightning_optim.functional.criteria import CRITERIA, Criterion, Statistics, parameter_generator, scores_of
 from lightning_optim.functional.masks import (
@@ -22,11 +23,11 @@ from lightning_optim.functional.masks import (
     keep_bits,
     pack_mask,
     parse_granularity,
-    sparsity_of,
     unpack_mask,
 )
 from lightning_optim.functional.schedules import SCHEDULES, Schedule
 from lightning_optim.functional.thresholds import Scores
+from lightning_optim.sharding import copies, full, is_dtensor, local, reshard, shard_like, wraps
 from lightning_optim.structured.removal import keep_channels
 from lightning_optim.tables import by_reason, render
 from lightning_optim.target import Pattern, Selection, Weight, averaged_copies, matches, select_weights
@@ -85,7 +86,9 @@ class WeightPruning(CompressionCallback):
     weight. A resumed run continues bit for bit; the weights in a checkpoint are the masked ones, so it loads
     everywhere. A new ``fit`` keeps the zeros that the module has.
 
-    Strategies: a single device and DDP. Live masks cost the memory of the selected weights once more.
+    Strategies: a single device, DDP, and all that divide the model (``optim_zero2``, ``optim_fsdp``, ``optim_hsdp``,
+    ``optim_tp``, ``optim_2d``): the masks are those of one process, whatever the number of devices. Live masks cost the
+    memory of the selected weights (there: of the parts) once more.
 
     References:
         Zhu and Gupta 2017, "To prune, or not to prune"; Mishra et al. 2021, "Accelerating Sparse Deep Neural
@@ -98,6 +101,7 @@ class WeightPruning(CompressionCallback):
     """
 
     order = 1
+    strategies = ("SingleDeviceStrategy", "DDPStrategy", "OptimFSDP2")
 
     def __init__(
         self,
@@ -127,10 +131,12 @@ class WeightPruning(CompressionCallback):
         self._needs: tuple[str, ...] = getattr(self.criterion, "needs", ())
         self._weights: dict[str, Weight] = {}
         self._keeps: dict[str, Tensor] = {}
+        self._removed = 0
         self._goals: list[_Goal] = []
         self._restored_masks: dict[str, tuple[Tensor, tuple[int, ...]]] = {}
         self._initial: dict[str, float] = {}
         self._squares = Squares()
+        self._squares_whole = False
         self._to_reach_anew = False
         self._input_handles: list[Any] = []
 
@@ -141,8 +147,11 @@ class WeightPruning(CompressionCallback):
 
     @property
     def masks(self) -> dict[str, Tensor]:
-        """The masks in force, bool (True keeps), by the weight's name in ``state_dict()``; empty before any zero."""
-        return {name: keep != 0 for name, keep in self._keeps.items()}
+        """The masks in force, bool (True keeps), by the weight's name in ``state_dict()``; empty before any zero.
+
+        Where a strategy divides the weights, every rank must ask: the masks are gathered.
+        """
+        return {name: self._whole(name, keep != 0) for name, keep in self._keeps.items()}
 
     def preview(self, total_steps: int) -> list[tuple[int, float]]:
         """Return ``(step, sparsity)`` at every event of a run of ``total_steps`` on a dense model.
@@ -180,6 +189,9 @@ class WeightPruning(CompressionCallback):
         elif self._restored_masks:
             self._take_up_state()
         self._squares.to({name: weight.parameter.device for name, weight in self._weights.items()})
+        if "gradient" in self._needs and self._squares_whole:
+            self._squares.sums = {name: self._part(name, whole) for name, whole in self._squares.sums.items()}
+            self._squares_whole = False
         self._goals = self._make_goals(prefix)
         self._check_goals()
         if self._keeps:
@@ -190,7 +202,7 @@ class WeightPruning(CompressionCallback):
         """Zero what the optimizer revived; note gradients while the window is open."""
         if self._keeps:
             held = self._held_by(optimizer)
-            apply_masks((self._weights[name].parameter for name in held), (self._keeps[name] for name in held))
+            apply_masks(self._held_parts(held), (self._keeps[name] for name in held))
         if "gradient" in self._needs and self.window.within:
             self._note_gradients(self._selected_by(optimizer))
 
@@ -209,6 +221,7 @@ class WeightPruning(CompressionCallback):
             self._squares.keep(name, indices, shape)
             if name in self._keeps:
                 self._keeps[name] = keep_channels(self._keeps[name], indices, shape)
+        self._removed = sum(keep.numel() - int(torch.count_nonzero(keep)) for keep in self._keeps.values())
 
     def finish_batch(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Run the event that is due, or the last one again where channels left since."""
@@ -239,10 +252,11 @@ class WeightPruning(CompressionCallback):
         asked = 0.0
         keeps: dict[str, Tensor] = {}
         progress = self.window.progress()
+        division = self._divide(trainer)
         for goal in self._goals:
             due = self._due(goal.initial, goal.final, progress)
             asked += due * self._numel(goal.names)
-            for name, mask in self._new_masks(trainer, goal, due).items():
+            for name, mask in self._new_masks(trainer, division, goal, due).items():
                 keeps[name] = keep_bits(mask, self._weights[name].parameter.dtype)
         asked /= self._numel(self._weights)
         self._check_ranks_agree(trainer, keeps)
@@ -259,8 +273,26 @@ class WeightPruning(CompressionCallback):
             "masks": {name: packed for name, (packed, _) in masks.items()},
             "shapes": {name: shape for name, (_, shape) in masks.items()},
             "initial": dict(self._initial),
-            "squares": self._squares.state_dict(),
+            "squares": self._squares_state(),
         }
+
+    def _squares_state(self) -> dict[str, Any]:
+        state = self._squares.state_dict()
+        if "gradient" in self._needs:
+            state["sums"] = {name: self._whole(name, part) for name, part in state["sums"].items()}
+        return state
+
+    def _whole(self, name: str, part: Tensor) -> Tensor:
+        """Return the whole of what this rank holds a part of, as it does of the weight of that name."""
+        weight = self._weights[name].parameter if name in self._weights else part
+        if not is_dtensor(weight):
+            return part
+        bits = part.to(torch.uint8) if part.dtype == torch.bool else part
+        return full(wraps(bits, weight)).to(part.dtype)
+
+    def _part(self, name: str, whole: Tensor) -> Tensor:
+        """Return the part that this rank holds of what has the shape of the weight of that name."""
+        return local(shard_like(whole, self._weights[name].parameter))
 
     def _packed_masks(self) -> dict[str, tuple[Tensor, tuple[int, ...]]]:
         """Return the masks at one bit per weight; those of a loaded file as they came until a fit takes them up."""
@@ -277,12 +309,13 @@ class WeightPruning(CompressionCallback):
         self._keeps = {}
         self._initial = dict(state_dict["initial"])
         self._squares.load_state_dict(state_dict["squares"])
+        self._squares_whole = True
 
     def plan_entry(self) -> dict[str, Any]:
         """Return names and shapes of the masks, what was asked and what is reached."""
         return {
             "technique": "WeightPruning",
-            "masks": {name: tuple(keep.shape) for name, keep in self._keeps.items()},
+            "masks": {name: tuple(self._weights[name].parameter.shape) for name in self._keeps},
             "asked": self.sparsity if isinstance(self.sparsity, (float, str)) else dict(self.sparsity),
             "reached": self._reached(),
         }
@@ -401,7 +434,8 @@ class WeightPruning(CompressionCallback):
         self._initial = {name: zeros[name] / self._numel([name]) if name in held else 0.0 for name in self._weights}
         if held:
             for name, parameter in self.target_parameters().items():
-                mask = parameter.detach() != 0 if name in held else torch.ones_like(parameter, dtype=torch.bool)
+                part = local(parameter.detach())
+                mask = part != 0 if name in held else torch.ones_like(part, dtype=torch.bool)
                 self._keeps[name] = keep_bits(mask, parameter.dtype)
         elif self.sparsity == "hold":
             raise MisconfigurationException(
@@ -420,9 +454,7 @@ class WeightPruning(CompressionCallback):
                 "selection that wrote the file."
             )
         self._keeps = {
-            name: keep_bits(
-                unpack_mask(packed, shape).to(self._weights[name].parameter.device), self._weights[name].parameter.dtype
-            )
+            name: keep_bits(self._part(name, unpack_mask(packed, shape)), self._weights[name].parameter.dtype)
             for name, (packed, shape) in self._restored_masks.items()
         }
         self._restored_masks = {}
@@ -475,22 +507,41 @@ class WeightPruning(CompressionCallback):
 
     # Events.
 
-    def _new_masks(self, trainer: pl.Trainer, goal: _Goal, due: float) -> dict[str, Tensor]:
+    def _divide(self, trainer: pl.Trainer) -> Division:
+        """Say who ranks which weights: where a strategy divides them, all ranks together."""
+        return divide(
+            self.target_parameters(),
+            trainer.strategy,
+            by_element=getattr(self.criterion, "elementwise", False),
+            by_row=str(self.granularity) == "weight" or self.granularity.final_sparsity is not None,
+        )
+
+    def _new_masks(self, trainer: pl.Trainer, division: Division, goal: _Goal, due: float) -> dict[str, Tensor]:
+        """Return the masks of the parts that this rank holds."""
         if self.window.progress() == 0.0:  # the schedule begins with what is there: nothing to rank
             return {name: self._mask(name) for name in goal.names}
-        scores = {name: self._scores(trainer, name) for name in goal.names}
-        previous = {name: self._keeps[name] != 0 for name in goal.names if name in self._keeps}
-        return global_masks(scores, due, self.granularity, previous=previous or None)
+        scores = {name: division.take(name, self._scores(trainer, division, name)) for name in goal.names}
+        masks = global_masks(
+            scores, due, self.granularity, previous=self._previous(division, goal), shards=division.shards
+        )
+        return {name: division.give(name, mask) for name, mask in masks.items()}
+
+    def _previous(self, division: Division, goal: _Goal) -> dict[str, Tensor] | None:
+        """Return the masks in force, of what this rank ranks."""
+        held = {name: self._keeps[name] for name in goal.names if name in self._keeps}
+        return {name: division.mask_of(name, keep != 0) for name, keep in held.items()} or None
 
     def _mask(self, name: str) -> Tensor:
         if name in self._keeps:
             return self._keeps[name] != 0
-        return torch.ones_like(self._weights[name].parameter, dtype=torch.bool)
+        return torch.ones_like(local(self._weights[name].parameter.detach()), dtype=torch.bool)
 
-    def _scores(self, trainer: pl.Trainer, name: str) -> Scores:
-        weight = self._weights[name].parameter.detach()
+    def _scores(self, trainer: pl.Trainer, division: Division, name: str) -> Scores:
+        parameter = self._weights[name].parameter.detach()
+        weight = division.read(parameter)
+        gradient = self._rms(trainer, name, "gradient")
         stats = Statistics(
-            gradient=self._rms(trainer, name, "gradient"),
+            gradient=None if gradient is None else division.read(wraps(gradient, parameter)),
             input_norm=self._rms(trainer, name, "input_norm"),
             generator=parameter_generator(name) if "generator" in self._needs else None,
         )
@@ -506,15 +557,15 @@ class WeightPruning(CompressionCallback):
                 "no part in training. Pass it in `exclude`, or start at step 1 or later."
             )
         if statistic == "input_norm":
-            norm: Tensor = trainer.strategy.reduce(self._squares.sums[name].clone(), reduce_op="sum").sqrt()
-            return norm
+            squares: Tensor = trainer.strategy.reduce(self._squares.sums[name].clone(), reduce_op="sum")
+            return (squares / ranks_per_batch(trainer)).sqrt()
         return self._squares.root_mean(name)
 
     def _note_gradients(self, names: Sequence[str]) -> None:
         for name in names:
             gradient = self._weights[name].parameter.grad
             if gradient is not None:
-                self._squares.add(name, gradient.detach().float().square())
+                self._squares.add(name, local(gradient.detach()).float().square())
 
     def _stop_watching_inputs(self) -> None:
         for handle in self._input_handles:
@@ -531,14 +582,29 @@ class WeightPruning(CompressionCallback):
 
     def _apply(self, trainer: pl.Trainer, keeps: Mapping[str, Tensor]) -> None:
         """Mask the model and the averaged copies of it: an average of zeros stays zero from then on."""
-        apply_masks((self._weights[name].parameter for name in keeps), keeps.values())
+        apply_masks(self._held_parts(keeps), keeps.values())
+        reshard(trainer.lightning_module)
+        self._removed = self._count_removed(trainer)
         for copy in averaged_copies(trainer):
             averaged = dict(copy.named_parameters())
             apply_masks((averaged[name] for name in keeps), (keeps[name].to(averaged[name].device) for name in keeps))
 
+    def _held_parts(self, names: Iterable[str]) -> Iterator[Tensor]:
+        return (local(self._weights[name].parameter.detach()) for name in names)
+
+    def _count_removed(self, trainer: pl.Trainer) -> int:
+        """Return how many weights the masks remove, of all ranks together."""
+        removed = {name: keep.numel() - int(torch.count_nonzero(keep)) for name, keep in self._keeps.items()}
+        if not any(is_dtensor(weight.parameter) for weight in self._weights.values()):
+            return sum(removed.values())
+        once = torch.tensor([removed[name] for name in self._keeps], device=trainer.strategy.root_device)
+        everywhere = trainer.strategy.reduce(once, reduce_op="sum").tolist()
+        shared = [copies(self._weights[name].parameter, trainer.world_size) for name in self._keeps]
+        return sum(count // number for count, number in zip(everywhere, shared, strict=True))
+
     def _check_ranks_agree(self, trainer: pl.Trainer, keeps: Mapping[str, Tensor]) -> None:
-        if trainer.world_size == 1:
-            return
+        if trainer.world_size == 1 or any(is_dtensor(self._weights[name].parameter) for name in keeps):
+            return  # parts differ, and are of masks that were made together
         checksum = 0
         for keep in keeps.values():
             checksum = zlib.crc32(pack_mask(keep != 0).cpu().numpy().tobytes(), checksum)
@@ -552,7 +618,7 @@ class WeightPruning(CompressionCallback):
             )
 
     def _reached(self) -> float:
-        return sparsity_of(self.masks.values()) if self._keeps else 0.0
+        return self._removed / self._numel(self._keeps) if self._keeps else 0.0
 
     def _report(self, trainer: pl.Trainer, pl_module: pl.LightningModule, asked: float) -> None:
         reached = self._reached()
@@ -602,7 +668,7 @@ class _InputNorm:
 
     def __call__(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
         if layer.training:
-            self.callback._squares.add(self.weight.name, squared_inputs(layer, args[0].detach().float()))
+            self.callback._squares.add(self.weight.name, squared_inputs(layer, full(args[0].detach()).float()))
 
 
 def squared_inputs(layer: nn.Module, inputs: Tensor) -> Tensor:
@@ -680,4 +746,4 @@ def _problem(parameter: Tensor) -> str | None:
 
 
 def _zeros(parameter: Tensor) -> int:
-    return parameter.numel() - int(torch.count_nonzero(parameter.detach()))
+    return parameter.numel() - int(torch.count_nonzero(full(parameter.detach())))

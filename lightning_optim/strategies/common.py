@@ -1,0 +1,69 @@
+"""What the strategies check alike."""
+
+import re
+import socket
+import subprocess
+import time
+from datetime import timedelta
+from typing import Any
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
+
+__all__ = ["check_batchnorm_sync", "checked_timeout", "end_children", "name_rank"]
+
+
+def checked_timeout(timeout_s: float) -> timedelta:
+    """Return the timeout of the collectives.
+
+    Raises:
+        ValueError: If it is not positive.
+    """
+    if isinstance(timeout_s, bool) or not isinstance(timeout_s, (int, float)) or timeout_s <= 0:
+        raise ValueError(f"`timeout_s` must be a positive number of seconds, got {timeout_s!r}.")
+    return timedelta(seconds=timeout_s)
+
+
+def check_batchnorm_sync(strategy: Any) -> None:
+    """Refuse ``Trainer(sync_batchnorm=True)`` on a CPU, for which PyTorch has no synchronised BatchNorm.
+
+    Raises:
+        MisconfigurationException: If it was asked there.
+    """
+    if strategy._layer_sync is not None and strategy.root_device.type != "cuda":
+        raise MisconfigurationException(
+            "Trainer(sync_batchnorm=True) needs CUDA devices: PyTorch's SyncBatchNorm does not run on "
+            f"{strategy.root_device.type}. Leave it out, or use a norm without batch statistics."
+        )
+
+
+def name_rank(strategy: Any, exception: BaseException) -> None:
+    """Add to an exception on which rank it was raised, and where to look when another rank is the cause."""
+    if strategy.world_size == 1 or any("raised on rank" in note for note in getattr(exception, "__notes__", ())):
+        return
+    note = f"raised on rank {strategy.global_rank} of {strategy.world_size} ({socket.gethostname()})"
+    if _LOST.search(str(exception)):
+        note += ": another rank ended or is late. Look for its error, above this one or in its own output"
+    exception.add_note(f"{note}.")
+
+
+def end_children(strategy: Any, exception: BaseException, grace_s: float = 10.0) -> None:
+    """End the processes that rank 0 started, after it has failed: nobody else would end one that hangs.
+
+    They get time to report their own error first. Under torchrun or SLURM there are none; the agent ends them. After
+    KeyboardInterrupt, and where processes are forked, Lightning ends them.
+    """
+    launcher = strategy.launcher
+    if isinstance(exception, KeyboardInterrupt) or not isinstance(launcher, _SubprocessScriptLauncher):
+        return
+    until = time.monotonic() + grace_s
+    for process in launcher.procs:
+        try:
+            process.wait(max(until - time.monotonic(), 0.0))
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
+_LOST = re.compile(
+    "closed by peer|reset by peer|timed out|timeout|broken pipe|Connection closed|refused", re.IGNORECASE
+)

@@ -1,0 +1,75 @@
+"""The presets: one table from which names, documentation and tests are derived."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lightning.pytorch.strategies import Strategy, StrategyRegistry
+
+from lightning_optim.strategies.ddp import OptimDDP
+from lightning_optim.strategies.fsdp2 import OptimFSDP2
+from lightning_optim.strategies.single import OptimSingle
+
+__all__ = ["PRESETS", "Preset", "build", "register"]
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A strategy under a name.
+
+    Attributes:
+        name: What ``Trainer(strategy=...)`` takes.
+        strategy: The class.
+        options: Its arguments.
+        use_when: When to pick it, in words.
+    """
+
+    name: str
+    strategy: type[Strategy]
+    options: Mapping[str, Any]
+    use_when: str
+
+    def build(self, **overrides: Any) -> Strategy:
+        """Return a new strategy object; ``overrides`` are arguments of its class."""
+        return self.strategy(**{**self.options, **overrides})
+
+
+_TABLE = (
+    Preset("optim_single", OptimSingle, {}, "one device holds weights, gradients, optimizer and activations"),
+    Preset("optim_ddp", OptimDDP, {}, "one device holds all of it, and sending gradients takes less than computing"),
+    Preset("optim_ddp_static", OptimDDP, {"static_graph": True}, "like optim_ddp, and no parameter is conditional"),
+    Preset("optim_ddp_notebook", OptimDDP, {"start_method": "fork"}, "like optim_ddp, in a notebook"),
+    Preset("optim_ddp_bf16", OptimDDP, {"compress": "bf16"}, "like optim_ddp over a slow link: half the bytes"),
+    Preset("optim_ddp_fp16", OptimDDP, {"compress": "fp16"}, "like optim_ddp_bf16 with precision='16-mixed'"),
+    Preset("optim_zero2", OptimFSDP2, {"reshard": False}, "gradients and optimizer do not fit one device, weights do"),
+    Preset("optim_fsdp", OptimFSDP2, {}, "the model does not fit otherwise"),
+    Preset("optim_hsdp", OptimFSDP2, {"replicate": "nodes"}, "several nodes, and the divided model fits one of them"),
+    Preset("optim_tp", OptimFSDP2, {"tensor": "node", "shard": False}, "one layer or its activations are too large"),
+    Preset("optim_2d", OptimFSDP2, {"tensor": 2}, "like optim_tp, with more devices than share a layer"),
+)
+
+PRESETS: dict[str, Preset] = {preset.name: preset for preset in _TABLE}
+"""Name -> preset, the simplest first."""
+
+
+def build(name: str, **overrides: Any) -> Strategy:
+    """Return a new strategy object of a preset.
+
+    Args:
+        name: One of :data:`PRESETS`.
+        overrides: Arguments of its class, over the preset's.
+
+    Raises:
+        ValueError: For an unknown name; the known ones are listed.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"unknown preset {name!r}; known: {', '.join(PRESETS)}.")
+    return PRESETS[name].build(**overrides)
+
+
+def register() -> None:
+    """Make the names known to ``Trainer(strategy=...)``; doing it twice is harmless."""
+    for preset in PRESETS.values():
+        StrategyRegistry.register(
+            preset.name, preset.strategy, description=preset.use_when, override=True, **preset.options
+        )

@@ -1,0 +1,169 @@
+"""Which parts of a model are gathered together: the units of fully sharded training, found without the user.
+
+What is gathered at once is what is held at once, so a unit should be a repeated block: small against the model, and
+large enough that its collective is worth its latency.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+
+__all__ = ["Units", "find_units"]
+
+NamedModules = list[tuple[str, nn.Module]]
+
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
+_NO_UNIT = (nn.ModuleList, nn.ModuleDict)  # they have no forward, so nothing would gather them
+LARGEST_BLOCK = 1 / 2
+"""A repeated class is taken when none of its instances holds more of the model than this."""
+LEAST_COVERED = 1 / 20
+"""A further repeated class is taken when its instances hold at least this much of the model together."""
+LARGEST_BY_SIZE = 1 / 8
+SMALLEST_BY_SIZE = 1 / 50
+
+
+@dataclass(frozen=True)
+class Units:
+    """The units of a model.
+
+    Attributes:
+        named: Dotted names and modules, innermost first: the order in which they are sharded.
+        how: How they were found, in words.
+        covered: Fraction of the parameters that lie in units; the rest belongs to the root.
+    """
+
+    named: NamedModules
+    how: str
+    covered: float
+
+    def __str__(self) -> str:
+        classes: dict[str, int] = defaultdict(int)
+        for _, module in self.named:
+            classes[type(module).__name__] += 1
+        counted = ", ".join(f"{count} x {name}" for name, count in classes.items()) or "none, the root alone"
+        return f"{counted} ({self.how}); they hold {self.covered:.1%} of the parameters"
+
+
+def find_units(module: nn.Module, units: Literal["auto"] | Sequence[str] = "auto") -> Units:
+    """Return the modules that are sharded as units.
+
+    The first that applies: the given names; what the modules declare as ``_no_split_modules`` (Hugging Face); classes
+    of which there are several, none holding more than half of the model; else parts by size. What such units leave
+    over is divided by size too, unless names were given. A module that shares a parameter with the outside, or
+    holds nothing but metrics, is no unit: it stays in the root.
+
+    Args:
+        module: The whole model.
+        units: ``"auto"``, or class names and dotted module names.
+
+    Returns:
+        The units; none for a model that is one indivisible part.
+
+    Raises:
+        ValueError: If the module has no parameters, or a given name is neither a class nor a module of it.
+    """
+    total = _size(module)
+    if not total:
+        raise ValueError(f"{type(module).__name__} has no parameters, so there is nothing to shard or to train.")
+    if units == "auto":
+        found, how = _automatic(module, total)
+    else:
+        found, how = _given(module, units), "as given"
+    shared = _shared_parameters(module)
+    kept = [(name, part) for name, part in found if not _leaks(part, shared)]
+    kept.sort(key=lambda unit: -unit[0].count("."))
+    return Units(kept, how, _size(nn.ModuleList([part for _, part in kept])) / total)
+
+
+def _size(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _given(module: nn.Module, units: Sequence[str]) -> NamedModules:
+    if isinstance(units, str):
+        raise ValueError(f"`units` must be 'auto' or a list of class or module names, got {units!r}.")
+    named = [(name, part) for name, part in module.named_modules() if name and _size(part)]
+    for wanted in units:
+        if not any(wanted in (name, type(part).__name__) for name, part in named):
+            classes = sorted({type(part).__name__ for _, part in named})
+            raise ValueError(
+                f"units: {wanted!r} is neither a class nor a module of {type(module).__name__}. Classes with "
+                f"parameters: {', '.join(classes)}."
+            )
+    return [(name, part) for name, part in named if {name, type(part).__name__} & set(units)]
+
+
+def _automatic(module: nn.Module, total: int) -> tuple[NamedModules, str]:
+    declared = {name for part in module.modules() for name in getattr(part, "_no_split_modules", None) or ()}
+    named = [(name, part) for name, part in module.named_modules() if name and _size(part)]
+    found = [(name, part) for name, part in named if type(part).__name__ in declared]
+    how = "_no_split_modules"
+    if not found:
+        found, classes = _repeated(named, total)
+        how = f"repeated: {', '.join(classes)}" if classes else "by size"
+    found += [unit for name, child in module.named_children() for unit in _by_size(name, child, found, total)]
+    return found, how
+
+
+def _repeated(named: NamedModules, total: int) -> tuple[NamedModules, list[str]]:
+    """Return the outermost instances of the classes that repeat, those that cover most first."""
+    by_class: dict[type[nn.Module], NamedModules] = defaultdict(list)
+    for name, part in named:
+        if any(True for _ in part.children()) and not isinstance(part, _CONTAINERS):
+            by_class[type(part)].append((name, part))
+    candidates = []
+    for cls, instances in by_class.items():
+        outer = [(n, m) for n, m in instances if not any(_is_below(n, other) for other, _ in instances)]
+        sizes = [_size(part) for _, part in outer]
+        if len(outer) > 1 and max(sizes) <= LARGEST_BLOCK * total:
+            candidates.append((round(sum(sizes) / total, 3), len(outer), cls.__name__, outer))
+    candidates.sort(key=lambda candidate: (-candidate[0], -candidate[1], candidate[2]))
+    found: NamedModules = []
+    classes = []
+    for _, _, name, outer in candidates:
+        free = [(n, m) for n, m in outer if not any(_related(n, unit) for unit, _ in found)]
+        if len(free) > 1 and sum(_size(part) for _, part in free) >= LEAST_COVERED * total:
+            found += free
+            classes.append(name)
+    return found, classes
+
+
+def _by_size(name: str, part: nn.Module, units: NamedModules, total: int) -> Iterator[tuple[str, nn.Module]]:
+    """Yield what the units leave over, divided while it is large; small parts stay in the root."""
+    size = _size(part)
+    if any(name == unit or _is_below(name, unit) for unit, _ in units) or size < SMALLEST_BY_SIZE * total:
+        return
+    divided = any(_is_below(unit, name) for unit, _ in units)
+    children = list(part.named_children())
+    small_enough = size <= LARGEST_BY_SIZE * total or not children
+    if small_enough and not divided and not isinstance(part, _NO_UNIT):
+        yield name, part
+        return
+    for child_name, child in children:
+        yield from _by_size(f"{name}.{child_name}", child, units, total)
+
+
+def _is_below(name: str, above: str) -> bool:
+    return name.startswith(f"{above}.")
+
+
+def _related(name: str, other: str) -> bool:
+    return name == other or _is_below(name, other) or _is_below(other, name)
+
+
+def _shared_parameters(module: nn.Module) -> dict[int, set[nn.Module]]:
+    """Return the modules that hold a parameter, by its id, where several do."""
+    holders: dict[int, set[nn.Module]] = defaultdict(set)
+    for part in module.modules():
+        for parameter in part.parameters(recurse=False):
+            holders[id(parameter)].add(part)
+    return {parameter: parts for parameter, parts in holders.items() if len(parts) > 1}
+
+
+def _leaks(part: nn.Module, shared: dict[int, set[nn.Module]]) -> bool:
+    """Whether a parameter of the part is used outside of it too."""
+    inside = set(part.modules())
+    return any(not shared[id(p)] <= inside for p in part.parameters() if id(p) in shared)
