@@ -9,6 +9,7 @@ import importlib.util
 import os
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,10 +20,11 @@ import torch
 import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from intents_model import IntentsNet, MessagePieces, loader
 from lightning_optim import DistillationModule
-from lightning_optim.distillation import Indexed, LogitCache, Teacher
+from lightning_optim.distillation import Indexed, IndexedCollate, IndexedDataset, LogitCache, Teacher
 from reporting import REPEAT_NOTE, Column, Report, Row, accuracy_cell, mean_rows
 from word_pieces import PADDING, SPECIAL, Vocabulary, find_minilm
 
@@ -34,6 +36,7 @@ __all__ = ["SentenceTeacher", "compare_with_teacher", "find_teacher", "hide_labe
 EPOCHS = 4  # of all messages; every row takes that many steps
 EVALUATION_BATCH_SIZE = 128
 ENCODING_BATCH_SIZE = 32  # a fifth faster than 128 on one core: what is computed stays in its cache
+ENCODED_TOGETHER = 2  # batches, a core each: two threads in one batch took longer than one beside a busy process
 HEAD_C = 30  # of the teacher's logistic regression
 FEW_LABELS = 10
 UNLABELLED = -100  # what torch's cross-entropy leaves out
@@ -112,20 +115,26 @@ def load_teacher(folder: Path, vocabulary: Vocabulary, intents: int) -> Sentence
     return SentenceTeacher(encoder, numbers, intents).eval()
 
 
-class NumberedPieces(MessagePieces):
-    """Batches that say which messages they hold, so that the teacher's cached logits are found."""
-
-    def __getitems__(self, indices: list[int]) -> Indexed:
-        return Indexed(super().__getitems__(indices), torch.tensor(indices))
+def numbered(batches: DataLoader) -> DataLoader:
+    """Return a loader of the same batches that say which messages they hold, so that cached logits are found."""
+    return DataLoader(
+        IndexedDataset(batches.dataset),
+        batch_sampler=batches.batch_sampler,
+        collate_fn=IndexedCollate(batches.collate_fn),
+    )
 
 
 def encode(teacher: SentenceTeacher, messages: MessagePieces) -> Tensor:
     """Return the vectors of all messages, in their order; the batches are of similar length."""
     found = torch.empty(len(messages), teacher.head.in_features)
-    numbered = NumberedPieces(messages.rows, messages.labels.numpy())
-    with torch.inference_mode():
-        for (pieces, _), index in loader(numbered, batch_size=ENCODING_BATCH_SIZE):
-            found[index] = teacher.vectors(pieces)
+
+    @torch.inference_mode()
+    def fill(batch: Indexed) -> None:
+        (pieces, _), index = batch
+        found[index] = teacher.vectors(pieces)
+
+    with ThreadPoolExecutor(ENCODED_TOGETHER) as pool:
+        list(pool.map(fill, numbered(loader(messages, batch_size=ENCODING_BATCH_SIZE))))
     return found
 
 
@@ -258,12 +267,12 @@ def train(
     pieces = task.pieces["train"]
     if lesson.asks_teacher:
         module = TaughtByMiniLM(student, teacher, loss=lesson.loss, alpha=lesson.alpha, cache=cache)
-        messages = NumberedPieces(pieces.rows, labels)
+        batches = numbered(loader(MessagePieces(pieces.rows, labels), batch_size=task.batch_size, shuffle_seed=seed))
     else:
         module = DistillationModule(student, loss=lesson.loss, alpha=lesson.alpha) if lesson.loss else student
         labelled = np.flatnonzero(labels != UNLABELLED)
         messages = MessagePieces([pieces.rows[row] for row in labelled], labels[labelled])
-    batches = loader(messages, batch_size=task.batch_size, shuffle_seed=seed)
+        batches = loader(messages, batch_size=task.batch_size, shuffle_seed=seed)
     steps = EPOCHS * -(-len(pieces) // task.batch_size)
     trainer = pl.Trainer(
         max_epochs=-(-steps // len(batches)),

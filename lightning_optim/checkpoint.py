@@ -23,6 +23,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from lightning_optim._version import __version__
+from lightning_optim.sharding import own_class, set_class
 from lightning_optim.target import averaged_copies
 
 __all__ = ["KEY", "VERSION", "Plan", "conform", "is_layer_class", "layer_class", "load_from_checkpoint", "plan_of"]
@@ -75,7 +76,7 @@ class _Structure:
     @classmethod
     def of(cls, layer: nn.Module, attributes: Iterable[str]) -> "_Structure":
         return cls(
-            type(layer),
+            own_class(layer),
             {name: getattr(layer, name, _Absent) for name in attributes},
             {name: None if p is None else tuple(p.shape) for name, p in layer._parameters.items()},
             {name: None if b is None else (tuple(b.shape), b.dtype) for name, b in layer._buffers.items()},
@@ -190,7 +191,8 @@ def _from_plain(name: str, plain: Mapping[str, Any], module: nn.Module) -> _Stru
 
 
 def _restructure(layer: nn.Module, wanted: _Structure, replaced: _Replaced) -> None:
-    layer.__class__ = wanted.layer_class
+    if own_class(layer) is not wanted.layer_class:
+        set_class(layer, wanted.layer_class)
     for name, value in wanted.attributes.items():
         if value is _Absent:
             layer.__dict__.pop(name, None)
@@ -441,6 +443,11 @@ def _load_class(cls: type[M], path: str | Path, init_args: dict[str, Any]) -> M:
 
 
 def _read(path: str | Path) -> dict[str, Any]:
+    if (Path(path) / "meta.pt").is_file():  # as lightning_optim.strategies.sharded_files.is_sharded_folder
+        raise ValueError(
+            f"{str(path)!r} is a folder to which each process wrote its part. Make one file of it with "
+            "lightning_optim.strategies.consolidate(folder, file), and load that."
+        )
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no checkpoint file {str(path)!r}.")
     try:

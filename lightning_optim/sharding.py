@@ -14,7 +14,18 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
-__all__ = ["copies", "full", "is_dtensor", "is_sharded", "local", "own_class", "reshard", "shard_like", "wraps"]
+__all__ = [
+    "copies",
+    "full",
+    "is_dtensor",
+    "is_sharded",
+    "local",
+    "own_class",
+    "reshard",
+    "set_class",
+    "shard_like",
+    "wraps",
+]
 
 
 def is_dtensor(tensor: Any) -> "TypeGuard[DTensor]":
@@ -93,6 +104,16 @@ def reshard(module: nn.Module) -> None:
 def own_class(module: nn.Module) -> type[nn.Module]:
     """Return a module's class without the one that ``fully_shard`` puts before it."""
     return next(cls for cls in type(module).__mro__ if not _is_fsdp(cls))
+
+
+def set_class(module: nn.Module, cls: type[nn.Module]) -> None:
+    """Give a module another class of its own; the one that ``fully_shard`` puts before it stays."""
+    divided = type(module)
+    if _is_fsdp(divided):
+        bases = tuple(cls if base is own_class(module) else base for base in divided.__bases__)
+        module.__class__ = type(f"FSDP{cls.__name__}", bases, {"__deepcopy__": divided.__dict__.get("__deepcopy__")})
+    else:
+        module.__class__ = cls
 
 
 def _is_fsdp(cls: type) -> bool:

@@ -14,6 +14,8 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from lightning_optim.sharding import own_class
+
 __all__ = [
     "ForwardInputs",
     "Pattern",
@@ -239,7 +241,7 @@ def _reason_to_leave(
         return None if included else "not in include"
     leaf = name.rpartition(".")[2]
     if not _pruned_by_default(layer, leaf):
-        return f"{type(layer).__name__} {leaf}"
+        return f"{own_class(layer).__name__} {leaf}"
     return "last layer" if is_last else None
 
 
@@ -267,7 +269,7 @@ def matches(pattern: Pattern, name: str, layer: nn.Module, prefix: str = "") -> 
 
 
 def _is_torch_layer(layer: nn.Module) -> bool:
-    return type(layer).__module__.startswith("torch.nn.")
+    return own_class(layer).__module__.startswith("torch.nn.")
 
 
 def _matches_parameter(pattern: str, name: str, leaf: str) -> bool:

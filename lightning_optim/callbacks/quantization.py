@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from typing import Any
 
 import lightning.pytorch as pl
@@ -11,7 +12,13 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_optim.callbacks.base import CompressionCallback, callbacks_of, compressions, is_compiled
+from lightning_optim.callbacks.base import (
+    CompressionCallback,
+    callbacks_of,
+    compressions,
+    is_compiled,
+    ranks_per_batch,
+)
 from lightning_optim.callbacks.example_inputs import InputSource
 from lightning_optim.quantization.coverage import coverage_table
 from lightning_optim.quantization.layers import PHASES, QuantizedLayer
@@ -26,7 +33,8 @@ from lightning_optim.quantization.prepare import (
     set_phase,
 )
 from lightning_optim.quantization.ranges import copy_ranges, fold_ranges, settle_ranges
-from lightning_optim.target import Pattern, averaged_copies
+from lightning_optim.sharding import is_sharded
+from lightning_optim.target import ForwardInputs, Pattern, averaged_copies, move_inputs
 from lightning_optim.window import Window, planned_steps
 
 __all__ = ["QuantizationAwareTraining"]
@@ -70,7 +78,9 @@ class QuantizationAwareTraining(CompressionCallback):
 
     State: window and phase; ranges are buffers of the layers, so they are in every checkpoint. A resumed run continues
     bit for bit. A new ``fit`` of a model that is quantized keeps it so, and follows its ranges until ``freeze``.
-    Strategies: a single device and DDP; ranges are pooled over ranks by one all-reduce per optimizer step.
+    Strategies: a single device, DDP, and all that divide the model (``optim_zero2``, ``optim_fsdp``, ``optim_hsdp``,
+    ``optim_tp``, ``optim_2d``); ranges are pooled over ranks by one all-reduce per optimizer step. Layers that share
+    features (``optim_tp``) gather what they observe, and the weights whose rows are cut.
 
     References:
         Jacob et al. 2018, "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only
@@ -78,6 +88,7 @@ class QuantizationAwareTraining(CompressionCallback):
     """
 
     order = 2
+    strategies = ("SingleDeviceStrategy", "DDPStrategy", "OptimFSDP2")
 
     def __init__(
         self,
@@ -108,7 +119,9 @@ class QuantizationAwareTraining(CompressionCallback):
         self._outputs: list[str] = []
         self._outputs_known = False
         self._strategy: Any = None
+        self._ranks_per_batch = 1
         self._frozen_norms: list[nn.Module] = []
+        self._whole: pl.LightningModule | None = None
 
     # What the base asks for.
 
@@ -117,6 +130,14 @@ class QuantizationAwareTraining(CompressionCallback):
         super().setup(trainer, pl_module, stage)
         if stage == "fit" and not _builds_later(pl_module):
             self._prepare(trainer, pl_module)
+
+    def before_sharding(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Prepare what was built since ``setup``, and keep a whole copy where the graph is still to be read."""
+        if trainer.state.fn != "fit":
+            return
+        self._prepare(trainer, pl_module)
+        if has_convolutions(self._layers) and trainer.is_global_zero:
+            self._whole = deepcopy(pl_module)
 
     def target_parameters(self) -> dict[str, nn.Parameter]:
         """Return the weights of the quantized layers."""
@@ -132,7 +153,7 @@ class QuantizationAwareTraining(CompressionCallback):
             self._outputs, self._outputs_known = [], False
         selection = self._prepare(trainer, pl_module)
         self._check_peers(trainer)
-        self._strategy = trainer.strategy
+        self._strategy, self._ranks_per_batch = trainer.strategy, ranks_per_batch(trainer)
         if fresh:
             self._rounded = [n for n, x in self._layers.items() if x.quantization_phase in ("fake_quantize", "frozen")]
         if not self._outputs_known:
@@ -173,7 +194,7 @@ class QuantizationAwareTraining(CompressionCallback):
 
     def _pool(self, seen: Tensor, operation: str) -> Tensor:
         pooled: Tensor = self._strategy.reduce(seen, reduce_op=operation)
-        return pooled
+        return pooled if operation == "max" else pooled / self._ranks_per_batch
 
     def finish_batch(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """End the observing of this batch, and enter the phase that is due."""
@@ -285,9 +306,8 @@ class QuantizationAwareTraining(CompressionCallback):
         outputs: dict[str, bool] = {}
         try:
             self._inputs.end_batch(pl_module)
-            if self._inputs.inputs is not None:
-                called = self._inputs.called(pl_module)
-                outputs = find_outputs(called, self._inputs.inputs, self._layers, self._inputs.layer)
+            if self._inputs.inputs is not None and (trainer.is_global_zero or not is_sharded(pl_module)):
+                outputs = self._read_outputs(pl_module, self._inputs.inputs)
         except ValueError as error:
             rank_zero_warn(
                 f"{self._label()}: no output of a convolution gets a range, so those before an addition stay float in "
@@ -297,6 +317,7 @@ class QuantizationAwareTraining(CompressionCallback):
             outputs = trainer.strategy.broadcast(outputs, src=0)
         self._outputs_known = True
         self._inputs.release()
+        self._whole = None
         self._outputs = list(outputs)
         prefix, _ = self.find_target(pl_module)
         phases = {name: layer.quantization_phase for name, layer in self._layers.items()}
@@ -307,6 +328,13 @@ class QuantizationAwareTraining(CompressionCallback):
         joining = dict.fromkeys(outputs.keys() - phases.keys(), self._phase_due())  # BatchNorms
         for module in (pl_module, *averaged_copies(trainer)):
             self._set_phases(module, phases | joining)
+
+    def _read_outputs(self, pl_module: pl.LightningModule, inputs: ForwardInputs) -> dict[str, bool]:
+        """Read the graph of the module, or of its whole copy where the module itself is divided."""
+        whole = pl_module if self._whole is None else self._whole
+        device = next(whole.parameters()).device
+        called = self._inputs.called(whole)
+        return find_outputs(called, move_inputs(inputs, device), self._layers, self._inputs.layer)
 
     def _check_peers(self, trainer: pl.Trainer) -> None:
         for peer in compressions(trainer):
@@ -414,7 +442,7 @@ class QuantizationAwareTraining(CompressionCallback):
     def _release(self, pl_module: pl.LightningModule) -> None:
         self._inputs.release()
         self._release_norms()
-        self._strategy = None
+        self._strategy = self._whole = None
         self._stop_observing()
         self._forget_seen()
         super()._release(pl_module)
@@ -428,7 +456,7 @@ class QuantizationAwareTraining(CompressionCallback):
         self._release_norms()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_layers": {}, "_strategy": None, "_frozen_norms": []}
+        return {**super().__getstate__(), "_layers": {}, "_strategy": None, "_frozen_norms": [], "_whole": None}
 
 
 def _batch_norms(target: nn.Module) -> list[nn.Module]:

@@ -1,10 +1,13 @@
 """Teacher logits on disk: computed once, read by every epoch, and never those of another teacher."""
 
+import copy
 import json
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Sized
+from itertools import chain
 from pathlib import Path
+from statistics import median_low
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -15,7 +18,15 @@ from rich.progress import track
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-__all__ = ["Indexed", "IndexedCollate", "IndexedDataset", "LogitCache", "ordered_batches", "shared_cache"]
+__all__ = [
+    "Indexed",
+    "IndexedCollate",
+    "IndexedDataset",
+    "LogitCache",
+    "dataset_length",
+    "every_sample_once",
+    "shared_cache",
+]
 
 T = TypeVar("T")
 _MAGIC = b"LODISTL1"
@@ -33,7 +44,8 @@ class IndexedDataset(Dataset[Indexed]):
     """A dataset whose samples say which they are, so that cached teacher logits can be found.
 
     The student and its hooks get what the dataset gave; a DistillationModule takes the index off. A loader with a
-    ``collate_fn`` of its own takes ``collate_fn=IndexedCollate(yours)``.
+    ``collate_fn`` of its own takes ``collate_fn=IndexedCollate(yours)``. Where the dataset has ``__getitems__`` so has
+    this one: a list with a sample for each index, as torch has it, or a whole batch that is no list.
 
     Args:
         dataset: A map-style dataset. Its samples must be the same in every epoch: no augmentation.
@@ -50,6 +62,24 @@ class IndexedDataset(Dataset[Indexed]):
     def __getitem__(self, index: int) -> Indexed:
         return Indexed(self.dataset[index], index)
 
+    @property
+    def __getitems__(self) -> Callable[[list[int]], "list[Indexed] | Indexed"]:
+        """Fetch a batch at once; a property, since a DataLoader asks whether there is such a method."""
+        if not callable(getattr(self.dataset, "__getitems__", None)):
+            raise AttributeError(f"{type(self.dataset).__name__} has no `__getitems__`.")
+        return self._fetch
+
+    def _fetch(self, indices: list[int]) -> "list[Indexed] | Indexed":
+        fetched = self.dataset.__getitems__(indices)
+        if not isinstance(fetched, list):
+            return Indexed(fetched, torch.as_tensor(indices))
+        if len(fetched) != len(indices):
+            raise ValueError(
+                f"`__getitems__` of {type(self.dataset).__name__} gave a list of {len(fetched)} for {len(indices)} "
+                "indices. A list must hold one sample an index; give a whole batch as a tuple or dict."
+            )
+        return list(map(Indexed, fetched, indices))
+
 
 class IndexedCollate:
     """A ``collate_fn`` for the samples of an :class:`IndexedDataset`.
@@ -61,8 +91,10 @@ class IndexedCollate:
     def __init__(self, collate_fn: Callable[[list[Any]], Any] = default_collate) -> None:
         self.collate_fn = collate_fn
 
-    def __call__(self, samples: list[Indexed]) -> Indexed:
-        """Collate the samples and their indices."""
+    def __call__(self, samples: list[Indexed] | Indexed) -> Indexed:
+        """Collate the samples and their indices; of a batch that was fetched whole ``collate_fn`` gets the whole."""
+        if isinstance(samples, Indexed):
+            return Indexed(self.collate_fn(samples.item), samples.index)
         items = self.collate_fn([sample.item for sample in samples])
         return Indexed(items, torch.tensor([sample.index for sample in samples]))
 
@@ -242,8 +274,8 @@ def _check_same(path: Path, what: str, wanted: Any, found: Any) -> None:
         )
 
 
-def ordered_batches(loader: Any) -> DataLoader[Any]:
-    """Return a loader of the same dataset and batches that is neither shuffled nor sharded.
+def dataset_length(loader: Any) -> int:
+    """Return the number of samples a training loader draws from.
 
     Raises:
         ValueError: If the dataset has no length.
@@ -253,4 +285,43 @@ def ordered_batches(loader: Any) -> DataLoader[Any]:
         raise ValueError(
             "`cache` needs one training loader over a dataset with a length; an iterable dataset has no sample index."
         )
-    return DataLoader(dataset, batch_size=loader.batch_size or 64, shuffle=False, collate_fn=loader.collate_fn)
+    return len(dataset)
+
+
+def every_sample_once(loader: Any) -> DataLoader[Any]:
+    """Return a loader of the same dataset and collate that is not sharded and gives every sample once.
+
+    A batch sampler of the user's own (batches of similar length, say) makes the batches, if it gives every sample once;
+    it is copied, so that training gets the batches it would have got. Else they are made in the dataset's order.
+    """
+    dataset, sampler = loader.dataset, getattr(loader, "batch_sampler", None)
+    if loader.batch_size is not None or sampler is None:  # torch's own batches: any others are as good
+        return DataLoader(dataset, loader.batch_size or 64, shuffle=False, collate_fn=loader.collate_fn)
+    rows = dataset_length(loader)
+    batches, problem = _batches_of(sampler, dataset, rows)
+    if not problem:
+        return DataLoader(dataset, batch_sampler=batches, collate_fn=loader.collate_fn)
+    size = median_low([len(batch) for batch in batches]) if batches else getattr(sampler, "batch_size", 64)
+    rank_zero_info(
+        f"{type(sampler).__name__} {problem}, so the teacher's logits are computed in the dataset's order, {size} at a "
+        "time."
+    )
+    return DataLoader(dataset, size, shuffle=False, collate_fn=loader.collate_fn)
+
+
+def _batches_of(sampler: Iterable[Iterable[int]], dataset: Any, rows: int) -> tuple[list[list[int]], str]:
+    """Return the batches that a copy of the sampler gives, and why they are not what is needed, if so."""
+    shared = {id(each): each for each in (dataset, getattr(dataset, "dataset", None))}  # not copied with the sampler
+    try:
+        copied = copy.deepcopy(sampler, shared)
+    except TypeError:
+        return [], "cannot be copied, and training must get the batches it would have got"
+    batches: list[list[int]] = []
+    given = 0
+    for batch in copied:
+        batches.append(list(batch))
+        given += len(batches[-1])
+        if given > rows:  # it may never end
+            break
+    is_whole = sorted(chain.from_iterable(batches)) == list(range(rows))
+    return batches, "" if is_whole else f"does not give each of {rows} samples once"

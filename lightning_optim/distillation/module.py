@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from lightning_optim import checkpoint
-from lightning_optim.distillation.cache import Indexed, LogitCache, ordered_batches, shared_cache
+from lightning_optim.distillation.cache import Indexed, LogitCache, dataset_length, every_sample_once, shared_cache
 from lightning_optim.distillation.features import (
     Capture,
     Feature,
@@ -249,7 +249,8 @@ class DistillationModule(pl.LightningModule):
     def teacher_inputs(self, batch: Any) -> Any:
         """Return what the teacher's forward receives, where it is not what the student's receives; else None.
 
-        A tensor, a tuple of arguments, or a dict of keywords: for another tokenizer or another resolution.
+        A tensor, a tuple of arguments, or a dict of keywords: for another tokenizer or another resolution. The batch is
+        what the student's own step gets, without the index of an :class:`IndexedDataset`.
         """
         return None
 
@@ -383,6 +384,8 @@ class DistillationModule(pl.LightningModule):
         return logits, {name: caught.outputs(name)[0] for name in names}
 
     def _inputs_of_teacher(self, inputs: ForwardInputs, item: Any) -> ForwardInputs:
+        if item is None and is_overridden("teacher_inputs", self, DistillationModule):  # sized by example inputs
+            item = self._first_batch()
         own = self.teacher_inputs(item)
         return inputs if own is None else as_forward_inputs(own)
 
@@ -641,7 +644,9 @@ class DistillationModule(pl.LightningModule):
     def _first_batch(self) -> Any:
         """Return the first training batch; the loader is where it was, and no random number is drawn."""
         if self._trainer is None:
-            raise ValueError("projectors are sized by a forward pass: give `example_inputs`.")
+            raise ValueError(
+                "layers are sized by a forward pass: give `example_inputs`; your `teacher_inputs` needs a run's batch."
+            )
         loader = self.trainer.fit_loop._data_source.dataloader()
         state = loader.state_dict() if hasattr(loader, "state_dict") else None
         with isolate_rng():
@@ -719,8 +724,8 @@ class DistillationModule(pl.LightningModule):
 
     def _open_cache(self, path: Path, checksum: str | None) -> None:
         self.trainer.fit_loop.setup_data()
-        loader = ordered_batches(self.trainer.train_dataloader)
-        rows = len(loader.dataset)  # type: ignore[arg-type]
+        loader = self.trainer.train_dataloader
+        rows = dataset_length(loader)
         self._cache = shared_cache(self.trainer, path, checksum, rows, partial(self._build_cache, path, loader, rows))
         self._unproven = True
 
@@ -728,8 +733,9 @@ class DistillationModule(pl.LightningModule):
         teacher = self._required_teacher()
         bar = getattr(self.trainer.progress_bar_callback, "is_enabled", False)
         with isolate_rng():
-            answers = (self._answer_for_cache(batch) for batch in loader)
-            LogitCache.build(path, answers, teacher=teacher.checksum(), rows=rows, batches=len(loader), progress=bar)
+            once = every_sample_once(loader)
+            answers = (self._answer_for_cache(batch) for batch in once)
+            LogitCache.build(path, answers, teacher=teacher.checksum(), rows=rows, batches=len(once), progress=bar)
 
     def _answer_for_cache(self, batch: Any) -> tuple[Any, Tensor]:
         index = self.sample_index(batch)

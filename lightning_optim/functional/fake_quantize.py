@@ -16,6 +16,7 @@ __all__ = [
     "integer_range",
     "parse_weight_granularity",
     "quantize",
+    "straight_through",
     "symmetric_scale",
 ]
 
@@ -174,6 +175,22 @@ def fake_quantize_weight(
     """
     rounded: Tensor = _RoundedWeight.apply(weight, bits, granularity, largest)  # type: ignore[no-untyped-call]
     return rounded
+
+
+def straight_through(x: Tensor, rounded: Tensor) -> Tensor:
+    """Return ``rounded`` with the gradient of ``x``, which has its shape."""
+    passed: Tensor = _Passed.apply(x, rounded)  # type: ignore[no-untyped-call]
+    return passed
+
+
+class _Passed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rounded: Tensor) -> Tensor:
+        return rounded.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
 
 
 class _RoundedWeight(torch.autograd.Function):

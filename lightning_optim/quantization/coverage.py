@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from lightning_optim.quantization.layers import QuantizedLayer
+from lightning_optim.sharding import own_class
 from lightning_optim.tables import by_reason, render
 
 __all__ = ["coverage_table", "words_of"]
@@ -29,4 +30,4 @@ def words_of(layer: QuantizedLayer) -> tuple[str, str]:
 
 
 def _class_of(layer: QuantizedLayer) -> str:
-    return type(layer).__name__.removeprefix("Quantized")
+    return own_class(layer).__name__.removeprefix("Quantized")

@@ -20,8 +20,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_optim.checkpoint import layer_class
-from lightning_optim.functional.fake_quantize import fake_quantize, fake_quantize_weight, integer_range
+from lightning_optim.functional.fake_quantize import (
+    fake_quantize,
+    fake_quantize_weight,
+    integer_range,
+    straight_through,
+)
 from lightning_optim.functional.observers import OBSERVERS
+from lightning_optim.sharding import full, is_dtensor, local, shard_like, wraps
 
 __all__ = [
     "ATTRIBUTES",
@@ -118,7 +124,7 @@ class QuantizedLayer(nn.Module):
         weight: Tensor = self.weight  # type: ignore[assignment]
         if self.quantization_phase in ("off", "observe") or self.weight_bits is None:
             return weight
-        return fake_quantize_weight(weight, self.weight_bits, self.weight_granularity)
+        return _rounded_weight(weight, self.weight_bits, self.weight_granularity)
 
     def quantized_input(self, x: Tensor) -> Tensor:
         """Return the input as the phase has it; note it where it is observed."""
@@ -135,10 +141,11 @@ class QuantizedLayer(nn.Module):
             return x
         low, high = integer_range(self.activation_bits, symmetric=False)
         scale, zero_point = getattr(self, f"{which}_scale"), getattr(self, f"{which}_zero_point")
-        return fake_quantize(x, scale, zero_point, low, high)
+        return _on_part(lambda part: fake_quantize(part, scale, zero_point, low, high), x)
 
     def _note(self, which: str, x: Tensor) -> None:
         observer = OBSERVERS[self.observer]
+        x = local(x) if observer.reduction == "max" else full(x)  # extremes of parts are pooled over ranks later
         seen = observer.see(x.clamp_min(0) if which == "output" and self.output_relu else x)
         before = self.seen_output if which == "output" else self.seen_input
         if before is not None:
@@ -157,6 +164,23 @@ class QuantizedLayer(nn.Module):
             if moved is not None and moved.dtype != buffer.dtype:
                 self._buffers[name] = buffer.to(moved.device)
         return self
+
+
+def _on_part(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Apply an elementwise function to what this rank holds of a tensor."""
+    if not is_dtensor(x):
+        return function(x)
+    return wraps(function(x.to_local()), x)
+
+
+def _rounded_weight(weight: Tensor, bits: int, granularity: str) -> Tensor:
+    """Round a weight; under tensor parallelism by the scales of the whole, which is gathered where rows are cut."""
+    if not is_dtensor(weight):
+        return fake_quantize_weight(weight, bits, granularity)
+    if granularity != "per_tensor" and all(placement.is_shard(0) for placement in weight.placements):
+        return _on_part(lambda part: fake_quantize_weight(part, bits, granularity), weight)
+    rounded = local(shard_like(fake_quantize_weight(full(weight), bits, granularity), weight))
+    return _on_part(lambda part: straight_through(part, rounded), weight)
 
 
 @layer_class

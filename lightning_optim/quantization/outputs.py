@@ -6,6 +6,7 @@ from torch import nn
 
 from lightning_optim.quantization.graph import read_graph
 from lightning_optim.quantization.layers import QUANTIZED, QuantizedLayer
+from lightning_optim.sharding import own_class
 from lightning_optim.target import ForwardInputs
 
 __all__ = ["find_outputs", "has_convolutions"]
@@ -41,7 +42,7 @@ def find_outputs(
     found = read_graph(called, inputs, convolutions, readers).outputs
     for name in found:
         layer = called.get_submodule(name)
-        if not isinstance(layer, QuantizedLayer) and type(layer) not in QUANTIZED:
+        if not isinstance(layer, QuantizedLayer) and own_class(layer) not in QUANTIZED:
             raise ValueError(
                 f"the output of {dot}{name} needs a range, and a {type(layer).__name__} cannot hold one (with "
                 "sync_batchnorm=True, for example). Exclude the convolution before it, or do without."

@@ -12,6 +12,7 @@ from lightning_optim.functional.fake_quantize import integer_range, parse_weight
 from lightning_optim.functional.observers import OBSERVERS
 from lightning_optim.quantization.layers import ATTRIBUTES, PHASES, QUANTIZED, QuantizedLayer
 from lightning_optim.quantization.ranges import write_scales
+from lightning_optim.sharding import own_class, set_class
 from lightning_optim.target import Pattern, matches, named_layers
 
 __all__ = [
@@ -169,7 +170,7 @@ def _from_before(layer: nn.Module) -> str:
 
 
 def _those_that_match(patterns: Sequence[Pattern] | None, name: str, layer: nn.Module, prefix: str) -> list[Pattern]:
-    float_class = _FROM.get(type(layer))
+    float_class = _FROM.get(own_class(layer))
     return [
         pattern
         for pattern in patterns or ()
@@ -194,7 +195,7 @@ def _why_float(layer: nn.Module) -> str | None:
         return "lazy"
     if is_parametrized(layer):
         return "its weight is computed by a parametrization"
-    if type(layer) in _FROM:
+    if own_class(layer) in _FROM:
         weight = layer._parameters.get("weight")
         return (
             None if weight is not None and weight.is_floating_point() else "its weight is no floating point Parameter"
@@ -202,12 +203,12 @@ def _why_float(layer: nn.Module) -> str | None:
     for classes, reason in _WHY_FLOAT:
         if isinstance(layer, classes):
             return reason
-    if type(layer).__name__ == "NonDynamicallyQuantizableLinear":
+    if own_class(layer).__name__ == "NonDynamicallyQuantizableLinear":
         return "called inside nn.MultiheadAttention, never as a layer"
     known = next((cls for cls in _FROM if isinstance(layer, cls)), None)
     if known is not None:
         return f"a subclass of {known.__name__}, whose own forward is not known"
-    return f"{type(layer).__name__} stays float"
+    return f"{own_class(layer).__name__} stays float"
 
 
 def _has_matrix(layer: nn.Module) -> bool:
@@ -260,7 +261,7 @@ def _swap(root: nn.Module, name: str, scheme: QuantizationScheme, prefix: str) -
     layer = root.get_submodule(name)
     if not isinstance(layer, QuantizedLayer):
         plan_of(root).track(name, *ATTRIBUTES)
-        layer.__class__ = QUANTIZED[type(layer)]
+        set_class(layer, QUANTIZED[own_class(layer)])
         layer = root.get_submodule(name)
         assert isinstance(layer, QuantizedLayer)  # noqa: S101 - what the line before made it
         layer.quantization_phase = layer.output_phase = "off"

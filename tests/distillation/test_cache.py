@@ -2,15 +2,35 @@
 
 import copy
 import pickle
+import re
+from itertools import chain
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, Subset, WeightedRandomSampler
 
-from helpers.distilled import Teacher, distilled, teacher
-from helpers.models import EpochSampler, Files, assert_same_state, data, new, train_loader, trainer, val_loader
-from lightning_optim.distillation import DistillationModule, Indexed, IndexedCollate, IndexedDataset, LogitCache
+from helpers.distilled import HINT, Teacher, distilled, teacher
+from helpers.models import (
+    FEATURES,
+    EpochSampler,
+    Files,
+    assert_same_state,
+    data,
+    new,
+    train_loader,
+    trainer,
+    val_loader,
+)
+from lightning_optim.distillation import (
+    DistillationModule,
+    Indexed,
+    IndexedCollate,
+    IndexedDataset,
+    LogitCache,
+)
+from lightning_optim.distillation.cache import every_sample_once
 
 ROWS = 64
 
@@ -110,6 +130,191 @@ def test_indexed_samples():
         IndexedDataset(iter([]))
 
 
+# Batches fetched at once.
+
+
+class Fetching(Dataset):
+    """A dataset with ``__getitems__``, which notes what it was asked for."""
+
+    def __init__(self, kind: type = list) -> None:
+        self.kind, self.asked = kind, []
+
+    def __len__(self):
+        return ROWS
+
+    def __getitem__(self, index):
+        raise AssertionError("one sample at a time")
+
+    def __getitems__(self, indices):
+        self.asked.append(list(indices))
+        rows = [data()[index] for index in indices]
+        return rows if self.kind is list else self.kind(torch.stack(column) for column in zip(*rows, strict=True))
+
+
+def same(batch):
+    return batch
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(("kind", "collate"), [(list, None), (list, IndexedCollate()), (tuple, IndexedCollate(same))])
+def test_a_batch_is_fetched_at_once_where_the_dataset_can(kind, collate, workers):
+    dataset = Fetching(kind)
+    order = [[5, 2, 9], [1], [63, 0]]
+    batches = list(DataLoader(IndexedDataset(dataset), batch_sampler=order, collate_fn=collate, num_workers=workers))
+    assert [batch.index.tolist() for batch in batches] == order
+    for (x, y), index in batches:
+        assert torch.equal(x, data().tensors[0][index])
+        assert torch.equal(y, data().tensors[1][index])
+    assert workers or dataset.asked == order
+
+
+def test_subsets_are_fetched_at_once_with_their_own_places():
+    batch = next(iter(DataLoader(IndexedDataset(Subset(Fetching(), [7, 8, 9])), 2)))
+    assert batch.index.tolist() == [0, 1]
+    assert torch.equal(batch.item[0], data().tensors[0][[7, 8]])
+
+
+def test_a_dataset_that_cannot_fetch_a_batch_has_no_such_method():
+    dataset = IndexedDataset(data())
+    assert not hasattr(dataset, "__getitems__")
+    with pytest.raises(AttributeError, match="TensorDataset has no `__getitems__`"):
+        dataset.__getitems__([0])
+    assert hasattr(pickle.loads(pickle.dumps(IndexedDataset(Subset(data(), [0])))), "__getitems__")
+
+
+def test_a_list_that_is_no_list_of_samples_is_refused():
+    class Columns(Fetching):
+        def __getitems__(self, indices):
+            return [torch.zeros(len(indices), 2), torch.zeros(len(indices))]
+
+    with pytest.raises(ValueError, match=r"Columns gave a list of 2 for 3 indices.*tuple or dict"):
+        next(iter(DataLoader(IndexedDataset(Columns()), 3, collate_fn=IndexedCollate(same))))
+
+
+# The batches of the build.
+
+
+class Similar(BatchSampler):
+    """Batches of samples of similar length, shuffled by a generator of its own."""
+
+    def __init__(self, rows=ROWS, size=6):
+        self.rows, self.size = rows, size
+        self.generator = torch.Generator().manual_seed(0)
+
+    def __len__(self):
+        return -(-self.rows // self.size)
+
+    def __iter__(self):
+        order = sorted(range(self.rows), key=lambda row: row % 7)
+        batches = [order[start : start + self.size] for start in range(0, self.rows, self.size)]
+        return iter([batches[i] for i in torch.randperm(len(batches), generator=self.generator)])
+
+
+def test_the_build_takes_the_batches_of_a_sampler_of_ones_own_and_training_gets_the_same(tmp_path):
+    asked = []
+
+    class Noting(Teacher):
+        def forward(self, x):
+            asked.append(x)
+            return super().forward(x)
+
+    def fitted():
+        module = distilled(of=teacher(Noting), cache=tmp_path / "logits.cache")
+        run(tmp_path, module, train=DataLoader(IndexedDataset(data()), batch_sampler=Similar()))
+        return module
+
+    module = fitted()
+    built = [x[0, 0].item() for x in asked[: len(Similar())]]
+    assert [len(x) for x in asked[: len(Similar())]].count(6) == ROWS // 6
+    assert sorted(built) == sorted(data().tensors[0][rows[0], 0].item() for rows in Similar())
+    assert_same_state(module, fitted())  # the second finds the file
+
+
+def once(sampler, dataset=None):
+    """Batches of indices that a build makes of a sampler's, and their loader's dataset."""
+    dataset = IndexedDataset(data()) if dataset is None else dataset
+    return [batch.index.tolist() for batch in every_sample_once(DataLoader(dataset, batch_sampler=sampler))]
+
+
+def in_order(size):
+    return [list(range(ROWS))[start : start + size] for start in range(0, ROWS, size)]
+
+
+class Endless:
+    def __iter__(self):
+        while True:
+            yield [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("sampler", "size"),
+    [
+        (BatchSampler(range(ROWS), 5, drop_last=True), 5),
+        (BatchSampler(WeightedRandomSampler(torch.ones(ROWS), ROWS), 6, drop_last=False), 6),
+        (BatchSampler(range(0, ROWS, 2), 4, drop_last=False), 4),  # one rank's share
+        (BatchSampler([], 3, drop_last=False), 3),
+        (Endless(), 2),
+    ],
+    ids=["drops the last", "repeats", "sharded", "empty", "endless"],
+)
+def test_a_sampler_that_misses_or_repeats_samples_does_not_make_the_batches(sampler, size, caplog):
+    with caplog.at_level("INFO", "lightning.pytorch"):
+        assert once(sampler) == in_order(size)
+    assert f"{type(sampler).__name__} does not give each of 64 samples once" in caplog.text
+    assert f"in the dataset's order, {size} at a time" in caplog.text
+
+
+def test_a_sampler_that_cannot_be_copied_does_not_make_the_batches(caplog):
+    sampler = Similar()
+    sampler.source = iter(lambda: 0, 1), (row for row in ())
+    with caplog.at_level("INFO", "lightning.pytorch"):
+        assert once(sampler) == in_order(64)
+    assert "Similar cannot be copied" in caplog.text
+
+
+def test_the_dataset_is_not_copied_with_a_sampler_that_holds_it(caplog):
+    class Heavy(Fetching):
+        def __deepcopy__(self, memo):
+            raise AssertionError("copied")
+
+    inner = Heavy()
+    outer = IndexedDataset(inner)
+    for held in (inner, outer):
+        found = once(BatchSampler(RandomSampler(held, generator=torch.Generator()), 8, False), outer)
+        assert sorted(chain.from_iterable(found)) == list(range(ROWS))
+        assert found != in_order(8)
+
+
+# Before a run.
+
+
+def docs_block():
+    page = Path(__file__).parents[2] / "docs" / "distillation.md"
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    (block,) = (block for block in blocks if "LogitCache.build" in block)
+    return block
+
+
+@pytest.mark.parametrize("seeds", [[11], [11, 12]])
+def test_the_block_of_the_docs_writes_the_file_that_a_run_would(tmp_path, monkeypatch, seeds):
+    monkeypatch.chdir(tmp_path)
+    asked = []
+
+    class Counting(Teacher):
+        def forward(self, x):
+            asked.append(len(x))
+            return super().forward(x)
+
+    given = [(teacher(Counting, seed), 1.0 + place) for place, seed in enumerate(seeds)]
+    exec(docs_block(), {"teacher": given, "train_set": data()})
+    assert sum(asked) == ROWS * len(seeds)
+    run(tmp_path, distilled(of=given, cache="teacher_logits.bin"))
+    assert sum(asked) == (ROWS + 8) * len(seeds)  # no build, and the first batch is compared
+    run(tmp_path, distilled(of=given, cache="direct.bin"))
+    rows = [LogitCache(name).read(torch.arange(ROWS)) for name in ("teacher_logits.bin", "direct.bin")]
+    torch.testing.assert_close(*rows, atol=2e-3, rtol=2e-3)  # float16, and other batches
+
+
 # Runs.
 
 
@@ -189,6 +394,33 @@ def test_dicts_with_an_index_and_a_collate_of_ones_own(tmp_path):
     module = Dicts(new(), teacher(), cache=tmp_path / "logits.cache")
     run(tmp_path, module, train=loader(IndexedCollate(collate)), max_epochs=1)
     assert module.sample_index({"index": 3}) == 3
+
+
+def test_teacher_inputs_gets_the_batch_without_its_index(tmp_path):
+    seen = []
+
+    class Reads(DistillationModule):
+        def teacher_inputs(self, batch):
+            seen.append(type(batch))
+            return batch[0]
+
+    module = Reads(new(), teacher(), cache=tmp_path / "logits.cache")
+    run(tmp_path, module, max_epochs=1)
+    assert seen == [list] * (ROWS // 8 + 1)  # the build's, and the first step's that is compared
+
+
+def test_teacher_inputs_gets_a_batch_too_where_projectors_are_sized_by_an_example(tmp_path):
+    class Reads(DistillationModule):
+        def teacher_inputs(self, batch):
+            assert isinstance(batch, list)
+            return batch[0]
+
+    def module():
+        return Reads(new(), teacher(), features=HINT, example_inputs=torch.zeros(2, FEATURES))
+
+    run(tmp_path, module(), max_epochs=1)
+    with pytest.raises(ValueError, match="`teacher_inputs` needs a run's batch"):
+        module().match_features()
 
 
 def test_features_and_a_cache_are_one_too_many(tmp_path):

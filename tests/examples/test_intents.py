@@ -4,6 +4,7 @@ import csv
 import importlib.util
 import runpy
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -14,7 +15,17 @@ import intents
 import intents_teacher
 from banking77 import Messages, find_folder, hold_out, keep_intents, read_messages
 from intents_model import IntentsNet, MessagePieces, SimilarLengths, loader
-from intents_teacher import LESSONS, SETTINGS, UNLABELLED, Student, hide_labels, load_teacher, verdict
+from intents_teacher import (
+    LESSONS,
+    SETTINGS,
+    UNLABELLED,
+    Student,
+    encode,
+    hide_labels,
+    load_teacher,
+    numbered,
+    verdict,
+)
 from synthetic_messages import generate_messages
 from word_pieces import PADDING, UNKNOWN, VECTOR_LENGTH, find_minilm, learn_pieces, narrow, read_minilm, split_word
 
@@ -377,6 +388,30 @@ def test_the_teacher_helped_only_where_its_gain_is_beyond_the_noise():
     assert said(0.7, accuracy_std=0.1).endswith("no difference beyond the noise of 0.1949.")
     assert "+0.2000, the teacher helped, by more than the noise of" in said(0.8)
     assert "-0.2000, worse, by more than the noise of" in said(0.4)
+
+
+def test_numbered_batches_are_the_same_batches_and_say_which_messages_they_hold(messages):
+    plain, indexed = (loader(messages, batch_size=8, shuffle_seed=0) for _ in range(2))
+    for (pieces, labels), ((same, also), index) in zip(plain, numbered(indexed), strict=True):
+        assert torch.equal(pieces, same)
+        assert torch.equal(labels, also)
+        assert torch.equal(labels, messages.labels[index])
+
+
+def test_two_batches_are_encoded_at_a_time_and_in_the_order_of_the_messages():
+    rows = [np.arange(2, 3 + number % 9) for number in range(128)]
+    both = threading.Barrier(2)
+
+    class Counts:
+        head = torch.nn.Linear(2, 1)
+
+        def vectors(self, pieces):
+            both.wait(timeout=10)
+            return torch.stack([pieces.amax(1), (pieces != PADDING).sum(1)], 1).float()
+
+    found = encode(Counts(), MessagePieces(rows, np.zeros(128, dtype=np.int64)))
+    assert found.tolist() == [[row[-1], len(row)] for row in rows]
+    assert not found.is_inference()
 
 
 def test_the_teacher_reads_what_minilm_reads_of_the_same_text(minilm, transformers):
