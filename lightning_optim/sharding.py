@@ -24,6 +24,7 @@ __all__ = [
     "reshard",
     "set_class",
     "shard_like",
+    "whole_state",
     "wraps",
 ]
 
@@ -99,6 +100,21 @@ def reshard(module: nn.Module) -> None:
     for part in module.modules():
         if _is_fsdp(type(part)):
             part.reshard()  # type: ignore[operator]
+
+
+def whole_state(module: nn.Module, *, keep: bool) -> dict[str, Any]:
+    """Return a module's whole ``state_dict()`` on the CPU, gathered one tensor at a time.
+
+    Args:
+        module: All processes must ask.
+        keep: Whether this process wants it; else the result is empty.
+    """
+    state: dict[str, Any] = {}
+    for name, value in module.state_dict().items():
+        whole = full(value) if isinstance(value, Tensor) else value
+        if keep:
+            state[name] = whole.cpu() if isinstance(whole, Tensor) else whole
+    return state
 
 
 def own_class(module: nn.Module) -> type[nn.Module]:

@@ -21,6 +21,7 @@ from lightning_optim.functional.schedules import SCHEDULES, Schedule
 from lightning_optim.measure.latency import interleaved_latency
 from lightning_optim.measure.macs import count_macs
 from lightning_optim.measure.size import SIZES
+from lightning_optim.sharding import is_sharded
 from lightning_optim.structured.events import (
     Allocation,
     ChannelReport,
@@ -92,7 +93,8 @@ class ChannelPruning(CompressionCallback):
     ``channels/macs`` or ``channels/latency``.
 
     State: the window, the channels of the dense model, and for ``taylor`` one float32 per selected weight. A resumed
-    run continues bit for bit. Strategies: a single device and DDP (the model is wrapped anew after each event).
+    run continues bit for bit. Strategies: a single device and DDP (the model is wrapped anew after each event). Those
+    that divide the model go on with one whose window is over, and refuse any other before they divide it.
 
     Hand-written attention with separate Linear layers for queries, keys, values and output loses whole heads. What
     cannot be treated (fused projections, ``nn.MultiheadAttention``, recurrent layers, the outputs, whatever fails the
@@ -103,6 +105,7 @@ class ChannelPruning(CompressionCallback):
     """
 
     order = 0
+    strategies = ("SingleDeviceStrategy", "DDPStrategy", "OptimFSDP2")
     instead = (
         "Take Trainer(strategy='ddp') or a single device, or prune before the model is sharded: prune_channels(...), "
         "or load_from_checkpoint(...) of a pruned file, and train that."
@@ -177,8 +180,22 @@ class ChannelPruning(CompressionCallback):
         self._inputs.prepare(pl_module, "ChannelPruning")
         refuse_shared(pl_module, self._target, self._prefix)
         self._roots, self._left_alone = select_roots(self._target, self._prefix, self.include, self.exclude)
-        if self._inputs.inputs is not None:
+        if self._inputs.inputs is not None and not is_sharded(pl_module):
             self._find_groups(trainer)
+
+    def before_sharding(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Refuse events on a model that is divided: its plan must be complete before.
+
+        Raises:
+            MisconfigurationException: If the window of the checkpoint is not over, or there is none.
+        """
+        if trainer.state.fn == "fit" and not self.window.closed:
+            raise MisconfigurationException(
+                f"ChannelPruning cannot remove channels under {type(trainer.strategy).__name__}: their parameters are "
+                "divided among the devices. Prune under 'optim_ddp' or on one device, and go on here from its file "
+                "(ckpt_path) once the window is over, or load it with lightning_optim.load_from_checkpoint and leave "
+                "ChannelPruning out."
+            )
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int

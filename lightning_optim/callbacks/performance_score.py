@@ -20,8 +20,9 @@ from lightning_optim.callbacks.base import callbacks_of, compressions, mro_names
 from lightning_optim.callbacks.example_inputs import InputSource
 from lightning_optim.functional.score import DEFAULT_WEIGHTS, Terms, guarded, performance_score
 from lightning_optim.measure.latency import interleaved_latency
-from lightning_optim.measure.size import SIZES
+from lightning_optim.measure.size import SIZES, bytes_of, free_bytes
 from lightning_optim.quantization.layers import float_kernels
+from lightning_optim.sharding import is_sharded, reshard, whole_state
 from lightning_optim.tables import render
 from lightning_optim.target import ForwardInputs, find_target
 
@@ -85,7 +86,8 @@ class PerformanceScore(pl.Callback):
     measures.
 
     State: references, best accuracy and the rows of the final table, so a resumed run keeps its baseline. The copy
-    costs the model's memory once more.
+    costs the model's memory once more. Where the strategy divides the model, rank 0 keeps two whole copies on its CPU
+    and measures one of them with the gathered weights; where they do not fit, P is NaN and a warning says so.
     """
 
     def __init__(
@@ -125,6 +127,7 @@ class PerformanceScore(pl.Callback):
         self.example_inputs = example_inputs
         self._fitted: tuple[Any, Any] | None = None
         self._restored = False
+        self._whole: nn.Module | None = None
         self._forget()
 
     def _forget(self) -> None:
@@ -159,10 +162,10 @@ class PerformanceScore(pl.Callback):
                 "PerformanceScore reads the logged accuracy, and Trainer(barebones=True) logs nothing. Take the "
                 "callback out, or train without barebones."
             )
-        if mro_names(trainer.strategy).isdisjoint({"SingleDeviceStrategy", "DDPStrategy"}):
+        if mro_names(trainer.strategy).isdisjoint({"SingleDeviceStrategy", "DDPStrategy", "OptimFSDP2"}):
             raise MisconfigurationException(
                 f"PerformanceScore is not supported under {type(trainer.strategy).__name__}. Take "
-                "Trainer(strategy='ddp'), or a single device."
+                "Trainer(strategy='optim_fsdp'), 'optim_ddp', or a single device."
             )
         for callback in callbacks_of(trainer):
             self._check_monitor(trainer, callback)
@@ -228,18 +231,32 @@ class PerformanceScore(pl.Callback):
             self._prepare_inference(pl_module)
         self._fitted = (weakref.ref(trainer), weakref.ref(pl_module))
 
-    def _prepare_inference(self, pl_module: pl.LightningModule) -> None:
-        if self.reference == "baseline":
-            self._reference_copy = self._rebuild_reference(pl_module)
-        self._inputs.prepare(pl_module, "PerformanceScore")
+    def before_sharding(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Keep a whole copy on rank 0: a model that is divided is neither copied nor called by one rank alone."""
+        self._whole = None
+        if trainer.state.fn != "fit" or self.weights["inference_time"] == 0 or not trainer.is_global_zero:
+            return
+        if 2 * bytes_of(pl_module) > free_bytes(torch.device("cpu")):
+            return  # said at fit start
+        self._whole = _frozen_copy(pl_module)
+        trainer.precision_plugin.convert_module(self._whole)
 
-    def _rebuild_reference(self, pl_module: pl.LightningModule) -> nn.Module:
+    def _prepare_inference(self, pl_module: pl.LightningModule) -> None:
+        source: nn.Module | None = self._whole if is_sharded(pl_module) else pl_module
+        if self.reference == "baseline" and source is not None:
+            self._reference_copy = self._rebuild_reference(source)
+        self._inputs.prepare(pl_module, "PerformanceScore")
+        if source is None and pl_module.trainer.is_global_zero:
+            rank_zero_warn(
+                "PerformanceScore keeps no whole copy of this model (it does not fit, or was divided by a fit without "
+                "this callback): the inference time is not measured, and P is NaN."
+            )
+
+    def _rebuild_reference(self, source: nn.Module) -> nn.Module:
         """Return a frozen copy with the structure the model had at the first fit start."""
-        duplicate = copy.deepcopy(pl_module)
-        for patched in ("forward", "training_step", "validation_step", "test_step", "predict_step"):
-            duplicate.__dict__.pop(patched, None)  # bound to the original (compiled, or redirected by DDP)
+        duplicate = _frozen_copy(source)
         checkpoint.conform(duplicate, self._reference_plan)
-        return duplicate.eval().requires_grad_(False)
+        return duplicate
 
     def on_sanity_check_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check the accuracy's name before the first step, where the sanity check logged anything."""
@@ -296,6 +313,7 @@ class PerformanceScore(pl.Callback):
         if not self._validated or (trainer.current_epoch + 1) % self.every_n_epochs:
             return
         accuracy = self._read_accuracy(trainer)
+        reshard(pl_module)
         raw = {
             "size": self.size(find_target(pl_module)[1]) if self.weights["size"] > 0 else None,
             "train_time": train_seconds if self.weights["train_time"] > 0 else None,
@@ -356,21 +374,31 @@ class PerformanceScore(pl.Callback):
         if self.weights["inference_time"] == 0:
             return None, None
         measured: tuple[float, float] = (math.nan, math.nan)
-        if trainer.is_global_zero and self._inputs.inputs is not None:
-            measured = self._measure(pl_module, self._inputs.inputs, train_seconds)
+        live = self._gathered(pl_module) if is_sharded(pl_module) else pl_module
+        if trainer.is_global_zero and self._inputs.inputs is not None and live is not None:
+            with _on_device(pl_module.device, live, self._reference_copy) as fits:
+                if fits:
+                    measured = self._measure(live, self._inputs.inputs, train_seconds)
         if trainer.world_size > 1:
             measured = trainer.strategy.broadcast(measured, src=0)
         return measured
 
-    def _measure(
-        self, pl_module: pl.LightningModule, inputs: ForwardInputs, train_seconds: float
-    ) -> tuple[float, float]:
+    def _gathered(self, pl_module: pl.LightningModule) -> nn.Module | None:
+        """Return the whole copy with the weights and the structure of now; None where this rank keeps none."""
+        state = whole_state(pl_module, keep=self._whole is not None)
+        if self._whole is not None:
+            checkpoint.conform(self._whole, checkpoint.plain_plan(pl_module))
+            self._whole.load_state_dict(state)
+            self._whole.eval()
+        return self._whole
+
+    def _measure(self, model: nn.Module, inputs: ForwardInputs, train_seconds: float) -> tuple[float, float]:
         budget = max(0.005 * train_seconds, LEAST_SECONDS)
-        live = _Called(self._inputs.called(pl_module))
+        live = _Called(self._inputs.called(model))
         frozen = None
         if self._reference_copy is not None:
-            frozen = _Called(self._inputs.called(self._reference_copy.to(pl_module.device)))
-        with _silent(pl_module), _silent(self._reference_copy), float_kernels(live, *([frozen] if frozen else [])):
+            frozen = _Called(self._inputs.called(self._reference_copy))
+        with _silent(model), _silent(self._reference_copy), float_kernels(live, *([frozen] if frozen else [])):
             result = interleaved_latency(live, inputs, frozen, seconds=budget, least=10, most=100)
         if result.ratio is None:
             return result.milliseconds / self._references.get("inference_time", 1.0), result.milliseconds
@@ -472,7 +500,33 @@ class PerformanceScore(pl.Callback):
         self._restored = bool(self._references) or self.reference == "raw"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_fitted": None, "_reference_copy": None}
+        return {**self.__dict__, "_fitted": None, "_reference_copy": None, "_whole": None}
+
+
+def _frozen_copy(module: nn.Module) -> nn.Module:
+    duplicate = copy.deepcopy(module)
+    for patched in ("forward", "training_step", "validation_step", "test_step", "predict_step"):
+        duplicate.__dict__.pop(patched, None)  # bound to the original (compiled, or redirected by DDP)
+    return duplicate.eval().requires_grad_(False)
+
+
+@contextmanager
+def _on_device(device: torch.device, *models: nn.Module | None) -> Iterator[bool]:
+    """Bring what is measured to the device where it fits, and back afterwards."""
+    coming = [model for model in models if model is not None and next(model.parameters()).device != device]
+    fits = sum(map(bytes_of, coming)) <= free_bytes(device)
+    if not fits:
+        rank_zero_warn(
+            f"the inference time is not measured, and P is NaN: the whole model and its reference do not fit what is "
+            f"free on {device}."
+        )
+    for model in coming if fits else ():
+        model.to(device)
+    try:
+        yield fits
+    finally:
+        for model in coming if fits else ():
+            model.to("cpu")
 
 
 @contextmanager

@@ -50,7 +50,7 @@ from lightning_optim.window import planned_steps
 
 __all__ = ["DistillationModule"]
 
-STRATEGIES = ("SingleDeviceStrategy", "DDPStrategy")
+STRATEGIES = ("SingleDeviceStrategy", "DDPStrategy", "OptimFSDP2")
 """Names of the strategy classes it is correct under, with their subclasses."""
 _LABELS = ("labels", "label", "targets", "target", "y")
 _PASSED_ON = ("example_input_array", "allow_zero_length_dataloader_with_multiple_devices", "prepare_data_per_node")
@@ -97,7 +97,8 @@ class DistillationModule(pl.LightningModule):
     ``distillation/kd/<name>``), ``distillation/<student layer>``: means over the epoch, unweighted by ``alpha``.
 
     State: ``student.*`` and ``projectors.*`` in ``state_dict()``; windows of ramps. A resumed run continues bit for bit
-    where the student's own would. Strategies: a single device and DDP. Inference is not faster by this: the student is.
+    where the student's own would. Strategies: a single device, DDP, and all that divide the model (the teacher is whole
+    on every device). Inference is not faster by this: the student is.
 
     Raises:
         TypeError: If ``student`` or ``teacher`` is no module.
@@ -551,8 +552,14 @@ class DistillationModule(pl.LightningModule):
         if not names & set(STRATEGIES) or "DeepSpeedStrategy" in names:
             raise MisconfigurationException(
                 f"DistillationModule is not supported under {type(self.trainer.strategy).__name__}. Take "
-                "Trainer(strategy='ddp'), or a single device."
+                "Trainer(strategy='optim_fsdp'), 'optim_ddp', or a single device."
             )
+
+    def before_sharding(self, trainer: pl.Trainer) -> None:
+        """Size the projectors of layers that ``configure_model`` built, while the student is whole."""
+        if trainer.state.fn == "fit":
+            self._check_layers()
+            self._size_projectors()
 
     def on_fit_start(self) -> None:
         """Resolve ramps, compare teachers between ranks, open the cache, and hand projectors to the optimizer."""

@@ -69,7 +69,7 @@ class OptimDDP(DDPStrategy):
             process_group_backend=process_group_backend,
             static_graph=static_graph,
             find_unused_parameters=find_unused_parameters,
-            broadcast_buffers=broadcast_buffers,
+            forward_sync_buffers=broadcast_buffers,  # its new name in torch 2.13
             bucket_cap_mb=bucket_cap_mb,
             gradient_as_bucket_view=gradient_as_bucket_view,
         )

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, TypeGuard
+from typing import Any, Literal, Protocol, TypeGuard, runtime_checkable
 
 import lightning.pytorch as pl
 import torch
@@ -35,6 +35,14 @@ CLIPPING = {"clip_grad_by_norm": gradients.clip_by_norm, "clip_grad_by_value": g
 PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
 FULL_UNTIL = 1_000_000_000
 """Models of more parameters than this are saved as a folder of shards by default."""
+
+
+@runtime_checkable
+class BeforeSharding(Protocol):
+    """A callback that acts right before the module is divided, after its plan was restored."""
+
+    def before_sharding(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Change or copy the module while it is whole."""
 
 
 class OptimFSDP2(ModelParallelStrategy):
@@ -235,10 +243,12 @@ class OptimFSDP2(ModelParallelStrategy):
 
     def _announce(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Tell callbacks that the module is about to be divided: the last moment to change or copy it."""
+        announced = getattr(module, "before_sharding", None)  # a DistillationModule's
+        if announced is not None:
+            announced(trainer)
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            announced = getattr(callback, "before_sharding", None)
-            if announced is not None:
-                announced(trainer, module)
+            if isinstance(callback, BeforeSharding):
+                callback.before_sharding(trainer, module)
 
     def _saves_shards(self, module: nn.Module) -> bool:
         if self.checkpoint != "auto":
@@ -282,7 +292,10 @@ class OptimFSDP2(ModelParallelStrategy):
             )
         styles = {"col": ColwiseParallel, "row": RowwiseParallel}
         for name, style in plan.items():
-            parallelize_module(module.get_submodule(name), self.device_mesh["tensor_parallel"], styles[style]())
+            layer = module.get_submodule(name)
+            parallelize_module(layer, self.device_mesh["tensor_parallel"], styles[style]())
+            for buffer_name, buffer in layer.named_buffers(recurse=False):  # ranges, the same on each rank
+                layer._buffers[buffer_name] = local(buffer)
         split = sum(module.get_parameter(f"{name}.weight").numel() for name in plan)
         share = split / sum(parameter.numel() for parameter in module.parameters())
         return f"{len(plan)} layers with {share:.0%} of the parameters divided by features"

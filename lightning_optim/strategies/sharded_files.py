@@ -90,15 +90,18 @@ class ShardedFiles:
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir(parents=True)
         self._strategy.barrier()
-        optimizers = checkpoint.pop("optimizer_states", [])
+        optimizers = checkpoint.get("optimizer_states", [])
+        weights = checkpoint["state_dict"]
+        rest = {**checkpoint, "state_dict": {n: value for n, value in weights.items() if not isinstance(value, Tensor)}}
+        if optimizers:
+            rest["optimizer_states"] = [state["param_groups"] for state in optimizers]
         tensors = {
-            "state_dict": checkpoint.pop("state_dict"),
+            "state_dict": {name: value for name, value in weights.items() if isinstance(value, Tensor)},
             **{f"optimizer_{place}": _keyed_by_text(state) for place, state in enumerate(optimizers)},
         }
         save(tensors, checkpoint_id=part)
         if self._strategy.is_global_zero:
-            groups = [state["param_groups"] for state in optimizers]
-            torch.save({**checkpoint, "optimizer_states": groups}, part / METADATA)
+            torch.save(rest, part / METADATA)
             _move(part, path)
         self._strategy.barrier()
 
@@ -108,7 +111,9 @@ class ShardedFiles:
         """Return a checkpoint; of a folder, what is not tensors and where the tensors are."""
         path = self._strategy.broadcast(filepath)
         if is_sharded_folder(path):
-            checkpoint: dict[str, Any] = torch.load(Path(path) / METADATA, map_location="cpu", weights_only=True)
+            checkpoint: dict[str, Any] = torch.load(
+                Path(path) / METADATA, map_location="cpu", weights_only=weights_only is not False
+            )
             return {**checkpoint, FOLDER_KEY: str(path)}
         if Path(path).is_file():
             file: dict[str, Any] = torch.load(path, map_location="cpu", mmap=True, weights_only=weights_only)
@@ -132,7 +137,7 @@ class ShardedFiles:
     def _load_model(self, checkpoint: Mapping[str, Any], strict: bool) -> None:
         own = self._module.state_dict()
         if FOLDER_KEY in checkpoint:
-            saved = _read_tensors(checkpoint[FOLDER_KEY], "state_dict", own)
+            saved = {**checkpoint["state_dict"], **_read_tensors(checkpoint[FOLDER_KEY], "state_dict", own)}
         else:
             saved = checkpoint["state_dict"]
         divided = {

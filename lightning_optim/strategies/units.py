@@ -17,6 +17,8 @@ NamedModules = list[tuple[str, nn.Module]]
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 _NO_UNIT = (nn.ModuleList, nn.ModuleDict)  # they have no forward, so nothing would gather them
+_OPAQUE = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+"""They read the weights of what is below them themselves, so that nothing would gather those."""
 LARGEST_BLOCK = 1 / 2
 """A repeated class is taken when none of its instances holds more of the model than this."""
 LEAST_COVERED = 1 / 20
@@ -98,7 +100,12 @@ def _given(module: nn.Module, units: Sequence[str]) -> NamedModules:
 
 def _automatic(module: nn.Module, total: int) -> tuple[NamedModules, str]:
     declared = {name for part in module.modules() for name in getattr(part, "_no_split_modules", None) or ()}
-    named = [(name, part) for name, part in module.named_modules() if name and _size(part)]
+    opaque = [name for name, part in module.named_modules() if isinstance(part, _OPAQUE)]
+    named = [
+        (name, part)
+        for name, part in module.named_modules()
+        if name and _size(part) and not any(_is_below(name, above) for above in opaque)
+    ]
     found = [(name, part) for name, part in named if type(part).__name__ in declared]
     how = "_no_split_modules"
     if not found:
@@ -120,6 +127,7 @@ def _repeated(named: NamedModules, total: int) -> tuple[NamedModules, list[str]]
         sizes = [_size(part) for _, part in outer]
         if len(outer) > 1 and max(sizes) <= LARGEST_BLOCK * total:
             candidates.append((round(sum(sizes) / total, 3), len(outer), cls.__name__, outer))
+    candidates = [one for one in candidates if not _lies_in_others(one[3], [each[3] for each in candidates])]
     candidates.sort(key=lambda candidate: (-candidate[0], -candidate[1], candidate[2]))
     found: NamedModules = []
     classes = []
@@ -131,6 +139,12 @@ def _repeated(named: NamedModules, total: int) -> tuple[NamedModules, list[str]]
     return found, classes
 
 
+def _lies_in_others(instances: NamedModules, candidates: Sequence[NamedModules]) -> bool:
+    """Whether classes that repeat hold all instances of another: the attention of encoder and of decoder layers."""
+    others = [name for candidate in candidates if candidate is not instances for name, _ in candidate]
+    return all(any(_is_below(name, other) for other in others) for name, _ in instances)
+
+
 def _by_size(name: str, part: nn.Module, units: NamedModules, total: int) -> Iterator[tuple[str, nn.Module]]:
     """Yield what the units leave over, divided while it is large; small parts stay in the root."""
     size = _size(part)
@@ -138,7 +152,7 @@ def _by_size(name: str, part: nn.Module, units: NamedModules, total: int) -> Ite
         return
     divided = any(_is_below(unit, name) for unit, _ in units)
     children = list(part.named_children())
-    small_enough = size <= LARGEST_BY_SIZE * total or not children
+    small_enough = size <= LARGEST_BY_SIZE * total or not children or isinstance(part, _OPAQUE)
     if small_enough and not divided and not isinstance(part, _NO_UNIT):
         yield name, part
         return
