@@ -91,8 +91,8 @@ def copies(tensor: Tensor, world_size: int) -> int:
     if not is_dtensor(tensor):
         return world_size
     mesh = tensor.device_mesh
-    sharded = [size for size, placement in zip(mesh.shape, tensor.placements, strict=True) if placement.is_shard()]
-    return world_size // math.prod(sharded)
+    whole = [placement.is_replicate() for placement in tensor.placements]  # of a 2-D layout no other says is_shard()
+    return world_size // math.prod(size for size, copied in zip(mesh.shape, whole, strict=True) if not copied)
 
 
 def reshard(module: nn.Module) -> None:

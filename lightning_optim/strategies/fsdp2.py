@@ -349,8 +349,11 @@ class OptimFSDP2(ModelParallelStrategy):
                 part.set_requires_gradient_sync(True, recurse=False)
 
     @override
-    def post_training_step(self) -> None:
-        """Average BatchNorm's running statistics: unlike DDP, nothing else keeps them equal on all ranks."""
+    def post_backward(self, closure_loss: Tensor) -> None:
+        """Average BatchNorm's running statistics: unlike DDP, nothing else keeps them equal on all ranks.
+
+        Not before: the backward pass wants them as the forward pass left them.
+        """
         buffers = [b for norm in self._averaged_norms if norm.training for b in norm.buffers() if b.is_floating_point()]
         if not buffers or self.world_size == 1:
             return

@@ -1,0 +1,150 @@
+"""Runs the cases of one launch of the matrix: ``sharded_worker.py OUT PRESET`` under torchrun."""
+
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+from helpers.gpt import Language
+from helpers.models import Files, trainer
+from integration.matrix import LAUNCHES
+from lightning_optim import (
+    ChannelPruning,
+    DistillationModule,
+    Feature,
+    PerformanceScore,
+    QuantizationAwareTraining,
+    WeightPruning,
+)
+from lightning_optim.sharding import whole_state
+from lightning_optim.strategies import build
+
+EPOCHS = 2
+WEIGHTS = {"every_n_steps": 3, "start": 2, "end": 0.8}
+BITS = {"weight_bits": 4, "start": 2, "freeze": 0.8}
+CHANNELS = {"start": 2, "end": 6, "events": 2, "include": ["*.fc1"], "round_to": 8}
+
+
+class Distilled(DistillationModule):
+    """The small model learns from a wider one, from its logits and from a layer through a projector."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(5)
+        teacher = Language(width=48)
+        torch.manual_seed(3)
+        super().__init__(Language(), teacher, features=[Feature("net.blocks.0", "net.blocks.0", "hint")])
+        self.losses = []
+
+    def train_dataloader(self):
+        return self.student._loader(shuffle=True)
+
+    def val_dataloader(self):
+        return self.student._loader(shuffle=False)
+
+    test_dataloader = val_dataloader
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        loss = self.trainer.strategy.reduce(outputs["loss"].detach().float().clone(), reduce_op="mean")
+        self.losses.append(float(loss))
+
+
+TECHNIQUES: dict[str, tuple[type, Any]] = {
+    "weights": (Language, lambda: [WeightPruning(0.8, **WEIGHTS)]),
+    "wanda": (Language, lambda: [WeightPruning(0.8, criterion="wanda", **WEIGHTS)]),
+    "taylor": (Language, lambda: [WeightPruning(0.8, criterion="taylor", **WEIGHTS)]),
+    "random": (Language, lambda: [WeightPruning(0.8, criterion="random", scope="layer", **WEIGHTS)]),
+    "columns": (Language, lambda: [WeightPruning(0.5, granularity="column", **WEIGHTS)]),
+    "nofm": (Language, lambda: [WeightPruning(granularity="2:4", **WEIGHTS)]),
+    "integers": (Language, lambda: [QuantizationAwareTraining(**BITS)]),
+    "histogram": (
+        Language,
+        lambda: [QuantizationAwareTraining(observer="histogram", weight_granularity="per_tensor", **BITS)],
+    ),
+    "both": (Language, lambda: [WeightPruning(0.8, **WEIGHTS), QuantizationAwareTraining(**BITS)]),
+    "score": (Language, lambda: [PerformanceScore(size="nonzero", batch_size=2), WeightPruning(0.8, **WEIGHTS)]),
+    "distilled": (Distilled, lambda: []),
+    "all": (
+        Distilled,
+        lambda: [
+            WeightPruning(0.8, **WEIGHTS),
+            QuantizationAwareTraining(**BITS),
+            PerformanceScore(size="bits", batch_size=2),
+        ],
+    ),
+    "channels": (Language, lambda: [ChannelPruning(0.5, **CHANNELS)]),
+}
+"""Name -> LightningModule and callbacks."""
+
+
+def run(
+    folder: Path, name: str, precision: str, strategy: Any, ckpt_path: Path | None = None, devices: int = 1
+) -> dict:
+    """One fit and a test; the first one writes a file per epoch."""
+    module_class, make = TECHNIQUES[name]
+    ours = make()
+    torch.manual_seed(3)
+    module = module_class()
+    extra = [Files(folder)] if ckpt_path is None else []
+    fitted = trainer(
+        folder,
+        *ours,
+        *extra,
+        strategy=strategy,
+        devices=devices,
+        max_epochs=EPOCHS,
+        precision=precision,
+        use_distributed_sampler=False,
+    )
+    fitted.fit(module, ckpt_path=ckpt_path)
+    metrics = {name: float(value) for name, value in fitted.callback_metrics.items()}
+    tested = fitted.test(module, verbose=False)[0]
+    pruning = [callback for callback in ours if isinstance(callback, WeightPruning)]
+    return {
+        "state": {key: value.clone() for key, value in whole_state(module, keep=True).items()},
+        "masks": pruning[0].masks if pruning else {},
+        "losses": list(module.losses),
+        "metrics": metrics,
+        "reached": pruning[0]._reached() if pruning else 0.0,
+        "test": float(tested["val_loss"]),
+    }
+
+
+def main() -> None:
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    out, launch = Path(sys.argv[1]), LAUNCHES[sys.argv[2]]
+    words = {"devices": launch.processes}
+    for case in launch.cases:
+        name, precision = case.split("/")
+        folder = out / case.replace("/", "-")
+        first = folder / "files" / "0.ckpt"
+        if name == "channels":  # pruned under DDP, then divided
+            straight = run(folder / "files", name, precision, build("optim_ddp"), **words)
+        else:
+            straight = run(folder / "files", name, precision, launch.strategy(), **words)
+        runs = {"straight": straight, "resumed": run(folder, name, precision, launch.strategy(), first, **words)}
+        if name == "both" and precision == "32-true":  # a file of this preset under DDP, and one of DDP under this
+            runs["then ddp"] = run(folder, name, precision, build("optim_ddp"), first, **words)
+            run(folder / "ddp", name, precision, build("optim_ddp"), **words)
+            runs["ddp before"] = run(folder, name, precision, launch.strategy(), folder / "ddp" / "0.ckpt", **words)
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.save(runs, folder / f"rank{torch.distributed.get_rank()}.pt")
+    (out / f"refused{torch.distributed.get_rank()}.txt").write_text(refused(out, launch, **words))
+
+
+def refused(out: Path, launch: Any, devices: int) -> str:
+    """Channels cannot leave a model that is divided."""
+    try:
+        run(out / "refused", "channels", "32-true", launch.strategy(), devices=devices)
+    except MisconfigurationException as error:
+        return str(error)
+    return ""
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,151 @@
+"""Every technique under every preset: as one process, resumed bit for bit, and going on under another preset.
+
+One launch per preset runs its cases of ``matrix.py``; a test each then reads what the ranks wrote.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from helpers.models import assert_same_state
+from integration.matrix import LAUNCHES
+from integration.sharded_worker import run
+
+WORKER = Path(__file__).with_name("sharded_worker.py")
+DIVIDED = [name for name in LAUNCHES if not name.startswith("optim_ddp")]
+TOLERANCE = {"optim_ddp_bf16": 5e-4, "32-true": 2e-6, "bits": 2e-3}
+
+
+def _marks(name):
+    return [pytest.mark.distributed, *([pytest.mark.slow] if LAUNCHES[name].processes > 2 else [])]
+
+
+def _cases(keep=lambda name, technique, precision: True):
+    return [
+        pytest.param(name, case, marks=_marks(name), id=f"{name}-{case}")
+        for name, launch in LAUNCHES.items()
+        for case in launch.cases
+        if keep(name, *case.split("/"))
+    ]
+
+
+def _has_masks(name, technique, precision):
+    return precision == "32-true" and technique in ("weights", "wanda", "columns", "both", "score", "all")
+
+
+def _goes_on(name, technique, precision):
+    return technique == "both" and precision == "32-true"
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory):
+    done = {}
+
+    def launch(name):
+        if name not in done:
+            out = tmp_path_factory.mktemp(name)
+            processes = str(LAUNCHES[name].processes)
+            torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
+            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+            command = [*torchrun, str(WORKER), str(out), name]
+            ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
+            assert ended.returncode == 0, ended.stderr[-4000:]
+            done[name] = out
+        return done[name]
+
+    return launch
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """What one process computes with the same global batch."""
+    done = {}
+
+    def fit(technique, precision):
+        if (technique, precision) not in done:
+            folder = tmp_path_factory.mktemp("alone")
+            done[technique, precision] = run(folder, technique, precision, "optim_single")
+        return done[technique, precision]
+
+    return fit
+
+
+def results(out, case, rank):
+    return torch.load(out / case.replace("/", "-") / f"rank{rank}.pt", weights_only=True)
+
+
+@pytest.mark.parametrize(("name", "case"), _cases())
+def test_ranks_agree(launched, name, case):
+    out = launched(name)
+    first = results(out, case, 0)
+    for rank in range(1, LAUNCHES[name].processes):
+        for kind, run_ in results(out, case, rank).items():
+            assert_same_state(first[kind]["state"], run_["state"])
+            assert_same_state(first[kind]["masks"], run_["masks"])
+            assert first[kind]["losses"] == run_["losses"]
+            assert first[kind]["metrics"] == pytest.approx(run_["metrics"])
+
+
+@pytest.mark.parametrize(("name", "case"), _cases(lambda name, technique, precision: technique != "channels"))
+def test_resumed_equals_uninterrupted(launched, name, case):
+    runs = results(launched(name), case, 0)
+    assert_same_state(runs["straight"]["state"], runs["resumed"]["state"])
+    assert_same_state(runs["straight"]["masks"], runs["resumed"]["masks"])
+    assert runs["straight"]["test"] == runs["resumed"]["test"]
+    assert runs["straight"]["losses"][8:] == runs["resumed"]["losses"]
+
+
+@pytest.mark.parametrize(
+    ("name", "case"), _cases(lambda name, technique, precision: precision == "32-true" and technique != "channels")
+)
+def test_equals_one_process(launched, alone, name, case):
+    technique, precision = case.split("/")
+    ours, theirs = results(launched(name), case, 0)["straight"], alone(technique, precision)
+    rounds = technique in ("integers", "histogram", "both", "all")
+    tolerance = TOLERANCE["bits"] if rounds else TOLERANCE.get(name, TOLERANCE[precision])
+    assert ours["losses"] == pytest.approx(theirs["losses"], abs=tolerance)
+    assert ours["test"] == pytest.approx(theirs["test"], abs=10 * tolerance)
+    assert ours["reached"] == theirs["reached"]
+    timed = ("P", "P/unguarded", "P/inference_time", "P/raw/inference_time_ms")
+    for metric, value in theirs["metrics"].items():
+        if metric not in timed:
+            assert ours["metrics"][metric] == pytest.approx(value, abs=20 * tolerance), metric
+
+
+@pytest.mark.parametrize(("name", "case"), _cases(_has_masks))
+def test_masks_are_those_of_one_process(launched, alone, name, case):
+    """A sum in another order moves a weight by an ulp, so of all weights one at the threshold may fall otherwise."""
+    ours = results(launched(name), case, 0)["straight"]["masks"]
+    theirs = alone(*case.split("/"))["masks"]
+    differ = sum(int((mask != theirs[key]).sum()) for key, mask in ours.items())
+    assert differ <= (0 if case.startswith(("weights", "columns", "wanda")) and name != "optim_ddp_bf16" else 24)
+
+
+@pytest.mark.parametrize(("name", "case"), _cases(_goes_on))
+def test_goes_on_under_another_preset(launched, name, case):
+    runs = results(launched(name), case, 0)
+    for kind in ("then ddp", "ddp before"):
+        assert runs[kind]["losses"] == pytest.approx(runs["straight"]["losses"][8:], abs=TOLERANCE["bits"])
+        assert runs[kind]["reached"] == runs["straight"]["reached"]
+
+
+@pytest.mark.parametrize(("name", "case"), _cases(lambda name, technique, precision: technique == "channels"))
+def test_a_pruned_file_goes_on_divided(launched, name, case):
+    runs = results(launched(name), case, 0)
+    straight, resumed = runs["straight"], runs["resumed"]
+    widths = {key: value.shape for key, value in straight["state"].items()}
+    assert sum(widths[f"net.blocks.{i}.feed.fc1.weight"][0] for i in range(2)) in (120, 128, 136)  # of 256, by eights
+    assert {key: value.shape for key, value in resumed["state"].items()} == widths
+    assert resumed["losses"] == pytest.approx(straight["losses"][8:], abs=TOLERANCE["32-true"])
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=_marks(name)) for name in DIVIDED])
+def test_channels_do_not_leave_a_divided_model(launched, name):
+    for rank in range(LAUNCHES[name].processes):
+        message = (launched(name) / f"refused{rank}.txt").read_text()
+        assert "ChannelPruning cannot remove channels under OptimFSDP2" in message
+        assert "optim_ddp" in message
