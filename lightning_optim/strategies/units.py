@@ -11,6 +11,8 @@ from typing import Literal
 
 from torch import nn
 
+from lightning_optim.sharding import own_class
+
 __all__ = ["Units", "find_units"]
 
 NamedModules = list[tuple[str, nn.Module]]
@@ -44,7 +46,7 @@ class Units:
     def __str__(self) -> str:
         classes: dict[str, int] = defaultdict(int)
         for _, module in self.named:
-            classes[type(module).__name__] += 1
+            classes[_class_of(module).__name__] += 1
         counted = ", ".join(f"{count} x {name}" for name, count in classes.items()) or "none, the root alone"
         return f"{counted} ({self.how}); they hold {self.covered:.1%} of the parameters"
 
@@ -87,15 +89,25 @@ def _size(module: nn.Module) -> int:
 def _given(module: nn.Module, units: Sequence[str]) -> NamedModules:
     if isinstance(units, str):
         raise ValueError(f"`units` must be 'auto' or a list of class or module names, got {units!r}.")
-    named = [(name, part) for name, part in module.named_modules() if name and _size(part)]
+    named = _parts(module)
     for wanted in units:
-        if not any(wanted in (name, type(part).__name__) for name, part in named):
-            classes = sorted({type(part).__name__ for _, part in named})
+        if not any(wanted in (name, _class_of(part).__name__) for name, part in named):
+            classes = sorted({_class_of(part).__name__ for _, part in named})
             raise ValueError(
                 f"units: {wanted!r} is neither a class nor a module of {type(module).__name__}. Classes with "
                 f"parameters: {', '.join(classes)}."
             )
-    return [(name, part) for name, part in named if {name, type(part).__name__} & set(units)]
+    return [(name, part) for name, part in named if {name, _class_of(part).__name__} & set(units)]
+
+
+def _parts(module: nn.Module) -> NamedModules:
+    """Return the parts with parameters; of one that torch.compile wrapped, the wrapper stands for what is inside."""
+    named = [(name, part) for name, part in module.named_modules() if name and _size(part)]
+    return [(name, part) for name, part in named if not name.endswith("_orig_mod")]
+
+
+def _class_of(part: nn.Module) -> type[nn.Module]:
+    return own_class(part._modules.get("_orig_mod") or part)
 
 
 def _automatic(module: nn.Module, total: int) -> tuple[NamedModules, str]:
@@ -106,7 +118,7 @@ def _automatic(module: nn.Module, total: int) -> tuple[NamedModules, str]:
         for name, part in module.named_modules()
         if name and _size(part) and not any(_is_below(name, above) for above in opaque)
     ]
-    found = [(name, part) for name, part in named if type(part).__name__ in declared]
+    found = [(name, part) for name, part in named if _class_of(part).__name__ in declared]
     how = "_no_split_modules"
     if not found:
         found, classes = _repeated(named, total)
@@ -120,7 +132,7 @@ def _repeated(named: NamedModules, total: int) -> tuple[NamedModules, list[str]]
     by_class: dict[type[nn.Module], NamedModules] = defaultdict(list)
     for name, part in named:
         if any(True for _ in part.children()) and not isinstance(part, _CONTAINERS):
-            by_class[type(part)].append((name, part))
+            by_class[_class_of(part)].append((name, part))
     candidates = []
     for cls, instances in by_class.items():
         outer = [(n, m) for n, m in instances if not any(_is_below(n, other) for other, _ in instances)]

@@ -1,0 +1,221 @@
+"""Train and prune the recommender on several processes, under any strategy preset by name.
+
+The same script runs on two processes of a CPU and on the GPUs of a machine:
+
+    python examples/distributed.py --strategy optim_fsdp --devices 2
+    torchrun --nproc-per-node 2 examples/distributed.py --strategy optim_fsdp --devices 2
+    python examples/distributed.py --recommend --devices 2
+
+It trains the small tower twice, dense and with four fifths of its weights set to zero, and prints for both what they
+recall, what each rank held, and whether the ranks ended with the same model.
+"""
+
+import argparse
+import os
+import zlib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor
+
+from lightning_optim import PerformanceScore, WeightPruning
+from lightning_optim.sharding import local, whole_state
+from lightning_optim.strategies import PRESETS, Recommendation, recommend
+from recommender import ACCURACY, BATCH_SIZE, EPOCHS, SMALL, TABLES_AND_MATRICES, load_purchases, one_customer
+from recommender_data import VALIDATION, Task, build_task, loader
+from recommender_model import TwoTower
+from reporting import Column, Report, Row, prepare
+
+FAST_EPOCHS = 1
+SPARSITY = 0.8
+CPU_MEMORY_GB = 16.0
+HELD = ("weights", "gradients", "optimizer")
+AGREE = "ranks_agree"
+
+
+class Tower(TwoTower):
+    """The recommender, with metrics averaged over the ranks."""
+
+    def log(self, name: str, value: Any, **words: Any) -> None:
+        super().log(name, value, **{"sync_dist": True, **words})
+
+
+class Counts(pl.Callback):
+    """Logs the bytes of weights, gradients and optimizer on the rank that holds most, and whether the ranks agree.
+
+    They are logged, and not kept here, since the callbacks of processes that were forked stay in them.
+    """
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        self.gradients = size_of(parameter.grad for parameter in pl_module.parameters())
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        states = (state for optimizer in trainer.optimizers for state in optimizer.state.values())
+        held = (
+            size_of(pl_module.parameters()),
+            self.gradients,
+            size_of(value for state in states for value in state.values()),
+        )
+        for name, count in zip(HELD, held, strict=True):
+            pl_module.log(name, float(count), sync_dist=True, reduce_fx="max")
+        own = torch.tensor(float(checksum(pl_module)), dtype=torch.float64, device=pl_module.device)
+        least, most = (trainer.strategy.reduce(own.clone(), reduce_op=end) for end in ("min", "max"))
+        pl_module.log(AGREE, float(least == most), sync_dist=True)
+
+
+def size_of(tensors: Iterable[Any]) -> int:
+    """Return the bytes of the parts that this process holds."""
+    parts = [local(tensor) for tensor in tensors if isinstance(tensor, Tensor)]
+    return sum(part.numel() * part.element_size() for part in parts)
+
+
+def checksum(module: pl.LightningModule) -> int:
+    """Return a checksum of the whole weights, gathered where they are divided."""
+    total = 0
+    for value in whole_state(module, keep=True).values():
+        total = zlib.crc32(value.contiguous().numpy().tobytes(), total)
+    return total
+
+
+def fit(
+    name: str, task: Task, callbacks: Sequence[pl.Callback], strategy: Strategy | str, arguments: argparse.Namespace
+) -> Row:
+    """Train the small tower under a strategy and return what was logged; nothing here knows which strategy it is."""
+    pl.seed_everything(arguments.seed, verbose=False)
+    batch_size = max(BATCH_SIZE // arguments.devices, 1)  # of a rank: together they take the batch of one process
+    trainer = pl.Trainer(
+        strategy=strategy,
+        accelerator="auto",
+        devices=arguments.devices,
+        max_epochs=FAST_EPOCHS if arguments.fast else EPOCHS,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        gradient_clip_val=5.0,
+        callbacks=[*callbacks, Counts()],
+    )
+    trainer.fit(
+        build(task),
+        loader(task.train, task.popularity, batch_size=batch_size, train=True, seed=arguments.seed),
+        loader(task.evaluation, task.popularity, batch_size=batch_size),
+    )
+    logged = {key: value.item() for key, value in trainer.callback_metrics.items()}
+    return {"name": name, "kind": "pruned" if "pruning/sparsity" in logged else "dense", **logged}
+
+
+def build(task: Task) -> Tower:
+    return Tower(len(task.items), width=SMALL.width, hidden=SMALL.hidden, learning_rate=SMALL.learning_rate)
+
+
+def score(task: Task) -> PerformanceScore:
+    return PerformanceScore(ACCURACY, size="nonzero", example_inputs=one_customer(task))
+
+
+def zeros() -> WeightPruning:
+    return WeightPruning(SPARSITY, criterion="taylor", include=TABLES_AND_MATRICES, every_n_steps=20)
+
+
+def ask(task: Task, arguments: argparse.Namespace) -> Recommendation:
+    """Rank the presets for this model on these devices; without a GPU those of the cost model's default are assumed."""
+    return recommend(
+        build(task),
+        devices=arguments.devices,
+        memory_gb=None if torch.cuda.is_available() else CPU_MEMORY_GB,
+        batch_size=max(BATCH_SIZE // arguments.devices, 1),
+        tokens_per_sample=1,  # a layer sees one row per customer
+        precision="32-true",
+        optimizer="AdamW",
+    )
+
+
+def build_report(rows: list[Row], words: str, arguments: argparse.Namespace) -> Report:
+    """Arrange the rows as a table."""
+
+    def kilobytes(name: str) -> Column:
+        return Column(name, f"{name}, kB per rank", lambda row: f"{row[name] / 1e3:,.0f}")
+
+    return Report(
+        title=f"Recommender on {words}, ranks: {arguments.devices}",
+        summary=f"Trained dense, and with {SPARSITY:.0%} of tables and matrices set to zero on the way.",
+        columns=[
+            Column("name", "model"),
+            Column("val_recall", "recall", "{:.4f}"),
+            Column(ACCURACY, "recall, new", "{:.4f}"),
+            Column("pruning/sparsity", "zeros of selected", "{:.4f}"),
+            Column("P/unguarded", "P", "{:.3f}"),
+            *map(kilobytes, HELD),
+            Column(AGREE, "ranks agree", lambda row: "yes" if row[AGREE] == 1 else "NO"),
+        ],
+        rows=rows,
+        notes=[
+            "Bytes are counted on the rank that holds most: the parts that it has of weights, gradients and optimizer "
+            "states. Ranks agree when the checksum of the whole weights is the same on each.",
+            "A validation set that the ranks do not divide evenly counts some customers twice.",
+        ],
+    )
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--strategy",
+        default="optim_ddp",
+        choices=PRESETS,
+        metavar="NAME",
+        help=f"one of {', '.join(PRESETS)}. optim_single takes --devices 1, optim_hsdp several nodes, and optim_tp and "
+        "optim_2d refuse this model: there is a Dropout between its Linear layers, so no pair can be divided",
+    )
+    parser.add_argument("--devices", type=int, default=2, help="processes on a CPU, or GPUs (default 2)")
+    parser.add_argument("--recommend", action="store_true", help="print recommend()'s table and take its strategy")
+    parser.add_argument("--data", metavar="PATH", help="the Online Retail file (.xlsx, .csv, .csv.gz), or its folder")
+    parser.add_argument("--synthetic", action="store_true", help="a generated shop in place of the file")
+    parser.add_argument("--fast", action="store_true", help=f"fewer customers, {FAST_EPOCHS} epoch")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--verbose", action="store_true", help="print what the Trainer and the callbacks say")
+    arguments = parser.parse_args(argv)
+    if arguments.synthetic and arguments.data:
+        parser.error("--data and --synthetic exclude each other")
+    return arguments
+
+
+@rank_zero_only
+def say(text: Any) -> None:
+    print(text, flush=True)
+
+
+def main(argv: Sequence[str] | None = None) -> list[Row]:
+    """Train both towers and print the table; return its rows."""
+    arguments = parse(argv)
+    prepare(threads=1, verbose=arguments.verbose)
+    task = build_task(load_purchases(arguments), *VALIDATION)
+    name = arguments.strategy
+    strategies: list[Strategy | str] = [name, name]
+    if arguments.recommend:
+        found = ask(task, arguments)
+        say(found)
+        strategies = [found.strategy(), found.strategy()]  # an object belongs to one Trainer
+        name, arguments.devices = found.rows[0].preset, found.rows[0].layout.devices
+        say(f"\ntaking {name} on {arguments.devices}\n")
+    started = int(os.environ.get("LOCAL_WORLD_SIZE", arguments.devices))
+    if started != arguments.devices:
+        raise ValueError(f"torchrun started {started} processes, and {name} takes {arguments.devices}: start as many.")
+    rows = [
+        fit("dense", task, [score(task)], strategies[0], arguments),
+        fit(f"{SPARSITY:.0%} zeros", task, [zeros(), score(task)], strategies[1], arguments),
+    ]
+    words = f"{'a generated shop' if arguments.synthetic else 'Online Retail'} under {name}"
+    rank_zero_only(build_report(rows, words, arguments).print)()
+    return rows
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (FileNotFoundError, ValueError, MisconfigurationException) as problem:
+        raise SystemExit(f"error: {problem}" if int(os.environ.get("LOCAL_RANK", 0)) == 0 else 1) from problem
