@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from presets_worker import EPOCHS, Grouped, Made, Manual, Normed, Plain, ended, fit, new
+from presets_worker import EPOCHS, Grouped, Made, Manual, Plain, ended, fit
 
 from helpers.gpt import Language
 from helpers.models import assert_same_state
