@@ -66,7 +66,7 @@ class CompressionCallback(pl.Callback):
     """Names of the strategy classes the technique is correct under, with their subclasses."""
     refused_strategies: tuple[str, ...] = ("DeepSpeedStrategy", "SingleDeviceXLAStrategy", "XLAStrategy")
     """Subclasses of those all the same, under which it is not."""
-    instead = "Take Trainer(strategy='ddp'), or a single device."
+    instead = "Take Trainer(strategy='optim_fsdp'), 'optim_ddp', or a single device."
     """What to do under another strategy."""
 
     def __init__(

@@ -12,7 +12,13 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import _compress_
 from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
-from lightning_optim.strategies.common import check_batchnorm_sync, checked_timeout, end_children, name_rank
+from lightning_optim.strategies.common import (
+    check_batchnorm_sync,
+    checked_timeout,
+    end_children,
+    end_group_at_exit,
+    name_rank,
+)
 
 __all__ = ["OptimDDP"]
 
@@ -74,6 +80,11 @@ class OptimDDP(DDPStrategy):
             gradient_as_bucket_view=gradient_as_bucket_view,
         )
         self.compress = compress
+
+    @override
+    def setup_environment(self) -> None:
+        super().setup_environment()
+        end_group_at_exit()
 
     @override
     def setup(self, trainer: pl.Trainer) -> None:

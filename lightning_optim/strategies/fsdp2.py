@@ -21,7 +21,13 @@ from typing_extensions import override
 
 from lightning_optim.sharding import is_dtensor, is_sharded, local
 from lightning_optim.strategies import gradients
-from lightning_optim.strategies.common import check_batchnorm_sync, checked_timeout, end_children, name_rank
+from lightning_optim.strategies.common import (
+    check_batchnorm_sync,
+    checked_timeout,
+    end_children,
+    end_group_at_exit,
+    name_rank,
+)
 from lightning_optim.strategies.sharded_files import ShardedFiles
 from lightning_optim.strategies.tensor import find_pairs, given_pairs
 from lightning_optim.strategies.units import find_units
@@ -170,6 +176,7 @@ class OptimFSDP2(ModelParallelStrategy):
     def setup_environment(self) -> None:
         self._resolve_sizes()  # a launcher may have changed the number of processes since
         super().setup_environment()
+        end_group_at_exit()
         self._data_mesh = self._make_data_mesh()
 
     def _make_data_mesh(self) -> Any:

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 from helpers.models import Classifier, Files, data, new, trainer, val_loader
 from lightning_optim import PerformanceScore, QuantizationAwareTraining, WeightPruning
 from lightning_optim.callbacks import ChannelPruning
+from lightning_optim.strategies.common import end_group_at_exit
 
 EPOCHS = 3
 
@@ -135,4 +136,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    end_group_at_exit()
     main()

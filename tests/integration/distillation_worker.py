@@ -14,6 +14,7 @@ from helpers.distilled import HINT, teacher
 from helpers.models import Classifier, Files, data, new, trainer, val_loader
 from lightning_optim import ChannelPruning, QuantizationAwareTraining, WeightPruning
 from lightning_optim.distillation import DistillationModule, IndexedDataset, Ramp
+from lightning_optim.strategies.common import end_group_at_exit
 
 EPOCHS = 3
 
@@ -112,4 +113,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    end_group_at_exit()
     main()

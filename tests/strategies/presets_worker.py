@@ -259,10 +259,13 @@ def case_precision(folder: Path, name: str, precision: str) -> dict[str, Any]:
 
 
 def case_statistics(folder: Path, name: str, precision: str) -> dict[str, Any]:
-    """BatchNorm, and torch's encoder layers, whose fast path runs in validation."""
+    """BatchNorm, and torch's encoder layers, whose fast path runs in validation; beside DDP, with the same batches."""
     words = {"precision": precision}
-    still = ended(*fit(folder, STRATEGIES[name](), new(Normed, lr=0.0), **words))
-    return {"straight": ended(*fit(folder, STRATEGIES[name](), Normed, **words)), "still": still}
+    return {
+        "straight": ended(*fit(folder, STRATEGIES[name](), Normed, **words)),
+        "still": ended(*fit(folder, STRATEGIES[name](), new(Normed, lr=0.0), **words)),
+        "ddp": ended(*fit(folder, STRATEGIES["ddp"](), Normed, **words)),
+    }
 
 
 def case_module(folder: Path, name: str, kind: str) -> dict[str, Any]:
@@ -299,7 +302,8 @@ def case_short(folder: Path) -> dict[str, Any]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         run = ended(*fit(folder, STRATEGIES["fsdp"](), new(Normed, rows=dist.get_world_size() - 1)))
-    return {"straight": run, "warnings": [str(each.message) for each in caught]}
+    alike = ended(*fit(folder, STRATEGIES["ddp"](), new(Normed, rows=dist.get_world_size() - 1)))
+    return {"straight": run, "ddp": alike, "warnings": [str(each.message) for each in caught]}
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ import torch
 from presets_worker import EPOCHS, Grouped, Made, Manual, Plain, ended, fit
 
 from helpers.gpt import Language
-from helpers.models import assert_same_state
+from helpers.models import assert_same_state, data
 from lightning_optim import load_from_checkpoint
 
 WORKER = Path(__file__).with_name("presets_worker.py")
@@ -283,3 +283,33 @@ def test_layers_without_memory_get_values(results):
     run = results("modules", "meta")[0]["fresh"]
     assert run["losses"][0] == pytest.approx(3.5, abs=0.6)  # ln 32
     assert run["losses"][-1] < run["losses"][0] - 1
+
+
+@pytest.mark.parametrize(
+    ("case", "tolerance"), [("statistics/fsdp/32-true", 1e-6), ("statistics/fsdp/bf16-mixed", 2e-2)]
+)
+def test_batchnorm_trains_as_under_ddp(results, case, tolerance):
+    """Each rank normalises by its own batch in both, so losses are those of DDP and not those of one process."""
+    runs = results("steps", case)[0]
+    assert runs["straight"]["losses"] == pytest.approx(runs["ddp"]["losses"], abs=tolerance)
+
+
+def test_batchnorm_statistics_are_the_mean_over_ranks(results):
+    """By hand: of each rank's eight rows, then the running average with PyTorch's momentum of 0.1."""
+    rows = data().tensors[0]
+    mean, variance = torch.zeros(12), torch.ones(12)
+    for _ in range(EPOCHS):
+        for first in range(0, 64, 16):
+            ranks = [rows[first + rank : first + 16 : 2] for rank in range(2)]
+            mean = 0.9 * mean + 0.1 * torch.stack([part.mean(0) for part in ranks]).mean(0)
+            variance = 0.9 * variance + 0.1 * torch.stack([part.var(0) for part in ranks]).mean(0)
+    for run in results("steps", "statistics/fsdp/32-true"):
+        torch.testing.assert_close(run["still"]["weights"]["net.0.running_mean"], mean, rtol=0, atol=1e-6)
+        torch.testing.assert_close(run["still"]["weights"]["net.0.running_var"], variance, rtol=0, atol=1e-6)
+
+
+def test_a_layer_with_fewer_rows_than_shards_is_named(results):
+    """A device without a part of it trains all the same."""
+    runs = results("modules", "short")[0]
+    assert any("head.weight has 1 rows for 2 shards" in message for message in runs["warnings"])
+    assert runs["straight"]["losses"] == pytest.approx(runs["ddp"]["losses"], abs=1e-6)
