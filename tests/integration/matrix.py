@@ -49,12 +49,61 @@ def _cases(full: tuple[str, ...], *precisions: str) -> tuple[str, ...]:
 
 
 LAUNCHES = {
-    "optim_ddp": Launch("optim_ddp", 2, lambda: build("optim_ddp"), _cases(("both", "all"), "bf16-mixed")),
-    "optim_ddp_static": Launch("optim_ddp_static", 2, lambda: build("optim_ddp_static"), _cases(("all",))),
-    "optim_ddp_bf16": Launch("optim_ddp_bf16", 2, lambda: build("optim_ddp_bf16"), _cases(("all",))),
+    "optim_ddp": Launch("optim_ddp", 2, lambda: build("optim_ddp"), _cases(("both", "all", "channels"), "bf16-mixed")),
+    "optim_ddp_static": Launch("optim_ddp_static", 2, lambda: build("optim_ddp_static"), _cases(("all", "channels"))),
+    "optim_ddp_bf16": Launch("optim_ddp_bf16", 2, lambda: build("optim_ddp_bf16"), _cases(("all", "channels"))),
     "optim_zero2": Launch("optim_zero2", 2, lambda: build("optim_zero2"), _cases(("all", "channels"))),
     "optim_fsdp": Launch("optim_fsdp", 2, lambda: build("optim_fsdp"), _cases(EVERY, "bf16-mixed", "bf16-true")),
     "optim_tp": Launch("optim_tp", 2, lambda: build("optim_tp"), _cases(EVERY, "bf16-mixed")),
     "optim_hsdp": Launch("optim_hsdp", 4, lambda: OptimFSDP2(replicate=2), _cases(EVERY, "bf16-mixed")),
     "optim_2d": Launch("optim_2d", 4, lambda: build("optim_2d"), _cases(EVERY, "bf16-mixed")),
 }
+
+ROWS = {
+    "WeightPruning": ("weights", "wanda", "columns", "both", "score", "all"),
+    "QuantizationAwareTraining": ("integers", "histogram", "both", "all"),
+    "DistillationModule": ("distilled", "all"),
+    "PerformanceScore": ("score", "all"),
+    "ChannelPruning": ("channels",),
+}
+"""Public name -> the techniques of the cases that show it works."""
+PRECISIONS = {"32-true": "32", "bf16-mixed": "bf16", "bf16-true": "bf16-true"}
+
+
+def cell(name: str, launch: Launch) -> str:
+    """Return the precisions in which a technique is tested under a preset, or what it wants there."""
+    shown = {
+        precision for case in launch.cases for technique, precision in [case.split("/")] if technique in ROWS[name]
+    }
+    words = ", ".join(short for precision, short in PRECISIONS.items() if precision in shown)
+    divided = not launch.preset.startswith("optim_ddp")
+    return f"{words} ¹" if name == "ChannelPruning" and divided else words or "-"
+
+
+def table() -> str:
+    """Return the support table in Markdown."""
+    columns = list(LAUNCHES.values())
+    lines = [
+        f"| | {' | '.join(f'`{launch.preset}`' for launch in columns)} |",
+        f"| --- | {' | '.join('---' for _ in columns)} |",
+        *(f"| {name} | {' | '.join(cell(name, launch) for launch in columns)} |" for name in ROWS),
+    ]
+    four = " and ".join(f"`{launch.preset}`" for launch in columns if launch.processes > 2)
+    notes = (
+        "Cells name the precisions that tests run (32 is `32-true`, bf16 `bf16-mixed`), each straight and resumed; "
+        f"{four} on four processes, by the slow tests. ¹ Goes on from a file whose window is over; what would remove "
+        "channels of a divided model is refused."
+    )
+    return "\n".join([*lines, "", notes])
+
+
+def with_table(text: str) -> str:
+    """Return a page with the table of now between its marks."""
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return f"{before}{BEGIN}\n{table()}\n{END}{after}"
+
+
+if __name__ == "__main__":
+    for file in FILES:
+        file.write_text(with_table(file.read_text()))

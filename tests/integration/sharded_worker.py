@@ -123,7 +123,7 @@ def main() -> None:
         name, precision = case.split("/")
         folder = out / case.replace("/", "-")
         first = folder / "files" / "0.ckpt"
-        if name == "channels":  # pruned under DDP, then divided
+        if name == "channels" and not launch.preset.startswith("optim_ddp"):  # pruned under DDP, then divided
             straight = run(folder / "files", name, precision, build("optim_ddp"), **words)
         else:
             straight = run(folder / "files", name, precision, launch.strategy(), **words)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from helpers.models import assert_same_state
-from integration.matrix import LAUNCHES
+from integration.matrix import FILES, LAUNCHES, with_table
 from integration.sharded_worker import run
 
 WORKER = Path(__file__).with_name("sharded_worker.py")
@@ -149,3 +149,9 @@ def test_channels_do_not_leave_a_divided_model(launched, name):
         message = (launched(name) / f"refused{rank}.txt").read_text()
         assert "ChannelPruning cannot remove channels under OptimFSDP2" in message
         assert "optim_ddp" in message
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
+def test_the_support_table_is_that_of_the_matrix(file):
+    """``python tests/integration/matrix.py`` writes it."""
+    assert with_table(file.read_text()) == file.read_text()
