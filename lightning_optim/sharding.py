@@ -6,9 +6,9 @@ are the identity, so callers need not ask.
 """
 
 import math
+import sys
 from typing import TYPE_CHECKING, Any, TypeGuard
 
-import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
@@ -25,17 +25,14 @@ __all__ = [
     "set_class",
     "shard_like",
     "whole_state",
-    "wraps",
+    "wrap_like",
 ]
 
 
 def is_dtensor(tensor: Any) -> "TypeGuard[DTensor]":
     """Whether a tensor is one of which this process holds a part or a copy."""
-    if not torch.distributed.is_available():
-        return False
-    from torch.distributed.tensor import DTensor
-
-    return isinstance(tensor, DTensor)
+    module = sys.modules.get("torch.distributed.tensor")  # without it there is none, and masks ask at every step
+    return module is not None and isinstance(tensor, module.DTensor)
 
 
 def is_sharded(module: nn.Module) -> bool:
@@ -70,7 +67,7 @@ def shard_like(whole: Tensor, like: Tensor) -> Tensor:
     return part
 
 
-def wraps(part: Tensor, like: Tensor) -> Tensor:
+def wrap_like(part: Tensor, like: Tensor) -> Tensor:
     """Return a local part as a DTensor with the placements and the shape of ``like``."""
     if not is_dtensor(like):
         return part

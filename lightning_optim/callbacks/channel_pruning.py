@@ -94,7 +94,7 @@ class ChannelPruning(CompressionCallback):
 
     State: the window, the channels of the dense model, and for ``taylor`` one float32 per selected weight. A resumed
     run continues bit for bit. Strategies: a single device and DDP (the model is wrapped anew after each event). Those
-    that divide the model go on with one whose window is over, and refuse any other before they divide it.
+    that divide the model go on with one whose window is over, and refuse any other before the first step.
 
     Hand-written attention with separate Linear layers for queries, keys, values and output loses whole heads. What
     cannot be treated (fused projections, ``nn.MultiheadAttention``, recurrent layers, the outputs, whatever fails the
@@ -170,6 +170,13 @@ class ChannelPruning(CompressionCallback):
 
     def start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *, fresh: bool) -> None:
         """Take up the state, and find the groups where the inputs are known already."""
+        if is_sharded(pl_module) and not self.window.closed:
+            raise MisconfigurationException(
+                f"ChannelPruning cannot remove channels under {type(trainer.strategy).__name__}: their parameters are "
+                "divided among the devices. Prune under 'optim_ddp' or on one device, and go on here from its file "
+                "(ckpt_path) once the window is over, or load it with lightning_optim.load_from_checkpoint and leave "
+                "ChannelPruning out."
+            )
         self._prefix, self._target = self.find_target(pl_module)
         self._whole = pl_module
         self._report = None
@@ -182,20 +189,6 @@ class ChannelPruning(CompressionCallback):
         self._roots, self._left_alone = select_roots(self._target, self._prefix, self.include, self.exclude)
         if self._inputs.inputs is not None and not is_sharded(pl_module):
             self._find_groups(trainer)
-
-    def before_sharding(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Refuse events on a model that is divided: its plan must be complete before.
-
-        Raises:
-            MisconfigurationException: If the window of the checkpoint is not over, or there is none.
-        """
-        if trainer.state.fn == "fit" and not self.window.closed:
-            raise MisconfigurationException(
-                f"ChannelPruning cannot remove channels under {type(trainer.strategy).__name__}: their parameters are "
-                "divided among the devices. Prune under 'optim_ddp' or on one device, and go on here from its file "
-                "(ckpt_path) once the window is over, or load it with lightning_optim.load_from_checkpoint and leave "
-                "ChannelPruning out."
-            )
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int

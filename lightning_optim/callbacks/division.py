@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_optim.functional.thresholds import Scores, Shards, as_reader
-from lightning_optim.sharding import full, is_dtensor, local, shard_like, wraps
+from lightning_optim.sharding import full, is_dtensor, local, shard_like, wrap_like
 
 __all__ = ["Division", "divide"]
 
@@ -42,7 +42,7 @@ class Division:
     def mask_of(self, name: str, held: Tensor) -> Tensor:
         """Return the mask of what this rank ranks, from that of the part that it holds."""
         weight = self._weights[name]
-        return full(wraps(held.to(torch.uint8), weight)) != 0 if is_dtensor(weight) else held
+        return full(wrap_like(held.to(torch.uint8), weight)) != 0 if is_dtensor(weight) else held
 
     def give(self, name: str, mask: Tensor) -> Tensor:
         """Return the mask of the part that this rank holds."""

@@ -27,7 +27,7 @@ from lightning_optim.functional.masks import (
 )
 from lightning_optim.functional.schedules import SCHEDULES, Schedule
 from lightning_optim.functional.thresholds import Scores
-from lightning_optim.sharding import copies, full, is_dtensor, local, reshard, shard_like, wraps
+from lightning_optim.sharding import copies, full, is_dtensor, local, reshard, shard_like, wrap_like
 from lightning_optim.structured.removal import keep_channels
 from lightning_optim.tables import by_reason, render
 from lightning_optim.target import Pattern, Selection, Weight, averaged_copies, matches, select_weights
@@ -288,7 +288,7 @@ class WeightPruning(CompressionCallback):
         if not is_dtensor(weight):
             return part
         bits = part.to(torch.uint8) if part.dtype == torch.bool else part
-        return full(wraps(bits, weight)).to(part.dtype)
+        return full(wrap_like(bits, weight)).to(part.dtype)
 
     def _part(self, name: str, whole: Tensor) -> Tensor:
         """Return the part that this rank holds of what has the shape of the weight of that name."""
@@ -541,7 +541,7 @@ class WeightPruning(CompressionCallback):
         weight = division.read(parameter)
         gradient = self._rms(trainer, name, "gradient")
         stats = Statistics(
-            gradient=None if gradient is None else division.read(wraps(gradient, parameter)),
+            gradient=None if gradient is None else division.read(wrap_like(gradient, parameter)),
             input_norm=self._rms(trainer, name, "input_norm"),
             generator=parameter_generator(name) if "generator" in self._needs else None,
         )

@@ -43,6 +43,7 @@ from lightning_optim.distillation.ramp import Ramp, RampState
 from lightning_optim.distillation.student import KEY, student_hyperparameters
 from lightning_optim.distillation.teacher import Teacher, shared_parameters
 from lightning_optim.functional.losses import Loss
+from lightning_optim.sharding import is_sharded
 from lightning_optim.structured.groups import Removal
 from lightning_optim.tables import render
 from lightning_optim.target import ForwardInputs, as_forward_inputs, averaged_copies, batch_inputs, map_inputs
@@ -619,6 +620,11 @@ class DistillationModule(pl.LightningModule):
         missing = [i for i, each in enumerate(self.features) if each.projects and str(i) not in self.projectors]
         if not missing:
             return
+        if is_sharded(self.student):
+            raise MisconfigurationException(
+                "projectors are sized while the student is whole, and its own `configure_model` divides it. Let "
+                "OptimFSDP2 divide it, or take features that need no projector."
+            )
         ours, theirs = self._observed([self.features[i] for i in missing])
         for i in missing:
             feature = self.features[i]

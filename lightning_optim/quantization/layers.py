@@ -27,7 +27,7 @@ from lightning_optim.functional.fake_quantize import (
     straight_through,
 )
 from lightning_optim.functional.observers import OBSERVERS
-from lightning_optim.sharding import full, is_dtensor, local, shard_like, wraps
+from lightning_optim.sharding import full, is_dtensor, local, shard_like, wrap_like
 
 __all__ = [
     "ATTRIBUTES",
@@ -170,7 +170,7 @@ def _on_part(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """Apply an elementwise function to what this rank holds of a tensor."""
     if not is_dtensor(x):
         return function(x)
-    return wraps(function(x.to_local()), x)
+    return wrap_like(function(x.to_local()), x)
 
 
 def _rounded_weight(weight: Tensor, bits: int, granularity: str) -> Tensor:

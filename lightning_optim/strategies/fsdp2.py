@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint as recomputed
 from typing_extensions import override
 
-from lightning_optim.sharding import is_dtensor, is_sharded, local
+from lightning_optim.sharding import is_dtensor, is_sharded, local, reshard
 from lightning_optim.strategies import gradients
 from lightning_optim.strategies.common import (
     check_batchnorm_sync,
@@ -221,6 +221,7 @@ class OptimFSDP2(ModelParallelStrategy):
             if fitting and self._layer_sync is not None:
                 self._layer_sync.apply(module)
             self._parallelize(module)
+        reshard(module)  # a root stays gathered after an evaluation
         _materialize_distributed_module(module, self.root_device)
         self.model_to_device()
         self._files.load_pending()
@@ -379,6 +380,7 @@ class OptimFSDP2(ModelParallelStrategy):
 
     @override
     def on_exception(self, exception: BaseException) -> None:
+        self._files.forget()
         name_rank(self, exception)
         end_children(self, exception)
 

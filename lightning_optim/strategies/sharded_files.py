@@ -128,6 +128,10 @@ class ShardedFiles:
         else:
             self._pending = (checkpoint, strict)
 
+    def forget(self) -> None:
+        """Drop what waited: the run that read it failed."""
+        self._pending = None
+
     def load_pending(self) -> None:
         """Load what waited."""
         pending, self._pending = self._pending, None

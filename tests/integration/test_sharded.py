@@ -155,3 +155,12 @@ def test_channels_do_not_leave_a_divided_model(launched, name):
 def test_the_support_table_is_that_of_the_matrix(file):
     """``python tests/integration/matrix.py`` writes it."""
     assert with_table(file.read_text()) == file.read_text()
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=_marks(name)) for name in ("optim_fsdp", "optim_tp")])
+def test_masks_and_phases_of_several_ranks_go_on_in_one_process(launched, tmp_path, name):
+    runs = results(launched(name), "both/32-true", 0)
+    first = launched(name) / "both-32-true" / "files" / "0.ckpt"
+    ours = run(tmp_path, "both", "32-true", "optim_single", first)
+    assert ours["losses"] == pytest.approx(runs["straight"]["losses"][8:], abs=TOLERANCE["bits"])
+    assert ours["reached"] == runs["straight"]["reached"]

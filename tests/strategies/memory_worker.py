@@ -28,22 +28,24 @@ WIDTH, DEPTH, VOCABULARY, LENGTH, BATCH = 128, 4, 256, 32, 4
 
 
 class Attention(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, width: int = WIDTH, head: int = 32) -> None:
         super().__init__()
-        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(3))
-        self.o_proj = nn.Linear(WIDTH, WIDTH, bias=False)
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(width, width, bias=False) for _ in range(3))
+        self.o_proj = nn.Linear(width, width, bias=False)
+        self.head = head
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (p(x).view(*x.shape[:2], -1, 32).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
+        layers = (self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = (layer(x).view(*x.shape[:2], -1, self.head).transpose(1, 2) for layer in layers)
         return self.o_proj(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
 
 
 class Block(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, width: int = WIDTH, head: int = 32, hidden: int = 4 * WIDTH) -> None:
         super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
-        self.attention = Attention()
-        self.mlp = nn.Sequential(nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(), nn.Linear(4 * WIDTH, WIDTH))
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attention = Attention(width, head)
+        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attention(self.norm1(x))

@@ -76,6 +76,17 @@ class Manual(Language):
         return torch.optim.Adam(blocks, 3e-3), torch.optim.SGD(rest, 0.1, momentum=0.9)
 
 
+class Conditional(Plain):
+    """One of its blocks takes part in every second step only."""
+
+    def training_step(self, batch, batch_idx):
+        blocks = list(self.net.blocks)[: 1 + batch_idx % 2]
+        x = self.net.embedding(batch[0])
+        for block in blocks:
+            x = block(x)
+        return F.cross_entropy(self.net.head(self.net.norm(x)).flatten(0, -2), batch[1].flatten())
+
+
 class Made(Language):
     """Its layers are made in ``configure_model``."""
 
@@ -270,7 +281,7 @@ def case_statistics(folder: Path, name: str, precision: str) -> dict[str, Any]:
 
 def case_module(folder: Path, name: str, kind: str) -> dict[str, Any]:
     """Modules that need care, by their class's name."""
-    modules: dict[str, Any] = {each.__name__: each for each in (Grouped, Manual, Made, ShardsItself)}
+    modules: dict[str, Any] = {each.__name__: each for each in (Conditional, Grouped, Manual, Made, ShardsItself)}
     modules["Tied"] = lambda: Language(tied=True)
     runs = {"straight": ended(*fit(folder, STRATEGIES[name](), modules[kind], files=True))}
     return {**runs, "resumed": resumed(folder, STRATEGIES[name], modules[kind])}

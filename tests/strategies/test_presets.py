@@ -146,11 +146,28 @@ def refusals(tmp_path_factory):
         ("units", "units: 'Blok' is neither a class nor a module of Never"),
         ("nothing", "has no parameters"),
         ("channels", "ChannelPruning cannot remove channels under OptimFSDP2"),
+        ("divided channels", "ChannelPruning cannot remove channels under OptimFSDP2"),
+        ("divided projectors", "projectors are sized while the student is whole"),
         ("bare", "WeightPruning is not supported under ModelParallelStrategy. Take Trainer(strategy='optim_fsdp')"),
     ],
 )
 def test_refused_before_the_first_step(refusals, case, sentence):
     assert sentence in refusals[case]
+
+
+@pytest.mark.distributed
+def test_a_model_whose_copies_do_not_fit_has_no_score(refusals):
+    assert "PerformanceScore keeps no whole copy of this model (it does not fit" in refusals["not measured"]
+    assert refusals["P"] == "nan"
+
+
+def test_large_models_are_saved_in_shards_by_default(monkeypatch):
+    module = torch.nn.Linear(10, 10)
+    assert not OptimFSDP2()._saves_shards(module)
+    assert OptimFSDP2(checkpoint="sharded")._saves_shards(module)
+    monkeypatch.setattr(fsdp2, "FULL_UNTIL", 100)
+    assert OptimFSDP2()._saves_shards(module)
+    assert not OptimFSDP2(checkpoint="full")._saves_shards(module)
 
 
 CLASS = "trainer: {{strategy: {{class_path: lightning_optim.strategies.{}, init_args: {{{}}}}}}}"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from presets_worker import EPOCHS, Grouped, Made, Manual, Plain, ended, fit
+from presets_worker import EPOCHS, Conditional, Grouped, Made, Manual, Plain, ended, fit
 
 from helpers.gpt import Language
 from helpers.models import assert_same_state, data
@@ -37,7 +37,7 @@ GROUPS: dict[str, tuple[int, tuple[str, ...]]] = {
     "modules": (
         2,
         (
-            *(f"module/fsdp/{kind}" for kind in ("Tied", "Grouped", "Manual", "Made", "ShardsItself")),
+            *(f"module/fsdp/{kind}" for kind in ("Conditional", "Tied", "Grouped", "Manual", "Made", "ShardsItself")),
             *("module/tp/Tied", "meta", "recomputed/fsdp", "short"),
         ),
     ),
@@ -263,7 +263,8 @@ def test_half_precision_stays_close(results, one_process, case, tolerance):
 @pytest.mark.parametrize("case", [case for case in GROUPS["modules"][1] if case != "short"])
 def test_modules_that_need_care_equal_one_process(results, one_process, case):
     kind = case.rpartition("/")[2]
-    make = {"Tied": TIED, "Grouped": Grouped, "Manual": Manual, "Made": Made, "ShardsItself": Made, "meta": Made}
+    make = {each.__name__: each for each in (Conditional, Grouped, Manual, Made)}
+    make |= {"Tied": TIED, "ShardsItself": Made, "meta": Made}
     run = results("modules", case)[0]["straight"]
     assert_close(run, one_process(make.get(kind, Language)), 1e-4)
     assert run["divided"]

@@ -1,9 +1,9 @@
 import lightning.pytorch as pl
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from memory_worker import Block
 from torch import Tensor, nn
 
 from lightning_optim.strategies.cost import OPTIMIZERS, PRECISIONS
@@ -14,34 +14,15 @@ WIDTH, DEPTH, VOCABULARY = 32, 4, 50
 BLOCK = 4 * WIDTH * WIDTH + 2 * WIDTH * 64 + 64 + WIDTH + 2 * 2 * WIDTH  # projections, up and down, two norms
 
 
-class Attention(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(3))
-        self.o_proj = nn.Linear(WIDTH, WIDTH, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (p(x).view(*x.shape[:2], -1, 8).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
-        return self.o_proj(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
-
-
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
-        self.attention = Attention()
-        self.mlp = nn.Sequential(nn.Linear(WIDTH, 64), nn.GELU(), nn.Linear(64, WIDTH))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attention(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+def block():
+    return Block(WIDTH, 8, 64)
 
 
 class GPT(pl.LightningModule):
     def __init__(self, optimizer=lambda parameters: torch.optim.AdamW(parameters, 1e-3)) -> None:
         super().__init__()
         self.embedding = nn.Embedding(VOCABULARY, WIDTH)
-        self.blocks = nn.ModuleList(Block() for _ in range(DEPTH))
+        self.blocks = nn.ModuleList(block() for _ in range(DEPTH))
         self.head = nn.Linear(WIDTH, VOCABULARY, bias=False)
         self.optimizer = optimizer
 
@@ -359,7 +340,7 @@ def test_an_attention_block_by_hand():
         "output of norm2": WIDTH,
         "input and output of gelu": 2 * 64,
     }
-    counted = saved_bytes(Block(), torch.randn(1, tokens, WIDTH, requires_grad=True), batch_size=rows)
+    counted = saved_bytes(block(), torch.randn(1, tokens, WIDTH, requires_grad=True), batch_size=rows)
     assert counted == 4 * rows * tokens * sum(parts.values())
 
 
