@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_optim import checkpoint
+from lightning_optim.strategies.common import INSTEAD, check_supported
 from lightning_optim.target import Pattern, find_target
 from lightning_optim.window import Window, planned_steps
 
@@ -62,12 +63,8 @@ class CompressionCallback(pl.Callback):
     contributes_to_plan = True
     order = 2
     """Where several techniques act on one target, the lower goes first, whatever the order of the Trainer's list."""
-    strategies: tuple[str, ...] = ("SingleDeviceStrategy", "DDPStrategy")
-    """Names of the strategy classes the technique is correct under, with their subclasses."""
-    refused_strategies: tuple[str, ...] = ("DeepSpeedStrategy", "SingleDeviceXLAStrategy", "XLAStrategy")
-    """Subclasses of those all the same, under which it is not."""
-    instead = "Take Trainer(strategy='optim_fsdp'), 'optim_ddp', or a single device."
-    """What to do under another strategy."""
+    instead = INSTEAD
+    """What to do under a strategy that the technique does not support."""
 
     def __init__(
         self,
@@ -131,7 +128,7 @@ class CompressionCallback(pl.Callback):
         """Check the strategy and attach the plan before anything is loaded."""
         checkpoint.attach(pl_module)
         if stage == "fit":
-            self._check_strategy(trainer)
+            check_supported(type(self).__name__, trainer.strategy, self.instead)
             self._warn_of_plain_monitors(trainer)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -237,13 +234,6 @@ class CompressionCallback(pl.Callback):
         return {**self.__dict__, "_handles": [], "_holders": [], "_fitted": None}
 
     # How it is done.
-
-    def _check_strategy(self, trainer: pl.Trainer) -> None:
-        names = mro_names(trainer.strategy)
-        if not names & set(self.strategies) or names & set(self.refused_strategies):
-            raise MisconfigurationException(
-                f"{type(self).__name__} is not supported under {type(trainer.strategy).__name__}. {self.instead}"
-            )
 
     def _warn_of_plain_monitors(self, trainer: pl.Trainer) -> None:
         plain = [c for c in callbacks_of(trainer) if _prefers_the_dense_model(c)]

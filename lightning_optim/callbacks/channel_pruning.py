@@ -105,7 +105,6 @@ class ChannelPruning(CompressionCallback):
     """
 
     order = 0
-    strategies = ("SingleDeviceStrategy", "DDPStrategy", "OptimFSDP2")
     instead = (
         "Take Trainer(strategy='optim_ddp') or a single device, or prune before the model is sharded: "
         "prune_channels(...), or load_from_checkpoint(...) of a pruned file, and train that."

@@ -23,6 +23,7 @@ from lightning_optim.measure.latency import interleaved_latency
 from lightning_optim.measure.size import SIZES, bytes_of, free_bytes
 from lightning_optim.quantization.layers import float_kernels
 from lightning_optim.sharding import is_sharded, reshard, whole_state
+from lightning_optim.strategies.common import check_supported
 from lightning_optim.tables import render
 from lightning_optim.target import ForwardInputs, find_target
 
@@ -162,11 +163,7 @@ class PerformanceScore(pl.Callback):
                 "PerformanceScore reads the logged accuracy, and Trainer(barebones=True) logs nothing. Take the "
                 "callback out, or train without barebones."
             )
-        if mro_names(trainer.strategy).isdisjoint({"SingleDeviceStrategy", "DDPStrategy", "OptimFSDP2"}):
-            raise MisconfigurationException(
-                f"PerformanceScore is not supported under {type(trainer.strategy).__name__}. Take "
-                "Trainer(strategy='optim_fsdp'), 'optim_ddp', or a single device."
-            )
+        check_supported("PerformanceScore", trainer.strategy)
         for callback in callbacks_of(trainer):
             self._check_monitor(trainer, callback)
 

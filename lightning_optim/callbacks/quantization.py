@@ -88,7 +88,6 @@ class QuantizationAwareTraining(CompressionCallback):
     """
 
     order = 2
-    strategies = ("SingleDeviceStrategy", "DDPStrategy", "OptimFSDP2")
 
     def __init__(
         self,

@@ -101,7 +101,6 @@ class WeightPruning(CompressionCallback):
     """
 
     order = 1
-    strategies = ("SingleDeviceStrategy", "DDPStrategy", "OptimFSDP2")
 
     def __init__(
         self,

@@ -44,6 +44,7 @@ from lightning_optim.distillation.student import KEY, student_hyperparameters
 from lightning_optim.distillation.teacher import Teacher, shared_parameters
 from lightning_optim.functional.losses import Loss
 from lightning_optim.sharding import is_sharded
+from lightning_optim.strategies.common import check_supported
 from lightning_optim.structured.groups import Removal
 from lightning_optim.tables import render
 from lightning_optim.target import ForwardInputs, as_forward_inputs, averaged_copies, batch_inputs, map_inputs
@@ -51,8 +52,6 @@ from lightning_optim.window import planned_steps
 
 __all__ = ["DistillationModule"]
 
-STRATEGIES = ("SingleDeviceStrategy", "DDPStrategy", "OptimFSDP2")
-"""Names of the strategy classes it is correct under, with their subclasses."""
 _LABELS = ("labels", "label", "targets", "target", "y")
 _PASSED_ON = ("example_input_array", "allow_zero_length_dataloader_with_multiple_devices", "prepare_data_per_node")
 
@@ -541,20 +540,12 @@ class DistillationModule(pl.LightningModule):
         if stage != "fit":
             return
         _check_student(self.student, self._optimizer, self._task_loss)
-        self._check_strategy()
+        check_supported("DistillationModule", self.trainer.strategy)
         if self._needs_teacher and self._cache_path is None:
             self._required_teacher()
         if not self._builds_in("configure_model"):
             self._check_layers()
             self._size_projectors()
-
-    def _check_strategy(self) -> None:
-        names = {cls.__name__ for cls in type(self.trainer.strategy).__mro__}
-        if not names & set(STRATEGIES) or "DeepSpeedStrategy" in names:
-            raise MisconfigurationException(
-                f"DistillationModule is not supported under {type(self.trainer.strategy).__name__}. Take "
-                "Trainer(strategy='optim_fsdp'), 'optim_ddp', or a single device."
-            )
 
     def before_sharding(self, trainer: pl.Trainer) -> None:
         """Size the projectors of layers that ``configure_model`` built, while the student is whole."""

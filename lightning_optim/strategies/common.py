@@ -12,7 +12,38 @@ from lightning.fabric.utilities.distributed import _destroy_dist_connection
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 
-__all__ = ["check_batchnorm_sync", "checked_timeout", "end_children", "end_group_at_exit", "name_rank"]
+__all__ = [
+    "INSTEAD",
+    "check_batchnorm_sync",
+    "check_supported",
+    "checked_timeout",
+    "end_children",
+    "end_group_at_exit",
+    "name_rank",
+]
+
+
+SUPPORTED = ("SingleDeviceStrategy", "DDPStrategy", "OptimFSDP2")
+"""Names of the strategy classes that compression is correct under, with their subclasses."""
+REFUSED = ("DeepSpeedStrategy", "SingleDeviceXLAStrategy", "XLAStrategy")
+"""Subclasses of those all the same, under which it is not."""
+INSTEAD = "Take Trainer(strategy='optim_fsdp'), 'optim_ddp', or a single device."
+
+
+def check_supported(who: str, strategy: Any, instead: str = INSTEAD) -> None:
+    """Refuse a strategy that compression is not known to work under.
+
+    Args:
+        who: The technique's name.
+        strategy: The Trainer's.
+        instead: What to do, a sentence.
+
+    Raises:
+        MisconfigurationException: If it is none of the supported.
+    """
+    names = {cls.__name__ for cls in type(strategy).__mro__}  # the same in lightning and pytorch_lightning
+    if names.isdisjoint(SUPPORTED) or not names.isdisjoint(REFUSED):
+        raise MisconfigurationException(f"{who} is not supported under {type(strategy).__name__}. {instead}")
 
 
 def checked_timeout(timeout_s: float) -> timedelta:

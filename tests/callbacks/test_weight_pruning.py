@@ -883,7 +883,7 @@ def test_an_unsupported_strategy_is_refused(tmp_path):
 
     FSDPStrategy.__abstractmethods__ = frozenset()
     run.strategy.__class__ = FSDPStrategy
-    with pytest.raises(MisconfigurationException, match=r"not supported under FSDPStrategy.*strategy='ddp'"):
+    with pytest.raises(MisconfigurationException, match=r"not supported under FSDPStrategy.*strategy='optim_fsdp'"):
         pruning(0.5).setup(run, new(), "fit")
 
 

@@ -556,8 +556,8 @@ def test_mixed_imports_are_named():
 def test_other_strategies_are_refused(tmp_path):
     module = distilled()
     module._trainer = SimpleNamespace(strategy=ModelParallelStrategy())
-    with pytest.raises(MisconfigurationException, match="not supported under ModelParallelStrategy"):
-        module._check_strategy()
+    with pytest.raises(MisconfigurationException, match="DistillationModule is not supported under ModelParallelStr"):
+        module.setup("fit")
 
 
 def test_layers_built_in_configure_model(tmp_path):
