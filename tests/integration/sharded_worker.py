@@ -9,12 +9,14 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import LearningRateFinder
 
 from helpers.gpt import Language
 from helpers.models import Files, trainer
 from integration.matrix import LAUNCHES
 from lightning_optim import (
     ChannelPruning,
+    CompressedCheckpoint,
     DistillationModule,
     Feature,
     PerformanceScore,
@@ -134,7 +136,57 @@ def main() -> None:
             runs["ddp before"] = run(folder, name, precision, launch.strategy(), folder / "ddp" / "0.ckpt", **words)
         folder.mkdir(parents=True, exist_ok=True)
         torch.save(runs, folder / f"rank{torch.distributed.get_rank()}.pt")
+    if sys.argv[2] == "optim_fsdp":
+        extras = {"best": best(out / "best", launch.strategy(), **words), "others": others(out / "others", **words)}
+        torch.save(extras, out / f"extras{torch.distributed.get_rank()}.pt")
     (out / f"refused{torch.distributed.get_rank()}.txt").write_text(refused(out, launch, **words))
+
+
+def best(folder: Path, strategy: Any, devices: int) -> dict[str, float]:
+    """The best file scores again what it was chosen for; after a second fit by the same Trainer too."""
+    torch.manual_seed(3)
+    module = Language()
+    kept = CompressedCheckpoint(dirpath=folder, monitor="val_loss")
+    ours = [kept, WeightPruning(0.8, **WEIGHTS), QuantizationAwareTraining(**BITS), PerformanceScore(batch_size=2)]
+    fitted = trainer(
+        folder, *ours, strategy=strategy, devices=devices, max_epochs=EPOCHS, use_distributed_sampler=False
+    )
+    scores = {}
+    for fit in ("first", "second"):
+        fitted.fit(module)
+        scores[f"{fit} monitored"] = float(kept.best_model_score)
+        scores[fit] = float(fitted.test(module, ckpt_path="best", weights_only=True, verbose=False)[0]["val_loss"])
+        fitted.fit_loop.max_epochs = 2 * EPOCHS
+    return {**scores, "losses": float(len(module.losses))}
+
+
+class Rated(Language):
+    lr = 1e-3
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), self.lr)
+
+
+class Compiled(Language):
+    """Its blocks are compiled (for the sake of time by the backend that only traces)."""
+
+    def configure_model(self):
+        for place, block in enumerate(self.net.blocks):
+            if not hasattr(block, "_orig_mod"):
+                self.net.blocks[place] = torch.compile(block, backend="eager")
+
+
+def others(folder: Path, devices: int) -> dict[str, Any]:
+    """A learning rate finder, which saves and restores in the middle; and compiled blocks."""
+    words = {"strategy": "optim_fsdp", "devices": devices, "max_epochs": EPOCHS, "use_distributed_sampler": False}
+    torch.manual_seed(3)
+    found = Rated()
+    finder = LearningRateFinder(num_training_steps=20, min_lr=1e-5, max_lr=1e-1)
+    trainer(folder, finder, WeightPruning(0.8, **WEIGHTS), **words).fit(found)
+    torch.manual_seed(3)
+    compiled = Compiled()
+    trainer(folder, *TECHNIQUES["both"][1](), **words).fit(compiled)
+    return {"rate": float(found.lr), "steps": len(found.losses), "compiled": list(compiled.losses)}
 
 
 def refused(out: Path, launch: Any, devices: int) -> str:

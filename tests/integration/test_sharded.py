@@ -151,6 +151,24 @@ def test_channels_do_not_leave_a_divided_model(launched, name):
         assert "optim_ddp" in message
 
 
+@pytest.mark.distributed
+def test_the_best_file_scores_what_it_was_chosen_for(launched):
+    for rank in range(2):
+        scores = torch.load(launched("optim_fsdp") / f"extras{rank}.pt", weights_only=True)["best"]
+        for fit in ("first", "second"):
+            assert scores[fit] == pytest.approx(scores[f"{fit} monitored"], abs=1e-6)
+        assert scores["losses"] == 32
+
+
+@pytest.mark.distributed
+def test_a_learning_rate_finder_and_compiled_blocks_under_fsdp(launched, alone):
+    others = torch.load(launched("optim_fsdp") / "extras0.pt", weights_only=True)["others"]
+    assert 1e-5 < others["rate"] < 1e-1
+    assert others["rate"] != 1e-3
+    assert others["steps"] >= 16
+    assert others["compiled"] == pytest.approx(alone("both", "32-true")["losses"], abs=TOLERANCE["bits"])
+
+
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
 def test_the_support_table_is_that_of_the_matrix(file):
     """``python tests/integration/matrix.py`` writes it."""
