@@ -14,6 +14,7 @@ from lightning_optim.distillation import DistillationModule, Feature, IndexedDat
 from lightning_optim.export import ExportReport, export_onnx
 from lightning_optim.measure import LatencyResult, measure_latency
 from lightning_optim.quantization.calibrate import quantize_post_training
+from lightning_optim.recipe import Recipe
 from lightning_optim.structured.prune import prune_channels
 from lightning_optim.structured.sensitivity import sensitivity
 
@@ -28,6 +29,7 @@ __all__ = [
     "PerformanceScore",
     "QuantizationAwareTraining",
     "Ramp",
+    "Recipe",
     "WeightPruning",
     "__version__",
     "conform",

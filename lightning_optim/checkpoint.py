@@ -23,6 +23,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from lightning_optim._version import __version__
+from lightning_optim.provenance import provenance
 from lightning_optim.sharding import own_class, set_class
 from lightning_optim.target import averaged_copies
 
@@ -98,10 +99,12 @@ class Plan:
     Attributes:
         module: The module whose names the plan speaks.
         entries: What each technique contributes besides, by ``state_key``: plain types only.
+        provenance: Where the module's weights come from; a file that is loaded and saved again keeps it.
     """
 
     module: nn.Module
     entries: dict[str, dict[str, Any]] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict)
     _base: dict[str, _Structure] = field(default_factory=dict)
 
     def track(self, name: str, *attributes: str) -> None:
@@ -133,6 +136,7 @@ class Plan:
             "package": __version__,
             "modules": {name: structure.as_plain() for name, structure in self.changed().items()},
             "entries": {key: dict(entry) for key, entry in self.entries.items()},
+            "provenance": dict(self.provenance),
         }
 
     def conform(self, plain: Mapping[str, Any]) -> None:
@@ -155,6 +159,7 @@ class Plan:
         for name, structure in wanted.items():
             _restructure(self.module.get_submodule(name), structure, replaced)
         _retie(self.module, replaced)
+        self.provenance = dict(plain.get("provenance", {}))
 
 
 _Replaced = dict[int, tuple[nn.Parameter, nn.Parameter]]
@@ -276,9 +281,7 @@ class _SaveHook(_Hook):
 
     def __call__(self, checkpoint: dict[str, Any]) -> None:
         self.call_replaced(checkpoint)
-        for callback in _contributors(getattr(self.module, "_trainer", None)):
-            self.plan.entries[callback.state_key] = callback.plan_entry()
-        checkpoint[KEY] = self.plan.as_plain()
+        write_plan(self.plan, checkpoint)
 
 
 class _LoadHook(_Hook):
@@ -307,6 +310,16 @@ def _check_claims(plain: Mapping[str, Any], trainer: Any) -> None:
                 f"the checkpoint holds the state of {entry}, and the Trainer's callbacks are "
                 f"{', '.join(keys) or 'none of its kind'}. Resume with the same `module`, `include` and `exclude`."
             )
+
+
+def write_plan(plan: Plan, file: dict[str, Any]) -> None:
+    """Write into a checkpoint a module's structure, what each technique contributes, and where the file comes from."""
+    trainer = getattr(plan.module, "_trainer", None)
+    contributors = _contributors(trainer)
+    plan.entries |= {callback.state_key: callback.plan_entry() for callback in contributors}
+    if trainer is not None or not plan.provenance:
+        plan.provenance = provenance(plan.module, trainer, contributors)
+    file[KEY] = plan.as_plain()
 
 
 def _contributors(trainer: Any) -> list[Any]:

@@ -11,9 +11,9 @@ import lightning_optim
 
 PACKAGE = Path(lightning_optim.__file__).parent
 LAYERS = [
-    {"functional", "registry", "_version", "tables", "sharding"},
+    {"functional", "registry", "_version", "tables", "sharding", "provenance"},
     {"structured", "quantization", "measure", "export", "checkpoint", "target", "window"},
-    {"callbacks", "strategies", "distillation", "cli"},
+    {"report", "callbacks", "strategies", "distillation", "recipe", "cli"},
     {"__init__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

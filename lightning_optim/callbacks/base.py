@@ -63,6 +63,8 @@ class CompressionCallback(pl.Callback):
     contributes_to_plan = True
     order = 2
     """Where several techniques act on one target, the lower goes first, whatever the order of the Trainer's list."""
+    recipe: Mapping[str, Any] | None = None
+    """The words of the recipe it was made from, for the checkpoint."""
     instead = INSTEAD
     """What to do under a strategy that the technique does not support."""
 
@@ -184,9 +186,7 @@ class CompressionCallback(pl.Callback):
         self._write_plan(pl_module, checkpoint)
 
     def _write_plan(self, pl_module: pl.LightningModule, file: dict[str, Any]) -> None:
-        plan = checkpoint.plan_of(pl_module)
-        plan.entries[self.state_key] = self.plan_entry()
-        file[checkpoint.KEY] = plan.as_plain()
+        checkpoint.write_plan(checkpoint.plan_of(pl_module), file)
         if not self._attached(pl_module):
             checkpoint.detach(pl_module)
 

@@ -516,11 +516,12 @@ class ChannelPruning(CompressionCallback):
         self._squares.load_state_dict(state_dict["squares"])
 
     def plan_entry(self) -> dict[str, Any]:
-        """Return what was asked."""
-        return {
+        """Return what was asked, and what is left."""
+        entry = {
             "technique": "ChannelPruning",
             "asked": self.pruning_ratio if self.target is None else {self.target.figure: self.target.fraction},
         }
+        return entry if self._dense is None else {**entry, "parameters_left": self._fraction_left()}
 
     def last_line(self, pl_module: pl.LightningModule) -> str:
         """Return the sentence that says what was asked and what is left."""

@@ -43,6 +43,7 @@ from lightning_optim.distillation.ramp import Ramp, RampState
 from lightning_optim.distillation.student import KEY, student_hyperparameters
 from lightning_optim.distillation.teacher import Teacher, shared_parameters
 from lightning_optim.functional.losses import Loss
+from lightning_optim.provenance import as_plain
 from lightning_optim.sharding import is_sharded
 from lightning_optim.strategies.common import check_supported
 from lightning_optim.structured.groups import Removal
@@ -760,7 +761,19 @@ class DistillationModule(pl.LightningModule):
             "version": 1,
             "student": student_hyperparameters(self.student),
             "windows": {name: ramp.window.state_dict() for name, ramp in ramps.items() if ramp is not None},
+            "asked": self._words(),
         }
+
+    def _words(self) -> dict[str, Any]:
+        """Return what is taught, and by whom, for the reader of a checkpoint."""
+        words = {
+            "loss": self._objective.weights,
+            "alpha": self._alpha.ramp,
+            "temperature": None if self._temperature is None else self._temperature.ramp,
+            "features": self.features,
+            "teacher": [] if self._teacher is None else [type(each).__name__ for each in self._teacher.networks],
+        }
+        return {name: as_plain(value) for name, value in words.items()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Give projectors the file's sizes (no teacher is needed), and take up the windows of a run that goes on."""

@@ -1,0 +1,96 @@
+"""Where a checkpoint comes from: model, data, versions, recipe and metrics, as plain types."""
+
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import fields, is_dataclass
+from functools import cache
+from importlib import metadata
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_optim._version import __version__
+
+__all__ = ["as_plain", "provenance"]
+
+_PACKAGES = ("torch", "lightning", "torch-pruning")
+
+
+def provenance(module: nn.Module, trainer: Any, callbacks: Iterable[Any] = ()) -> dict[str, Any]:
+    """Return what a reader of a checkpoint wants to know of the run that wrote it.
+
+    Args:
+        module: The LightningModule that is saved.
+        trainer: Its Trainer; None where the file is written without one.
+        callbacks: The compression callbacks, for the recipe they were made from.
+
+    Returns:
+        ``model`` (class), ``versions``, and of a run ``data`` (name or class, and number of training samples),
+        ``recipe``, ``run`` (strategy, precision, processes, planned length) and ``metrics``: plain types.
+    """
+    about: dict[str, Any] = {"model": _name_of(module), "versions": dict(_versions())}
+    student = getattr(module, "student", None)
+    if isinstance(student, nn.Module):
+        about["student"] = _name_of(student)
+    recipe = next((callback.recipe for callback in callbacks if getattr(callback, "recipe", None)), None)
+    if recipe is not None:
+        about["recipe"] = recipe
+    if trainer is not None:
+        about |= {"data": _data(trainer), "run": _run(trainer), "metrics": _metrics(trainer)}
+    return about
+
+
+def _name_of(instance: object) -> str:
+    return f"{type(instance).__module__}.{type(instance).__qualname__}"
+
+
+@cache
+def _versions() -> Mapping[str, str]:
+    found = {"lightning_optim": __version__}
+    for name in _PACKAGES:
+        with suppress(metadata.PackageNotFoundError):  # Lightning may be there as `pytorch-lightning` alone
+            found[name] = metadata.version(name)
+    return found
+
+
+def _data(trainer: Any) -> dict[str, Any]:
+    """Name the data: the DataModule or else the dataset, and how many samples it trains on where that is known."""
+    dataset = getattr(getattr(trainer, "train_dataloader", None), "dataset", None)
+    found: dict[str, Any] = {}
+    source = trainer.datamodule if trainer.datamodule is not None else dataset
+    if source is not None:
+        own = getattr(source, "name", None)
+        found["name"] = own if isinstance(own, str) and own else _name_of(source)
+    with suppress(TypeError, NotImplementedError):  # a stream has no length
+        found["samples"] = len(dataset)  # type: ignore[arg-type]
+    return found
+
+
+def _run(trainer: Any) -> dict[str, Any]:
+    return {
+        "strategy": type(trainer.strategy).__name__,
+        "precision": str(trainer.precision),
+        "processes": int(trainer.world_size),
+        "max_epochs": trainer.max_epochs,
+        "max_steps": int(trainer.max_steps),
+    }
+
+
+def _metrics(trainer: Any) -> dict[str, float]:
+    """Return what was logged last, as numbers."""
+    logged = trainer.callback_metrics
+    return {name: float(value) for name, value in logged.items() if isinstance(value, (Tensor, int, float))}
+
+
+def as_plain(value: Any) -> Any:
+    """Return plain types, for a checkpoint or YAML: classes and functions by name, dataclasses as their fields."""
+    if isinstance(value, Mapping):
+        return {str(key): as_plain(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple, set)):
+        return [as_plain(each) for each in value]
+    if is_dataclass(value) and not isinstance(value, type):
+        return {field.name: as_plain(getattr(value, field.name)) for field in fields(value)}
+    if callable(value):
+        name = getattr(value, "__qualname__", type(value).__qualname__)
+        return f"torch.nn.{name}" if getattr(nn, name, None) is value else f"{value.__module__}.{name}"
+    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)

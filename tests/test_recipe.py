@@ -1,0 +1,231 @@
+"""Recipes: words become callbacks whose windows fit, from Python and from YAML."""
+
+from dataclasses import replace
+from itertools import pairwise
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import yaml
+from torch import nn
+from torch.utils.data import DataLoader
+
+from helpers.models import Classifier, data
+from lightning_optim import (
+    ChannelPruning,
+    CompressedCheckpoint,
+    DistillationModule,
+    PerformanceScore,
+    QuantizationAwareTraining,
+    Recipe,
+    WeightPruning,
+    load_from_checkpoint,
+)
+from lightning_optim.checkpoint import KEY
+from lightning_optim.recipe import recipe_names
+
+ALL = {
+    "channel_pruning": {"pruning_ratio": 0.5, "events": 2},
+    "weight_pruning": {"sparsity": 0.5, "every_n_steps": 2},
+    "quantization": True,
+    "score": {"accuracy": "val_acc", "weights": {"size": 1.0, "accuracy": 0.1}},
+    "checkpoint": {"monitor": "P"},
+}
+
+
+def fit(recipe, tmp_path, *, teacher=None, epochs=4, seed=0):
+    pl.seed_everything(seed, verbose=False)
+    module = recipe.wrap(Classifier(16), teacher)
+    trainer = pl.Trainer(
+        max_epochs=epochs,
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=recipe.callbacks(),
+        default_root_dir=tmp_path,
+    )
+    trainer.fit(module, DataLoader(data(), 8), DataLoader(data(), 16))
+    return module, trainer
+
+
+def test_every_word_makes_its_class():
+    made = Recipe(**ALL).callbacks()
+    classes = [ChannelPruning, WeightPruning, QuantizationAwareTraining, PerformanceScore, CompressedCheckpoint]
+    assert [type(callback) for callback in made] == classes
+    assert made[0].window.events == 2
+    assert made[1].sparsity == 0.5
+
+
+@pytest.mark.parametrize("stages", [(0, 1), (0, 2), (1, 2), (0, 1, 2)], ids=str)
+def test_windows_follow_each_other_with_time_to_recover(stages):
+    names = [("channel_pruning", "weight_pruning", "quantization")[stage] for stage in stages]
+    recipe = Recipe(**{name: ALL[name] for name in names})
+    windows = [callback.window for callback in recipe.callbacks()]
+    for earlier, later in pairwise(windows):
+        assert later.start - earlier.end >= 0.1 - 1e-9
+    assert windows[0].start >= 0.1 - 1e-9
+    assert windows[-1].end <= 0.9
+
+
+@pytest.mark.parametrize(
+    ("name", "callback"), [("channel_pruning", ChannelPruning), ("quantization", QuantizationAwareTraining)]
+)
+def test_one_technique_alone_keeps_its_own_window(name, callback):
+    (made,) = Recipe(**{name: True}).callbacks()
+    assert (made.window.start, made.window.end) == (callback().window.start, callback().window.end)
+
+
+def test_a_bare_value_is_the_first_word():
+    recipe = Recipe(
+        channel_pruning=0.25, weight_pruning=0.8, quantization=4, distillation="dist", score="acc", checkpoint="P"
+    )
+    assert recipe.channel_pruning["pruning_ratio"] == 0.25
+    assert recipe.weight_pruning["sparsity"] == 0.8
+    assert recipe.quantization["weight_bits"] == 4
+    assert recipe.distillation == {"loss": "dist"}
+    assert recipe.score == {"accuracy": "acc"}
+    assert recipe.checkpoint == {"monitor": "P"}
+
+
+def test_layer_classes_are_written_as_torch_names():
+    recipe = Recipe(weight_pruning={"sparsity": 0.5, "include": ["torch.nn.Linear", "net.0"]})
+    assert recipe.callbacks()[0].include == [nn.Linear, "net.0"]
+    assert recipe.as_plain()["weight_pruning"]["include"] == ["torch.nn.Linear", "net.0"]
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        ({"channel_prunning": 0.5}, "no word 'channel_prunning'; known: description, channel_pruning"),
+        ({"weight_pruning": {"sparsty": 0.5}}, "`weight_pruning` has no word 'sparsty'; known: sparsity"),
+        ({"weight_pruning": 80}, r"`weight_pruning`: `sparsity` must be a fraction in \[0, 1\), got 80"),
+        (
+            {"weight_pruning": {"start": 0.9, "end": 0.5, "sparsity": 0.5}},
+            "`weight_pruning`: `start` must not be after",
+        ),
+        ({"quantization": {"weight_bits": 9}}, "`quantization`: `weight_bits` must be a whole number of bits"),
+        ({"quantization": {"example_inputs": 1}}, r"given to `callbacks\(example_inputs"),
+        ({"distillation": {"alpha": 2.0}}, r"`distillation`: `alpha` must be a weight in \[0, 1\]"),
+        ({"distillation": {"loss": "kdd"}}, "unknown loss 'kdd'"),
+        ({"distillation": {"teacher": 1}}, "`distillation` has no word 'teacher'"),
+        ({"score": {"min_accuracy": 95}}, "`score`: `min_accuracy` must be"),
+        ({"checkpoint": {"monitr": "P"}}, "`checkpoint` has no word 'monitr'; known: dirpath"),
+        ({"weight_pruning": {"sparsity": 0.5, "include": ["torch.nn.Linaer"]}}, "'torch.nn.Linaer' is no layer class"),
+        ({"channel_pruning": 0.5, "quantization": {"start": 0.3}}, "the windows overlap"),
+        ({"weight_pruning": {"sparsity": 0.5, "end": 0.9}, "quantization": True}, "the windows overlap"),
+        ({"channel_pruning": {"start": 10, "end": 20}, "quantization": True}, "all windows of a recipe as fractions"),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+def test_what_cannot_be_is_said_at_once(words, error):
+    with pytest.raises((ValueError, TypeError), match=error):
+        Recipe.load(words)
+
+
+def test_a_part_is_a_mapping_or_its_first_value():
+    with pytest.raises(TypeError, match="must be a mapping of sparsity"):
+        Recipe(weight_pruning=[0.5])
+
+
+def test_a_teacher_needs_distillation():
+    with pytest.raises(ValueError, match="no `distillation`, and a teacher was given"):
+        Recipe(quantization=True).wrap(Classifier(16), Classifier(32))
+    with pytest.raises(ValueError, match="no `distillation`, and got cache"):
+        Recipe(quantization=True).wrap(Classifier(16), cache="file")
+
+
+def test_steps_are_windows_too():
+    recipe = Recipe(channel_pruning={"start": 10, "end": 20}, quantization={"start": 30, "freeze": 40})
+    assert [callback.window.start for callback in recipe.callbacks()] == [10, 30]
+
+
+def test_a_module_that_holds_its_zeros_has_no_window_to_overlap():
+    recipe = Recipe(weight_pruning="hold", quantization={"start": 0.2})
+    assert len(recipe.callbacks()) == 2
+
+
+def test_wrap():
+    student, teacher = Classifier(16), Classifier(32)
+    assert Recipe(quantization=True).wrap(student) is student
+    module = Recipe(distillation={"loss": "dist", "alpha": 0.7}).wrap(student, teacher)
+    assert isinstance(module, DistillationModule)
+    assert module.student is student
+
+
+@pytest.mark.parametrize("name", sorted(recipe_names()))
+def test_the_recipes_of_the_package_load_and_say_what_they_are_for(name):
+    recipe = Recipe.load(name)
+    assert len(recipe.description) > 50
+    assert recipe.callbacks()
+    assert Recipe.load(yaml.safe_load(recipe.to_yaml())) == recipe
+
+
+def test_an_unknown_name_lists_the_known_ones(tmp_path):
+    with pytest.raises(ValueError, match="unknown recipe 'tiny'; known: cpu-latency"):
+        Recipe.load("tiny")
+    with pytest.raises(FileNotFoundError, match=r"no recipe file 'mine\.yaml'"):
+        Recipe.load("mine.yaml")
+    (tmp_path / "list.yaml").write_text("- a\n- b\n")
+    with pytest.raises(ValueError, match="must hold the words of a recipe"):
+        Recipe.load(tmp_path / "list.yaml")
+    (tmp_path / "broken.yaml").write_text("a: [1")
+    with pytest.raises(ValueError, match="is no YAML"):
+        Recipe.load(tmp_path / "broken.yaml")
+
+
+def test_a_file_and_python_train_the_same_model(tmp_path):
+    recipe = Recipe(**ALL, distillation={"alpha": 0.5})
+    (tmp_path / "mine.yaml").write_text(recipe.to_yaml())
+    models = []
+    for number, each in enumerate((recipe, Recipe.load(tmp_path / "mine.yaml"))):
+        pl.seed_everything(1, verbose=False)
+        models.append(fit(each, tmp_path / str(number), teacher=Classifier(32))[0].student)
+    assert all(torch.equal(*pair) for pair in zip(models[0].parameters(), models[1].parameters(), strict=True))
+
+
+def test_all_of_it_in_one_run_reaches_what_was_asked(tmp_path):
+    recipe = Recipe(**ALL, distillation={"alpha": 0.5})
+    pl.seed_everything(1, verbose=False)
+    module, trainer = fit(recipe, tmp_path, teacher=Classifier(32))
+    student = module.student
+    assert student.net[0].out_features == 8
+    weights = torch.cat([student.net[place].weight.flatten() for place in (0, 4)])
+    assert abs((weights == 0).float().mean().item() - 0.5) < 0.02
+    assert student.net[0].quantization_phase == "frozen"
+    assert trainer.callback_metrics["P/feasible"] == 1.0
+    again = load_from_checkpoint(
+        DistillationModule(Classifier(16), Classifier(32)), trainer.checkpoint_callback.best_model_path
+    )
+    inputs = data()[:8][0]
+    assert torch.equal(again.eval()(inputs), module.eval()(inputs))
+
+
+def test_a_stage_less_keeps_the_windows_of_the_others():
+    recipe = Recipe(**ALL)
+    fewer = replace(recipe, weight_pruning=None)
+    assert fewer.quantization["start"] == recipe.quantization["start"]
+    assert [type(callback) for callback in fewer.callbacks()][:2] == [ChannelPruning, QuantizationAwareTraining]
+
+
+def test_the_checkpoint_says_where_it_comes_from(tmp_path):
+    _, trainer = fit(Recipe(**ALL), tmp_path)
+    trainer.save_checkpoint(tmp_path / "full.ckpt")
+    trainer.save_checkpoint(tmp_path / "weights.ckpt", weights_only=True)
+    for name in ("full", "weights"):
+        found = torch.load(tmp_path / f"{name}.ckpt", weights_only=True)[KEY]["provenance"]
+        assert found["recipe"] == Recipe(**ALL).as_plain()
+        assert found["model"] == "helpers.models.Classifier"
+        assert found["data"]["samples"] == len(data())
+        assert found["versions"]["torch"] in torch.__version__
+        assert found["metrics"]["val_acc"] == pytest.approx(trainer.callback_metrics["val_acc"].item())
+        assert found["run"]["max_epochs"] == 4
+
+
+def test_a_file_loaded_and_saved_again_keeps_where_it_comes_from(tmp_path):
+    _, trainer = fit(Recipe(**ALL), tmp_path)
+    trainer.save_checkpoint(tmp_path / "first.ckpt")
+    module = load_from_checkpoint(Classifier, tmp_path / "first.ckpt", width=16)
+    saved = {}
+    module.on_save_checkpoint(saved)
+    assert saved[KEY]["provenance"] == torch.load(tmp_path / "first.ckpt", weights_only=True)[KEY]["provenance"]
