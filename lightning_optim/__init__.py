@@ -7,6 +7,7 @@ from lightning_optim.callbacks import (
     CompressedCheckpoint,
     PerformanceScore,
     QuantizationAwareTraining,
+    ReportCallback,
     WeightPruning,
 )
 from lightning_optim.checkpoint import conform, load_from_checkpoint
@@ -15,11 +16,13 @@ from lightning_optim.export import ExportReport, export_onnx
 from lightning_optim.measure import LatencyResult, measure_latency
 from lightning_optim.quantization.calibrate import quantize_post_training
 from lightning_optim.recipe import Recipe
+from lightning_optim.report import ComparisonReport, compare
 from lightning_optim.structured.prune import prune_channels
 from lightning_optim.structured.sensitivity import sensitivity
 
 __all__ = [
     "ChannelPruning",
+    "ComparisonReport",
     "CompressedCheckpoint",
     "DistillationModule",
     "ExportReport",
@@ -30,8 +33,10 @@ __all__ = [
     "QuantizationAwareTraining",
     "Ramp",
     "Recipe",
+    "ReportCallback",
     "WeightPruning",
     "__version__",
+    "compare",
     "conform",
     "export_onnx",
     "load_from_checkpoint",

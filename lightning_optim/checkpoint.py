@@ -27,7 +27,17 @@ from lightning_optim.provenance import provenance
 from lightning_optim.sharding import own_class, set_class
 from lightning_optim.target import averaged_copies
 
-__all__ = ["KEY", "VERSION", "Plan", "conform", "is_layer_class", "layer_class", "load_from_checkpoint", "plan_of"]
+__all__ = [
+    "KEY",
+    "VERSION",
+    "Plan",
+    "conform",
+    "is_layer_class",
+    "layer_class",
+    "load_from_checkpoint",
+    "plan_of",
+    "read_checkpoint",
+]
 
 KEY = "lightning_optim"
 """The checkpoint's top-level key."""
@@ -419,8 +429,10 @@ def load_from_checkpoint(cls_or_module: type[M] | M, path: str | Path, **init_ar
     cls = cls_or_module if isinstance(cls_or_module, type) else type(cls_or_module)
     if not any(base.__name__ == "LightningModule" for base in cls.__mro__):  # of lightning or of pytorch_lightning
         raise TypeError(f"expected a LightningModule class or instance, got {cls_or_module!r}.")
-    checkpoint = _read(path)
+    checkpoint = read_checkpoint(path)
     if isinstance(cls_or_module, type):
+        if "_class_path" in checkpoint.get(cls.CHECKPOINT_HYPER_PARAMS_KEY, {}):
+            init_args = {"_class_path": None, **init_args}  # LightningCLI's: it would be looked for among all classes
         return _load_class(cls_or_module, path, init_args)
     if init_args:
         raise TypeError(f"init arguments ({', '.join(init_args)}) go with a class; an instance was given.")
@@ -455,7 +467,13 @@ def _load_class(cls: type[M], path: str | Path, init_args: dict[str, Any]) -> M:
     return loaded
 
 
-def _read(path: str | Path) -> dict[str, Any]:
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint file on the CPU, with ``weights_only=True``; the tensors stay on the disk until they are used.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is not a complete Lightning checkpoint; the sentence says what it is instead.
+    """
     if (Path(path) / "meta.pt").is_file():  # as lightning_optim.strategies.sharded_files.is_sharded_folder
         raise ValueError(
             f"{str(path)!r} is a folder to which each process wrote its part. Make one file of it with "

@@ -13,7 +13,7 @@ PACKAGE = Path(lightning_optim.__file__).parent
 LAYERS = [
     {"functional", "registry", "_version", "tables", "sharding", "provenance"},
     {"structured", "quantization", "measure", "export", "checkpoint", "target", "window"},
-    {"report", "callbacks", "strategies", "distillation", "recipe", "cli"},
+    {"report", "callbacks", "strategies", "distillation", "recipe", "demo", "cli", "__main__"},
     {"__init__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

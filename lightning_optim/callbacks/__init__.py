@@ -4,6 +4,14 @@ from lightning_optim.callbacks.channel_pruning import ChannelPruning
 from lightning_optim.callbacks.compressed_checkpoint import CompressedCheckpoint
 from lightning_optim.callbacks.performance_score import PerformanceScore
 from lightning_optim.callbacks.quantization import QuantizationAwareTraining
+from lightning_optim.callbacks.report import ReportCallback
 from lightning_optim.callbacks.weight_pruning import WeightPruning
 
-__all__ = ["ChannelPruning", "CompressedCheckpoint", "PerformanceScore", "QuantizationAwareTraining", "WeightPruning"]
+__all__ = [
+    "ChannelPruning",
+    "CompressedCheckpoint",
+    "PerformanceScore",
+    "QuantizationAwareTraining",
+    "ReportCallback",
+    "WeightPruning",
+]

@@ -22,7 +22,7 @@ __all__ = ["InputSource"]
 
 
 class InputSource:
-    """Example inputs: given, or the module's ``example_input_array``, or caught from the first training batch.
+    """Example inputs: given, or the target's ``example_input_array``, or caught from the first training batch.
 
     Args:
         given: What the user passed: a tensor, a tuple of arguments or a dict of keywords, taken as it is.
@@ -49,13 +49,13 @@ class InputSource:
         Raises:
             MisconfigurationException: If inputs would have to be caught inside a compiled module.
         """
-        prefix, _ = find_target(pl_module, self.module)
-        example = self.given if self.given is not None else getattr(pl_module, "example_input_array", None)
-        if example is not None and (self.given is not None or not prefix):
+        prefix, target = find_target(pl_module, self.module)
+        example = self.given if self.given is not None else getattr(target, "example_input_array", None)
+        if example is not None:
             convert = pl_module.trainer.precision_plugin.convert_input
             inputs = map_inputs(convert, move_inputs(as_forward_inputs(example), pl_module.device))
             self.layer = prefix.rstrip(".")
-            self.inputs = inputs if self.given is not None else first_rows(inputs, self.rows)
+            self.inputs = inputs if self.given is not None else _rows_or_all(inputs, self.rows)
         elif getattr(pl_module, "_compiler_ctx", None) is not None:
             raise MisconfigurationException(
                 f"{user} cannot catch inputs from a compiled LightningModule. Pass `example_inputs`."
@@ -93,6 +93,14 @@ class InputSource:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_catcher": None}
+
+
+def _rows_or_all(inputs: ForwardInputs, rows: int) -> ForwardInputs:
+    """Cut an ``example_input_array`` to some rows; one whose rows cannot be told (ragged) is taken as it is."""
+    try:
+        return first_rows(inputs, rows)
+    except ValueError:
+        return inputs
 
 
 def _as_stored(layer: nn.Module) -> Callable[[Tensor], Tensor]:

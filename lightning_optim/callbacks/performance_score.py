@@ -504,6 +504,7 @@ def _frozen_copy(module: nn.Module) -> nn.Module:
     duplicate = copy.deepcopy(module)
     for patched in ("forward", "training_step", "validation_step", "test_step", "predict_step"):
         duplicate.__dict__.pop(patched, None)  # bound to the original (compiled, or redirected by DDP)
+    duplicate.__dict__.pop("_compiled_call_impl", None)  # of `module.compile()`: calls the original
     return duplicate.eval().requires_grad_(False)
 
 

@@ -13,7 +13,16 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_optim import checkpoint
 from lightning_optim.distillation.cache import Indexed
 
-__all__ = ["FORWARDED", "OWN", "StudentHook", "as_student", "install_hooks", "install_plain_steps", "student_view"]
+__all__ = [
+    "FORWARDED",
+    "OWN",
+    "StudentHook",
+    "as_student",
+    "install_hooks",
+    "install_plain_steps",
+    "of_student",
+    "student_view",
+]
 
 OWN = frozenset(
     {
@@ -164,3 +173,32 @@ def student_view(file: dict[str, Any], prefix: str = "student.") -> Iterator[dic
     file.update({key: value for key, value in view.items() if key not in ("state_dict", checkpoint.KEY)})
     if "state_dict" in file:
         file["state_dict"] = {**changed, **others}
+
+
+def of_student(name: str) -> Any:
+    """Return a property that is the student's attribute (or hyperparameter) where it has one, else the module's own.
+
+    Lightning's finders read and set ``lr`` or ``learning_rate`` on the module that the Trainer fits.
+    """
+
+    def read(module: pl.LightningModule) -> Any:
+        student = module._modules.get("student")
+        if name in module.__dict__:
+            return module.__dict__[name]
+        if hasattr(student, name):
+            return getattr(student, name)
+        if name in getattr(student, "hparams", {}):
+            return student.hparams[name]  # type: ignore[union-attr, index]
+        raise AttributeError(f"neither {type(module).__name__} nor its student has {name!r}.")
+
+    def write(module: pl.LightningModule, value: Any) -> None:
+        student = module.__dict__.get("_modules", {}).get("student")
+        in_arguments = name in getattr(student, "hparams", {})
+        if in_arguments:
+            student.hparams[name] = value
+        if hasattr(student, name):
+            setattr(student, name, value)
+        elif not in_arguments:
+            module.__dict__[name] = value
+
+    return property(read, write, doc=f"The student's ``{name}``, for Lightning's finders.")

@@ -35,6 +35,7 @@ from lightning_optim.distillation.hooks import (
     call_student,
     install_hooks,
     install_plain_steps,
+    of_student,
     student_view,
 )
 from lightning_optim.distillation.objective import LogitLosses, rows_of
@@ -186,6 +187,9 @@ class DistillationModule(pl.LightningModule):
     def optim_target(self) -> nn.Module:
         """The module that compression callbacks act on."""
         return self.student
+
+    lr = of_student("lr")
+    learning_rate = of_student("learning_rate")
 
     @property
     def teacher(self) -> Teacher | None:

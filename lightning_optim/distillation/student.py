@@ -85,7 +85,7 @@ def _of_module(module: nn.Module) -> dict[str, Any]:
 
 
 def _of_file(path: str | Path) -> dict[str, Any]:
-    saved = checkpoint._read(path)
+    saved = checkpoint.read_checkpoint(path)
     if not any(name.startswith(_PREFIX) for name in saved["state_dict"]):
         raise ValueError(f"{str(path)!r} holds no student: it is no checkpoint of a DistillationModule.")
     return _alone(saved)

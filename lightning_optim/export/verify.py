@@ -31,6 +31,8 @@ class Runtime(Protocol):
     """A file that is loaded in an engine, on one thread of the CPU."""
 
     clock: Callable[[], float]
+    names: list[str]
+    """Of the inputs, in the file's order."""
 
     def run(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """Return the outputs, in the file's order."""
@@ -78,10 +80,10 @@ class _OnnxRuntime:
             options.optimized_model_filepath = str(optimized)
             self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
             self._operators = _operators(optimized)
-        self._names = [put.name for put in self._session.get_inputs()]
+        self.names = [put.name for put in self._session.get_inputs()]
 
     def run(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        feeds = {name: x.numpy() for name, x in zip(self._names, inputs, strict=True)}
+        feeds = {name: x.numpy() for name, x in zip(self.names, inputs, strict=True)}
         return [torch.as_tensor(y) for y in self._session.run(None, feeds)]
 
     def kernels(self) -> Kernels:
@@ -121,6 +123,7 @@ class _OpenVINO:
         options = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1, "NUM_STREAMS": 1}
         self._model = openvino.Core().compile_model(str(path), "CPU", options)
         self._request = self._model.create_infer_request()
+        self.names = [put.get_any_name() for put in self._model.inputs]
 
     def run(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         results = self._request.infer([x.numpy() for x in inputs])

@@ -127,6 +127,7 @@ def copy_for_tracing(module: nn.Module, *, rounded: bool = True) -> nn.Module:
                 layer.__dict__.pop(patched, None)
         if "_orig_mod" in layer._modules:  # torch.compile's wrapper: its module is called as it is
             layer.__dict__["forward"] = layer._modules["_orig_mod"]
+        layer.__dict__.pop("_compiled_call_impl", None)  # of `module.compile()`: a LightningModule's copy keeps it
     for layer in duplicate.modules():
         if not rounded and hasattr(layer, "quantization_phase"):  # told by its mark: this module does not know them
             vars(layer).update(quantization_phase="off", output_phase="off")

@@ -629,3 +629,20 @@ def test_with_alpha_one_labels_do_not_count(tmp_path):
     module = DistillationModule(new(Unlabelled), teacher(), alpha=1.0)
     fit(tmp_path, module)
     assert all(bool(p.isfinite().all()) for p in module.parameters())
+
+
+class WithRate(Classifier):
+    def __init__(self, learning_rate: float = 1e-2) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+
+
+def test_the_learning_rate_is_the_students(tmp_path):
+    module = distilled(WithRate())
+    assert module.learning_rate == 1e-2
+    assert not hasattr(module, "lr")
+    module.learning_rate = 1e-3
+    assert module.student.hparams.learning_rate == 1e-3
+    module.lr = 5.0  # a subclass's own: the student has none
+    assert module.lr == 5.0
+    assert not hasattr(module.student, "lr")

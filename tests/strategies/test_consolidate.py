@@ -12,8 +12,8 @@ from helpers.gpt import Language
 from helpers.models import assert_same_state
 from lightning_optim import WeightPruning, load_from_checkpoint
 from lightning_optim.checkpoint import KEY
+from lightning_optim.cli import main
 from lightning_optim.strategies import consolidate
-from lightning_optim.strategies.consolidate.__main__ import main
 
 SCRIPT = """
 import sys
@@ -106,12 +106,12 @@ def test_a_folder_that_is_incomplete_leaves_the_old_file(folder, tmp_path, damag
 
 
 def test_the_command(folder, tmp_path, capsys):
-    assert main([str(folder), str(tmp_path / "one.ckpt"), "--no-progress"]) == 0
+    assert main(["consolidate", str(folder), str(tmp_path / "one.ckpt"), "--no-progress"]) == 0
     assert (tmp_path / "one.ckpt").is_file()
-    assert main([str(tmp_path / "absent"), str(tmp_path / "two.ckpt")]) == 1
+    assert main(["consolidate", str(tmp_path / "absent"), str(tmp_path / "two.ckpt")]) == 1
     assert capsys.readouterr().err.startswith("error: there is no folder")
     with pytest.raises(SystemExit, match="2"):
-        main([str(folder)])
+        main(["consolidate", str(folder)])
 
 
 def test_a_folder_given_as_a_file_names_consolidate(folder):

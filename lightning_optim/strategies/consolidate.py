@@ -1,4 +1,4 @@
-"""One ordinary checkpoint file of a folder that every process wrote its part to; ``python -m`` runs it as a command."""
+"""One ordinary checkpoint file of a folder that every process wrote its part to."""
 
 import os
 import warnings

@@ -1,0 +1,98 @@
+"""LightningCLI with two more words: a recipe, and a teacher."""
+
+from typing import Any
+
+import lightning.pytorch as pl
+from jsonargparse import ArgumentParser, Namespace
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import nn
+
+from lightning_optim.checkpoint import load_from_checkpoint
+from lightning_optim.cli.command import UserError, said_plainly
+from lightning_optim.recipe import Recipe
+
+__all__ = ["ObjectsCLI", "OptimCLI"]
+
+
+class SaveConfigBesideLogs(SaveConfigCallback):
+    """Lightning's, which without a logger would write (or find) ``config.yaml`` in the working directory."""
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Save the configuration where there is a folder for the logs of this run."""
+        if trainer.logger is not None:
+            super().setup(trainer, pl_module, stage)
+
+
+class OptimCLI(LightningCLI):
+    """LightningCLI whose Trainer compresses by ``recipe``, taught by ``teacher`` where the recipe distils.
+
+    A class path can be any LightningModule, and the recipe's callbacks stand beside those of the configuration. For
+    ``validate``, ``test`` and ``predict`` they restore what a checkpoint's model was made into.
+    """
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the recipe and the teacher."""
+        parser.add_argument(
+            "--recipe",
+            type=str | dict[str, Any] | None,
+            default=None,
+            help="how to compress: a recipe's name, a YAML file, or its words",
+        )
+        parser.add_subclass_arguments(
+            nn.Module, "teacher", required=False, instantiate=False, help="who teaches, where the recipe distils"
+        )
+        parser.add_argument(
+            "--teacher_ckpt", type=str | None, default=None, help="the teacher's checkpoint, compressed or not"
+        )
+
+    def instantiate_classes(self) -> None:
+        """Make model, data and Trainer; what is wrong with their words is said in one line."""
+        with said_plainly():
+            self.recipe = Recipe.load(self._word("recipe") or {})
+            super().instantiate_classes()
+            teacher = self._teacher() if self.subcommand == "fit" else None
+            self.model = self.recipe.wrap(self.model, teacher)
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        """Make the Trainer, with the recipe's callbacks."""
+        own = self._get(self.config_init, "trainer", default={}).get("callbacks") or []
+        callbacks = [*(own if isinstance(own, list) else [own]), *self.recipe.callbacks()]
+        return super().instantiate_trainer(callbacks=callbacks, **kwargs)
+
+    def _word(self, name: str) -> Any:
+        found = self._get(self.config, name)
+        return found.as_dict() if isinstance(found, Namespace) else found
+
+    def _teacher(self) -> nn.Module | None:
+        """Make the teacher without moving the random numbers of the run."""
+        words, file = self._word("teacher"), self._word("teacher_ckpt")
+        if words is None:
+            if file is not None:
+                raise UserError("`teacher_ckpt` needs `teacher`: the class (and arguments) that the file is of.")
+            return None
+        parser = ArgumentParser()
+        parser.add_subclass_arguments(nn.Module, "teacher")
+        with isolate_rng():
+            teacher: nn.Module = parser.instantiate_classes(parser.parse_object({"teacher": words})).teacher
+            return teacher if file is None else _with_weights(teacher, file)
+
+
+def _with_weights(teacher: nn.Module, file: str) -> nn.Module:
+    if not isinstance(teacher, pl.LightningModule):
+        raise UserError(
+            f"`teacher_ckpt` is of a LightningModule, and `teacher` is a {type(teacher).__name__}. Let the module load "
+            "its weights by its own arguments."
+        )
+    return load_from_checkpoint(teacher, file)
+
+
+class ObjectsCLI(OptimCLI):
+    """Model and data of a configuration, without a run: for the commands that take a checkpoint."""
+
+    def instantiate_classes(self) -> None:
+        """Make the model and the data only."""
+        with said_plainly():
+            self.config_init = self.parser.instantiate_classes(self.config)
+            self.datamodule = self._get(self.config_init, "data")
+            self.model = self._get(self.config_init, "model")

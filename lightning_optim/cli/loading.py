@@ -1,0 +1,164 @@
+"""Models of checkpoints and inputs of data, for the commands that deploy and compare."""
+
+import argparse
+import copy
+import importlib
+import logging
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import lightning.pytorch as pl
+import yaml
+from torch import nn
+
+from lightning_optim import checkpoint
+from lightning_optim.cli.command import UserError, command_parser
+from lightning_optim.cli.train import need_jsonargparse
+from lightning_optim.distillation.student import KEY as DISTILLATION
+from lightning_optim.distillation.student import student_only
+from lightning_optim.target import catch_forward_inputs
+
+__all__ = ["PREPARE_HELP", "Objects", "dims", "load", "model_and_data", "objects_parser", "prepared", "quiet_trainer"]
+
+
+@dataclass(frozen=True)
+class Objects:
+    """What a configuration describes.
+
+    Attributes:
+        model: As the class makes it: not trained.
+        data: None where there is none.
+    """
+
+    model: pl.LightningModule
+    data: pl.LightningDataModule | None
+
+
+PREPARE_HELP = (
+    "package.function of (model, batch) that returns the module to deploy and its inputs, where that is not the model "
+    "with what its step passes to it"
+)
+
+
+def objects_parser(name: str, description: str) -> argparse.ArgumentParser:
+    """Return a parser for the words of a command that takes model and data in the words of ``fit`` beside its own."""
+    return command_parser(
+        name,
+        f"{description} Model and data are those of a configuration: --config FILE as `fit` takes it, or --model CLASS "
+        "and --data CLASS (see `lightning-optim fit --help`).",
+        allow_abbrev=False,
+    )
+
+
+def dims(text: str) -> dict[str, dict[int, str]]:
+    """Read free dimensions: input name -> dimension -> its name."""
+    given = yaml.safe_load(text)
+    if not isinstance(given, dict) or not all(isinstance(each, dict) for each in given.values()):
+        raise argparse.ArgumentTypeError(f"expected a mapping such as '{{text: {{1: length}}}}', got {text!r}")
+    return {str(name): {int(place): str(word) for place, word in each.items()} for name, each in given.items()}
+
+
+def model_and_data(command: str, arguments: Sequence[str]) -> Objects:
+    """Make model and data from the words that ``fit`` takes: ``--config``, ``--model``, ``--data``.
+
+    Args:
+        command: Which is running, for its help text.
+        arguments: Those that the command does not know itself.
+    """
+    need_jsonargparse()
+    from lightning_optim.cli.lightning_cli import ObjectsCLI
+
+    for name in ("lightning.pytorch", "lightning.fabric"):  # nothing is trained: no lines about seeds and devices
+        logging.getLogger(name).setLevel(logging.WARNING)
+    before = sys.argv
+    sys.argv = [f"lightning-optim {command}", *arguments]
+    try:
+        cli = ObjectsCLI(run=False, seed_everything_default=False)
+    finally:
+        sys.argv = before
+    return Objects(cli.model, cli.datamodule)
+
+
+def load(model: pl.LightningModule, path: str | Path) -> pl.LightningModule:
+    """Return the model of a checkpoint; of a distillation's, the student's.
+
+    Args:
+        model: Of the class that wrote the file; it is left as it is. Where the file holds arguments of the class, those
+            count.
+        path: The file.
+    """
+    file = checkpoint.read_checkpoint(path)
+    if DISTILLATION in file and any(name.startswith("student.") for name in file["state_dict"]):
+        with tempfile.TemporaryDirectory() as folder:
+            return load(model, student_only(path, Path(folder) / "student.ckpt"))
+    if pl.LightningModule.CHECKPOINT_HYPER_PARAMS_KEY in file:
+        return checkpoint.load_from_checkpoint(type(model), path).eval()
+    return checkpoint.load_from_checkpoint(copy.deepcopy(model), path).eval()
+
+
+def prepared(objects: Objects, model: pl.LightningModule, prepare: str | None) -> tuple[nn.Module, Any]:
+    """Return what is deployed of a model, and inputs of its forward.
+
+    Args:
+        objects: Whose data gives a batch.
+        model: The trained model.
+        prepare: ``package.function`` of ``(model, batch)`` that returns both, where what is deployed is not the
+            model's forward on what its step passes to it.
+    """
+    if prepare is not None:
+        return cast("tuple[nn.Module, Any]", _function(prepare)(model, _batch(objects)))
+    example = getattr(model, "example_input_array", None)
+    if example is not None:
+        return model, example
+    return _caught(objects, model)
+
+
+def _function(path: str) -> Callable[..., Any]:
+    module, _, name = path.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"--prepare must name a function, as package.module.function; {path!r}: {error}") from error
+    return cast("Callable[..., Any]", found)
+
+
+def _batch(objects: Objects) -> Any:
+    """Return the first batch to validate on."""
+    data = _needed(objects.data)
+    data.prepare_data()
+    data.setup("validate")
+    loader: Any = data.val_dataloader()
+    return next(iter(loader[0] if isinstance(loader, (list, tuple)) else loader))
+
+
+def _caught(objects: Objects, model: pl.LightningModule) -> tuple[nn.Module, Any]:
+    """Return the module that the model's own validation step calls, and with what, in the first batch."""
+    with catch_forward_inputs(model) as caught:
+        quiet_trainer(limit_val_batches=1).validate(model, datamodule=_needed(objects.data), verbose=False)
+    called, inputs = caught.result()
+    return called, inputs.kwargs or inputs.args
+
+
+def _needed(data: pl.LightningDataModule | None) -> pl.LightningDataModule:
+    if data is None:
+        raise UserError(
+            "no inputs are known: give --data (or a --config with `data`), or an `example_input_array` to the model."
+        )
+    return data
+
+
+def quiet_trainer(**words: Any) -> pl.Trainer:
+    """Return a Trainer that writes nothing and says nothing."""
+    return pl.Trainer(
+        accelerator="cpu",
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **words,
+    )

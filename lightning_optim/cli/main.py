@@ -1,0 +1,87 @@
+"""Which command was asked, and what its mistakes look like: one line, no traceback."""
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+from lightning_optim._version import __version__
+from lightning_optim.cli import compare, consolidate, demo, export, recipes, recommend, show, train
+from lightning_optim.cli.command import Command, UserError
+
+__all__ = ["COMMANDS", "main"]
+
+COMMANDS: Mapping[str, Command] = {
+    command.name: command
+    for command in (
+        *train.COMMANDS,
+        compare.COMMAND,
+        export.COMMAND,
+        show.COMMAND,
+        recipes.COMMAND,
+        recommend.COMMAND,
+        consolidate.COMMAND,
+        demo.COMMAND,
+    )
+}
+"""Name -> command, in the order of the help text."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        arguments: What stands after ``lightning-optim``; default that of this process.
+
+    Returns:
+        The exit code: 0; 1 with one line on stderr for what cannot be done as it was asked; argparse exits with 2 for
+        words that are no command or option.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    parser = _parser()
+    name, rest = parser.parse_args(given[:1]), given[1:]
+    _import_from_here()
+    try:
+        return COMMANDS[name.command].run(rest)
+    except (UserError, MisconfigurationException) as error:
+        return _said(error)
+    except (ValueError, TypeError) as error:
+        if not _is_ours(error):
+            raise
+        return _said(error)
+
+
+def _said(error: Exception) -> int:
+    sys.stderr.write(f"error: {error}\n")
+    return 1
+
+
+def _is_ours(error: Exception) -> bool:
+    """Whether the package itself raised it: what a user's module raises in a run is a bug to find by its traceback."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return Path(frames[-1].filename).is_relative_to(Path(__file__).parents[1])
+
+
+def _parser() -> argparse.ArgumentParser:
+    width = max(map(len, COMMANDS))
+    listed = "\n".join(f"  {name:<{width}}  {command.help}" for name, command in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog="lightning-optim",
+        usage="lightning-optim COMMAND ...",
+        description="Make a model smaller, faster and cheaper inside the Trainer, and see what that gained.",
+        epilog=f"commands:\n{listed}\n\n`lightning-optim COMMAND --help` says what a command takes.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("command", metavar="COMMAND", choices=COMMANDS, help="what to do")
+    parser.add_argument("--version", action="version", version=f"lightning-optim {__version__}")
+    return parser
+
+
+def _import_from_here() -> None:
+    """Let class paths name modules of the working directory, as ``python -m`` does."""
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())

@@ -1,0 +1,60 @@
+"""``lightning-optim recommend``: which strategy a model needs on which devices, by arithmetic."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from lightning_optim.cli.command import Command, command_parser, said_plainly
+from lightning_optim.cli.loading import model_and_data
+from lightning_optim.strategies import recommend
+
+__all__ = ["COMMAND"]
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Print the presets ranked for a model."""
+    parser = _parser()
+    given, others = parser.parse_known_args(arguments)
+    words = {name: value for name, value in vars(given).items() if value is not None and name != "parameters"}
+    if given.parameters is None:
+        subject: Any = model_and_data("recommend", others).model
+    elif others:
+        parser.error(f"unrecognized arguments: {' '.join(others)}")
+    else:
+        subject = given.parameters
+    with said_plainly():
+        found = recommend(subject, **words)
+    sys.stdout.write(f"{found}\n")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = command_parser(
+        "recommend",
+        "Rank the strategy presets for a model and a set of devices: what each holds, sends and takes. "
+        "The model is that of a configuration (--config FILE, or --model CLASS as in `fit`), or just a number.",
+        epilog="`lightning-optim recommend --parameters 8e9 --devices 8 --memory_gb 80 --batch_size 2 "
+        "--tokens_per_sample 8192`",
+    )
+    parser.add_argument("--parameters", type=_count, help="how many the model has, instead of a model")
+    parser.add_argument("--devices", type=int, required=True, help="per node, as in the Trainer")
+    parser.add_argument("--batch_size", type=int, required=True, help="samples per device and step")
+    parser.add_argument("--nodes", type=int, help="default 1")
+    parser.add_argument("--memory_gb", type=float, help="of one device, in 1e9 bytes; default that of the GPU here")
+    parser.add_argument("--device", help="a name of a GPU, for its speed; default the one here, else an H100")
+    parser.add_argument("--precision", help="the Trainer's; default bf16-mixed")
+    parser.add_argument("--optimizer", help="adam, sgd, ...; default what the model configures")
+    parser.add_argument("--tokens_per_sample", type=int, help="rows of a sample that a layer sees: the sequence length")
+    parser.add_argument("--step_seconds", type=float, help="of one device for batch_size samples, where measured")
+    parser.add_argument("--activation_bytes", type=float, help="what one device's forward keeps for the backward")
+    parser.add_argument("--bandwidth", type=float, help="of one node to the others, GB/s one way; default 50")
+    parser.add_argument("--node_bandwidth", type=float, help="of one device within its node, GB/s one way")
+    return parser
+
+
+def _count(text: str) -> int:
+    return int(float(text))
+
+
+COMMAND = Command("recommend", "rank the strategy presets for a model and a set of devices, on paper", run)

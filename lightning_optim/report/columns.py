@@ -1,0 +1,111 @@
+"""Columns of a report's tables, and the tables they make in a terminal and in Markdown."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import Any
+
+from rich.table import Table
+
+__all__ = ["Column", "Row", "is_net", "markdown_table", "parts_of", "terminal_table", "titled_parts", "with_values"]
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of the table.
+
+    Attributes:
+        key: In a row.
+        title: Of the column.
+        form: How it is written: of the value, or of the whole row.
+        begins_part: Whether a table that is too wide for the terminal is broken before it.
+        part: Title of the part of the table that begins with it; such parts are tables of their own.
+    """
+
+    key: str
+    title: str
+    form: str | Callable[[Row], str] = "{}"
+    begins_part: bool = False
+    part: str = ""
+
+    def cell(self, row: Row) -> str:
+        """Return the text of a row's value; a dash where it has none."""
+        if row.get(self.key) is None:
+            return "-"
+        return self.form(row) if callable(self.form) else self.form.format(row[self.key])
+
+
+def parts_of(columns: Sequence[Column], rows: Sequence[Row], width: int) -> list[list[Column]]:
+    """Deal out columns to tables that fit into a width where that can be; each begins with the first column."""
+
+    def fits(part: Sequence[Column]) -> bool:
+        return sum(_width(column, rows) for column in part) < width
+
+    name, *others = columns
+    parts = [[name]]
+    for column in others:
+        is_full = not fits([*parts[-1], column]) or (column.begins_part and not fits(columns))
+        if is_full and len(parts[-1]) > 1:
+            parts.append([name])
+        parts[-1].append(column)
+    return parts
+
+
+def titled_parts(columns: Sequence[Column]) -> list[tuple[str, list[Column]]]:
+    """Deal out columns to the parts they name, the first of which has no title; each begins with the first column."""
+    name, *others = columns
+    parts: list[tuple[str, list[Column]]] = [("", [name])]
+    for column in others:
+        if column.part:
+            parts.append((column.part, [name]))
+        parts[-1][1].append(column)
+    return [(title, part) for title, part in parts if len(part) > 1] or parts
+
+
+def _width(column: Column, rows: Sequence[Row]) -> int:
+    """Return how wide a column is when its title breaks between words and its cells do not, with frame and padding."""
+    return max(len(text) for text in (*column.title.split(), *map(column.cell, rows))) + 3
+
+
+def with_values(columns: Sequence[Column], rows: Sequence[Row]) -> list[Row]:
+    """Return the rows that have a value in any of the columns after the first."""
+    return [row for row in rows if any(row.get(column.key) is not None for column in columns[1:])]
+
+
+def terminal_table(columns: Sequence[Column], rows: Sequence[Row], room: int, title: str = "") -> Table:
+    """Make a terminal table; rows that have none of the columns after the first are left out.
+
+    Args:
+        columns: Of this table.
+        rows: Of all.
+        room: Width of the terminal: titles are broken between words where they would not fit otherwise.
+        title: Above it.
+    """
+    shown = with_values(columns, rows)
+    table = Table(title=title or None, title_justify="left")
+    is_wide = sum(max(_width(column, rows), len(column.title) + 3) for column in columns) >= room
+    for place, column in enumerate(columns):
+        width = _width(column, rows) - 3 if is_wide else None
+        table.add_column(column.title, justify="right" if place else "left", overflow="fold", width=width)
+    for row, after in zip_longest(shown, shown[1:]):
+        is_last_of_kind = after is not None and is_net(row) != is_net(after)
+        table.add_row(*(column.cell(row) for column in columns), end_section=is_last_of_kind)
+    return table
+
+
+def is_net(row: Row) -> bool:
+    """Whether a row has a model: a baseline has none."""
+    return row.get("kind") != "baseline"
+
+
+def markdown_table(columns: Sequence[Column], rows: Sequence[Row]) -> list[str]:
+    """Return the lines of a Markdown table."""
+    lines = [_markdown_row(column.title for column in columns)]
+    lines.append(_markdown_row("---:" if place else "---" for place in range(len(columns))))
+    return lines + [_markdown_row(column.cell(row) for column in columns) for row in rows]
+
+
+def _markdown_row(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"

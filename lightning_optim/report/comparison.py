@@ -1,0 +1,397 @@
+"""Several models, measured against one of them as they are deployed."""
+
+import importlib.util
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from io import BytesIO
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+from zlib import compress
+
+import torch
+from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.seed import isolate_rng
+from rich.progress import track
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from lightning_optim.export.onnx import export_onnx
+from lightning_optim.export.report import ExportReport
+from lightning_optim.export.session import ExportedModel, as_fed
+from lightning_optim.export.verify import RUNTIMES, compare_latency, missing_package
+from lightning_optim.functional.score import DEFAULT_WEIGHTS, Terms, performance_score
+from lightning_optim.measure.latency import LatencyResult, interleaved_latency
+from lightning_optim.measure.macs import count_macs
+from lightning_optim.measure.size import SIZES
+from lightning_optim.quantization.layers import QuantizedLayer
+from lightning_optim.report.columns import Row
+from lightning_optim.report.document import environment
+from lightning_optim.report.layers import layer_facts
+from lightning_optim.report.result import RESERVED, ComparisonReport
+from lightning_optim.structured.groups import copy_for_tracing
+from lightning_optim.target import ForwardInputs, as_forward_inputs, first_rows, move_inputs
+
+__all__ = ["ComparisonReport", "compare"]
+
+EXTRAS = {"onnxruntime": "onnx"}
+"""Of engines whose extra is not called like them."""
+
+EXPORTERS = ("onnx", "onnxscript")
+
+Evaluate = Callable[[nn.Module], float | Mapping[str, float]]
+
+
+def compare(
+    models: Mapping[str, nn.Module],
+    example_inputs: Any,
+    *,
+    evaluate: Evaluate | None = None,
+    reference: str | None = None,
+    batch_size: int | None = 32,
+    engines: Sequence[str] | None = None,
+    weights: Mapping[str, float] | None = None,
+    size: str | Callable[[nn.Module], float] = "parameters",
+    export: Mapping[str, Any] | bool | None = None,
+    accuracy: str = "accuracy",
+    controls: Iterable[str] = (),
+    progress_bar: bool = True,
+) -> ComparisonReport:
+    """Measure models side by side: size, operations, time of a call in each engine, accuracy, and the score P.
+
+    Each model is exported to ONNX, verified, and timed as it is deployed; what cannot be exported is in the report's
+    notes with the reason. Times are ratios: calls of a model and of the reference take turns, on one thread. All is
+    done on copies: the models' weights, flags and the random numbers are left as they were. Costs two more copies of a
+    model, and about a second per model, engine and batch size.
+
+    Args:
+        models: Name -> model, all on one device; they take the same inputs.
+        example_inputs: A tensor, a tuple of arguments, or a dict of keyword arguments of ``forward``.
+        evaluate: Takes a model in eval mode and returns its held-out accuracy, or several metrics by name. It is called
+            without gradients.
+        reference: Name of the model that ratios are taken against; default the first.
+        batch_size: Rows of the second, larger call; one row is timed as well. None takes the inputs as they are, for
+            one call, where rows cannot be cut (ragged inputs).
+        engines: Of "torch", "onnxruntime", "openvino"; None is torch and all that are installed. The first one's time
+            is the inference time in ``P``; ``P`` by every engine stands beside it.
+        weights: Of the terms of P, as :class:`~lightning_optim.PerformanceScore` takes them. No training time is
+            measured here, so that term must have none.
+        size: What S in P is: "parameters", "nonzero", "bits", or a function of the module.
+        export: Options of :func:`~lightning_optim.export_onnx`, such as ``dynamic_dims`` or the held-out ``inputs`` to
+            verify on; False exports nothing.
+        accuracy: Which of the metrics is A in P, in [0, 1].
+        controls: Names of models that the others must beat (from scratch, pruned at random), drawn as such.
+        progress_bar: Whether a progress bar is shown (on rank zero).
+
+    Returns:
+        A row per model; ``str(report)`` is a table.
+
+    Raises:
+        ValueError: If a name is unknown, the models are on different devices, or A is not in [0, 1].
+        ImportError: If an engine that was named is not installed; the text names the extra.
+
+    Example:
+        >>> big, small = nn.Linear(8, 64), nn.Linear(8, 8)
+        >>> report = compare({"big": big, "small": small}, torch.zeros(1, 8), export=False, progress_bar=False)
+        >>> report["small"]["parameters"]
+        72
+    """
+    models, controls = dict(models), set(controls)
+    reference = _checked_names(models, reference, controls)
+    bench = _Bench(
+        as_forward_inputs(example_inputs),
+        batch_size,
+        _checked_engines(engines, export),
+        _checked_export(export),
+        evaluate,
+        accuracy,
+        _checked_weights(weights),
+        SIZES.resolve(size),
+        _device(models),
+    )
+    order = [reference, *(name for name in models if name != reference)]
+    hidden = not progress_bar or getattr(rank_zero_only, "rank", 0) != 0
+    rows: dict[str, Row] = {}
+    with TemporaryDirectory() as folder, isolate_rng(), torch.no_grad():
+        bench.folder = Path(folder)
+        for name in track(order, "comparing", disable=hidden):
+            kind = "dense" if name == reference else "control" if name in controls else "compressed"
+            rows[name] = {"name": name, "kind": kind, **bench.measure(name, models[name])}
+    return ComparisonReport(
+        reference=reference,
+        engines=list(bench.engines),
+        batch_size=batch_size,
+        accuracy=accuracy,
+        metrics=bench.metrics,
+        weights=bench.weights,
+        rows=[rows[name] for name in models],
+        layers={name: layer_facts(model) for name, model in models.items()},
+        notes=bench.notes,
+        environment=environment(),
+    )
+
+
+# What is checked before anything is measured.
+
+
+def _checked_names(models: Mapping[str, nn.Module], reference: str | None, controls: set[str]) -> str:
+    for name, model in models.items():
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"`models` must be name -> nn.Module, got {type(model).__name__} for {name!r}.")
+    if not models:
+        raise ValueError("`models` is empty: give at least one model by name.")
+    named = {"controls": controls, "reference": {next(iter(models)) if reference is None else reference}}
+    for word, names in named.items():
+        unknown = sorted(names - models.keys())
+        if unknown:
+            raise ValueError(f"`{word}` names {unknown[0]!r}, which is no model; the models are {', '.join(models)}.")
+    return named["reference"].pop()
+
+
+def _checked_engines(engines: Sequence[str] | None, export: Mapping[str, Any] | bool | None) -> list[str]:
+    """Return the engines to use; those that were named must be there.
+
+    Raises:
+        ValueError: If a name is unknown, or files are to be run and none is to be written.
+        ImportError: If a package is missing.
+    """
+    if isinstance(engines, str):
+        raise TypeError(f"`engines` must be a list of names, got {engines!r}. Put it in a list.")
+    if engines is None:
+        can_export = export is not False and all(map(_is_installed, EXPORTERS))
+        return ["torch", *(name for name in RUNTIMES if can_export and _is_installed(name))]
+    for name in engines:
+        if name != "torch" and name not in RUNTIMES:
+            raise ValueError(f"unknown engine {name!r}; known: torch, {', '.join(sorted(RUNTIMES))}.")
+        if name != "torch" and export is False:
+            raise ValueError(f"{name} runs exported files, and export=False writes none. Take one of the two out.")
+        for package in () if name == "torch" else (name, *EXPORTERS):
+            if not _is_installed(package):
+                raise missing_package(package, EXTRAS.get(name, name) if package == name else "onnx")
+    if not engines:
+        raise ValueError("`engines` is empty: name at least one, or pass None for all that are installed.")
+    return list(dict.fromkeys(engines))
+
+
+def _checked_export(export: Mapping[str, Any] | bool | None) -> dict[str, Any] | None:
+    """Return the options of the export, None where nothing is exported."""
+    if export is False or (not isinstance(export, Mapping) and not all(map(_is_installed, EXPORTERS))):
+        return None
+    options: dict[str, Any] = {} if isinstance(export, bool) or export is None else dict(export)
+    installed = [name for name in RUNTIMES if _is_installed(name)]
+    return {**({"runtime": installed[0]} if installed else {"verify": False}), **options}
+
+
+def _is_installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+def _checked_weights(weights: Mapping[str, float] | None) -> dict[str, float]:
+    given = dict(DEFAULT_WEIGHTS if weights is None else weights)
+    unknown = sorted(given.keys() - DEFAULT_WEIGHTS.keys())
+    if unknown:
+        raise ValueError(f"`weights` has no {unknown[0]!r}; known: {', '.join(DEFAULT_WEIGHTS)}.")
+    for name, value in given.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 <= value < float("inf"):
+            raise ValueError(f"`weights` must be non-negative numbers, got {name}={value!r}.")
+    if given.get("train_time"):
+        raise ValueError(
+            f"`weights` gives train_time {given['train_time']}, and compare trains nothing. Leave it out, or take P "
+            "with its training time from PerformanceScore."
+        )
+    return {name: float(given.get(name, 0.0)) for name in DEFAULT_WEIGHTS}
+
+
+def _device(models: Mapping[str, nn.Module]) -> torch.device:
+    found = {name: next((p.device for p in model.parameters()), None) for name, model in models.items()}
+    devices = {device for device in found.values() if device is not None}
+    if len(devices) > 1:
+        words = ", ".join(f"{name} on {device}" for name, device in found.items())
+        raise ValueError(f"times are compared on one device, and the models are on several: {words}. Move them first.")
+    return devices.pop() if devices else torch.device("cpu")
+
+
+# How it is measured.
+
+
+@dataclass
+class _Subject:
+    """What is kept of the reference while the others are measured against it."""
+
+    size: float
+    module: nn.Module
+    files: dict[str, ExportedModel]
+
+
+@dataclass
+class _Bench:
+    """Measures one model after the other, the reference first."""
+
+    inputs: ForwardInputs
+    batch_size: int | None
+    engines: list[str]
+    options: Mapping[str, Any] | None
+    evaluate: Evaluate | None
+    accuracy: str
+    weights: dict[str, float]
+    size: Callable[[nn.Module], float]
+    device: torch.device
+    folder: Path = Path()
+
+    def __post_init__(self) -> None:
+        self.inputs = move_inputs(self.inputs, self.device)
+        self.batches = {"": self.inputs}
+        if self.batch_size is not None:
+            self.batches = {"": first_rows(self.inputs, 1), "_batch": first_rows(self.inputs, self.batch_size)}
+        self.notes: list[str] = []
+        self.metrics: list[str] = []
+        self.first: _Subject | None = None
+        self._scores: dict[str, float] = {}
+
+    def measure(self, name: str, model: nn.Module) -> Row:
+        """Return a model's figures; the first is what later ones are compared with."""
+        metrics = self._metrics(name, model)
+        plain = copy_for_tracing(model, rounded=False)  # rounding in PyTorch takes time, deployed integers do not
+        files, exported = self._export(name, model)
+        subject = _Subject(self.size(model), plain, files)
+        is_reference = self.first is None
+        self.first = self.first or subject
+        times = self._times(subject)
+        if is_reference:
+            times = {key: replace(time, ratio=1.0) for key, time in times.items()}
+        if any(isinstance(layer, QuantizedLayer) for layer in model.modules()) and "torch" in self.engines:
+            self._note("In PyTorch quantized layers are timed in float: integers run only in the exported files.")
+        return {
+            **metrics,
+            **_counts(model),
+            "size_ratio": subject.size / self.first.size,
+            **exported,
+            "macs": count_macs(plain, self.batches[""]),
+            **{f"{key}_{word}": value for key, time in times.items() for word, value in time_facts(time).items()},
+            **self._scored(subject, times, metrics.get(self.accuracy)),
+        }
+
+    def _note(self, sentence: str) -> None:
+        if sentence not in self.notes:
+            self.notes.append(sentence)
+
+    def _metrics(self, name: str, model: nn.Module) -> dict[str, float]:
+        if self.evaluate is None:
+            return {}
+        found = self.evaluate(copy_for_tracing(model))
+        metrics = {k: float(v) for k, v in (found if isinstance(found, Mapping) else {self.accuracy: found}).items()}
+        taken = sorted(RESERVED & metrics.keys())
+        if taken:
+            raise ValueError(f"`evaluate` returned {taken[0]!r}, a name of the report's own. Call it otherwise.")
+        self._check_accuracy(name, metrics)
+        self.metrics += [metric for metric in metrics if metric not in self.metrics]
+        return metrics
+
+    def _check_accuracy(self, name: str, metrics: Mapping[str, float]) -> None:
+        if not self.weights["accuracy"]:
+            return
+        if self.accuracy not in metrics:
+            raise ValueError(
+                f"`evaluate` returned {', '.join(metrics) or 'nothing'}, and P takes its accuracy from "
+                f"{self.accuracy!r}. Name one of them with `accuracy=`."
+            )
+        if not 0.0 <= metrics[self.accuracy] <= 1.0:
+            raise ValueError(
+                f"{self.accuracy} of {name} is {metrics[self.accuracy]:g}, and an accuracy is in [0, 1]. Divide "
+                "percent by 100; for another metric pass weights without accuracy."
+            )
+
+    def _export(self, name: str, model: nn.Module) -> tuple[dict[str, ExportedModel], Row]:
+        """Export, verify and load a model; where that fails its row has no file and a note says why."""
+        if self.options is None:
+            self._note("No model was exported: there are no files for inference engines, and no times in them.")
+            return {}, {}
+        path = self.folder / f"{len(list(self.folder.iterdir()))}.onnx"
+        try:
+            report = export_onnx(model, path, self.inputs, **self.options)
+            files = {engine: ExportedModel(path, engine) for engine in self.engines if engine != "torch"}
+        except (ValueError, RuntimeError) as error:
+            self._note(f"{name} was not exported, so it has no file and no times but PyTorch's: {error}")
+            return {}, {}
+        return files, _file_facts(report)
+
+    def _times(self, subject: _Subject) -> dict[str, LatencyResult]:
+        """Return the times of a call by engine and batch, each in turns with the reference's."""
+        assert self.first is not None  # noqa: S101 - set by `measure`
+        times = {}
+        for engine in self.engines:
+            for suffix, inputs in self.batches.items():
+                if engine == "torch":
+                    times[engine + suffix] = interleaved_latency(
+                        subject.module, inputs, self.first.module, seconds=0.5, least=40, most=200
+                    )
+                elif engine in subject.files and engine in self.first.files and self._fits_file(inputs):
+                    runtimes = (subject.files[engine].runtime, self.first.files[engine].runtime)
+                    times[engine + suffix] = compare_latency(*runtimes, _tensors(inputs))
+        return times
+
+    def _fits_file(self, inputs: ForwardInputs) -> bool:
+        """Tell whether a file takes a batch; one with a fixed batch takes the example's."""
+        fixed = self.options is not None and self.options.get("dynamic_batch") is False
+        return not fixed or [x.shape for x in _tensors(inputs)] == [x.shape for x in _tensors(self.inputs)]
+
+    def _scored(self, subject: _Subject, times: Mapping[str, LatencyResult], accuracy: float | None) -> Row:
+        """Return P with the time of each engine, and that of the first as "P"."""
+        assert self.first is not None  # noqa: S101 - set by `measure`
+        scores = {}
+        for engine in self.engines:
+            time = times.get(engine)
+            terms = Terms(
+                size=subject.size / self.first.size,
+                inference_time=None if time is None else time.ratio,
+                error=None if accuracy is None else 1 - accuracy,
+            )
+            score = performance_score(terms, self.weights)
+            scores[f"{engine}_P"] = score if score == score else None  # NaN: a term with weight is missing
+        return {"P": scores[f"{self.engines[0]}_P"], **scores}
+
+
+def _counts(model: nn.Module) -> Row:
+    counts = {name: SIZES[name](model) for name in ("parameters", "nonzero", "bits")}
+    return {
+        **counts,
+        "parameters": int(counts["parameters"]),
+        "nonzero": int(counts["nonzero"]),
+        "bytes": _bytes(model),
+    }
+
+
+def _bytes(model: nn.Module) -> int:
+    """Return the bytes of the compressed ``state_dict`` file."""
+    file = BytesIO()
+    torch.save(model.state_dict(), file)
+    return len(compress(file.getvalue(), level=6))
+
+
+def _file_facts(report: ExportReport) -> Row:
+    return {
+        "onnx_bytes": report.file_bytes,
+        "onnx_agreement": report.agreement,
+        "integer_kernels": _sum(report.integer_convolutions, report.integer_matmuls),
+        "kernels": _sum(report.convolutions, report.matmuls),
+    }
+
+
+def _sum(*counts: int | None) -> int | None:
+    known = [count for count in counts if count is not None]
+    return sum(known) if known else None
+
+
+def time_facts(time: LatencyResult) -> Row:
+    """Return a measured time as plain values."""
+    return {
+        "ms": time.milliseconds,
+        "ratio": time.ratio,
+        "low": time.low,
+        "high": time.high,
+        "differs": time.differs,
+    }
+
+
+def _tensors(inputs: ForwardInputs) -> list[Tensor]:
+    return [as_fed(leaf) for leaf in tree_leaves((inputs.args, inputs.kwargs or {})) if isinstance(leaf, Tensor)]

@@ -1,0 +1,199 @@
+"""A report: a table with notes, figures and sections, as terminal text, Markdown and one page."""
+
+import json
+import math
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import lightning
+import torch
+from rich.console import Console, Group
+from rich.text import Text
+
+from lightning_optim.report.columns import (
+    Column,
+    Row,
+    markdown_table,
+    parts_of,
+    terminal_table,
+    titled_parts,
+    with_values,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["Card", "Report", "Section", "as_json", "environment", "replace_file", "svg_file"]
+
+
+def environment() -> str:
+    """Return versions and threads in one line."""
+    return (
+        f"Python {platform.python_version()}, torch {torch.__version__}, lightning {lightning.__version__}, "
+        f"{torch.get_num_threads()} of {os.cpu_count()} cores, {platform.machine()}"
+    )
+
+
+@dataclass(frozen=True)
+class Card:
+    """What is worth knowing first, on top of a page.
+
+    Attributes:
+        title: Of the card; the name of a row gives it that row's colour.
+        facts: Pairs of a number, as text, and what it is.
+    """
+
+    title: str
+    facts: Sequence[tuple[str, str]]
+
+
+@dataclass
+class Section:
+    """A part of a report below the main table.
+
+    Attributes:
+        title: Of the section.
+        text: One paragraph, may be empty.
+        figures: Name (of the file), caption, figure.
+        columns: Of its table; none without one.
+        rows: Of its table.
+    """
+
+    title: str
+    text: str = ""
+    figures: "list[tuple[str, str, Figure]]" = field(default_factory=list)
+    columns: Sequence[Column] = ()
+    rows: Sequence[Row] = ()
+
+
+@dataclass
+class Report:
+    """A table with notes and figures.
+
+    Attributes:
+        title: Of the whole.
+        summary: One paragraph: what was run on what.
+        columns: Of the table, in order; the first names the row.
+        rows: One dict per row; ``kind`` says how it is drawn.
+        notes: Sentences that say how to read the numbers.
+        notes_title: Above them, on the page.
+        figures: Name (of the file), caption, figure.
+        sections: What follows, each under a title.
+        cards: What a page shows first.
+        footer: Last line; default versions and machine.
+    """
+
+    title: str
+    summary: str
+    columns: list[Column]
+    rows: list[Row]
+    notes: list[str] = field(default_factory=list)
+    figures: "list[tuple[str, str, Figure]]" = field(default_factory=list)
+    sections: list[Section] = field(default_factory=list)
+    notes_title: str = "How to read it"
+    cards: list[Card] = field(default_factory=list)
+    footer: str = field(default_factory=environment)
+
+    def as_rich(self, width: int) -> Group:
+        """Return title, table and notes for rich, the table in parts where it is wider than that."""
+        tables = [
+            terminal_table(part, self.rows, width, title if place == 0 else "")
+            for title, titled in titled_parts(self.columns)
+            for place, part in enumerate(parts_of(titled, self.rows, width))
+        ]
+        return Group(Text(self.title, style="italic"), *tables, *(Text(f"- {note}") for note in self.notes))
+
+    def print(self) -> None:
+        """Print table and notes to the terminal."""
+        console = Console()
+        if not console.is_terminal:
+            console.width = 200  # a log file has no width of its own
+        console.print(self.as_rich(console.width))
+
+    def all_figures(self) -> "list[tuple[str, str, Figure]]":
+        """Return the figures of the report and of its sections."""
+        return [*self.figures, *(picture for section in self.sections for picture in section.figures)]
+
+    def write(self, folder: str | Path) -> Path:
+        """Write ``report.md`` with its figures as files, and ``report.html``, which holds everything in one file.
+
+        Each file is written beside its place and then moved there.
+
+        Returns:
+            The path of the HTML file.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, _, figure in self.all_figures():
+            replace_file(folder / f"{name}.svg", svg_file(figure))
+        replace_file(folder / "report.md", self.to_markdown())
+        replace_file(folder / "report.html", self.to_html())
+        return folder / "report.html"
+
+    def to_markdown(self) -> str:
+        """Return the report as Markdown; the figures are files beside it."""
+        lines = [f"# {self.title}", "", *([self.summary, ""] if self.summary else [])]
+        lines += _markdown_tables(self.columns, self.rows)
+        lines += [*(f"- {note}" for note in self.notes), ""]
+        lines += _markdown_figures(self.figures)
+        for section in self.sections:
+            lines += [f"## {section.title}", "", *([section.text, ""] if section.text else [])]
+            lines += _markdown_figures(section.figures)
+            lines += _markdown_tables(section.columns, section.rows) if section.columns else []
+        return "\n".join([*lines, self.footer, ""])
+
+    def to_html(self) -> str:
+        """Return the report as one HTML page that needs no other file and runs no script."""
+        from lightning_optim.report.page import page_of
+
+        return page_of(self)
+
+
+def _markdown_tables(columns: Sequence[Column], rows: Sequence[Row]) -> list[str]:
+    lines = []
+    for title, part in titled_parts(columns):
+        shown = with_values(part, rows) if title else list(rows)
+        lines += [*([f"**{title}**", ""] if title else []), *markdown_table(part, shown), ""]
+    return lines
+
+
+def _markdown_figures(figures: "Sequence[tuple[str, str, Figure]]") -> list[str]:
+    lines = []
+    for name, caption, _ in figures:
+        lines += [f"![{caption}]({name}.svg)", "", f"*{caption}*", ""]
+    return lines
+
+
+def svg_file(figure: "Figure") -> bytes:
+    """Return a figure as an SVG file, without the time it was made."""
+    file = BytesIO()
+    figure.savefig(file, format="svg", metadata={"Date": None})
+    return file.getvalue()
+
+
+def replace_file(path: Path, content: str | bytes) -> None:
+    """Write a file beside its place and move it there, so that a reader finds the old one or the new."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(content if isinstance(content, bytes) else content.encode())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def as_json(value: Any) -> str:
+    """Return plain values as JSON; numbers that are not finite are null."""
+    return json.dumps(_finite(value), indent=1)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,328 @@
+"""The command line: every command, its exit code, and no traceback for a user's mistake."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import onnxruntime
+import pytest
+import torch
+import yaml
+
+from lightning_optim import Recipe, load_from_checkpoint, student_only
+from lightning_optim.callbacks.weight_pruning import WeightPruning
+from lightning_optim.cli import main
+from lightning_optim.cli.main import COMMANDS
+from lightning_optim.demo import DigitsData, DigitsNet
+
+MODEL = ["--model", "lightning_optim.demo.DigitsNet"]
+DATA = ["--data", "lightning_optim.demo.DigitsData"]
+TRAINER = {
+    "accelerator": "cpu",
+    "max_epochs": 2,
+    "logger": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "limit_train_batches": 8,
+    "callbacks": [
+        {
+            "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
+            "init_args": {"save_on_train_epoch_end": True, "enable_version_counter": False},
+        }
+    ],
+}
+RECIPE = {
+    "channel_pruning": {"pruning_ratio": 0.5, "events": 2},
+    "weight_pruning": {"sparsity": 0.5, "every_n_steps": 2},
+    "quantization": True,
+}
+
+
+@pytest.fixture(autouse=True)
+def _lightning_calls_what_jsonargparse_deprecates(monkeypatch):
+    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
+
+
+def config(folder: Path, name: str, width: int, **words) -> Path:
+    """Write a configuration whose checkpoint is ``folder/name/name.ckpt``."""
+    trainer = json.loads(json.dumps(TRAINER))
+    trainer["callbacks"][0]["init_args"] |= {"dirpath": str(folder / name), "filename": name}
+    content = {
+        "seed_everything": 3,
+        "model": {"class_path": "lightning_optim.demo.DigitsNet", "init_args": {"width": width}},
+        "data": {"class_path": "lightning_optim.demo.DigitsData", "init_args": {"seed": 3}},
+        "trainer": trainer,
+        **words,
+    }
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A teacher, a student that it taught by all techniques at once, and their configurations."""
+    folder = tmp_path_factory.mktemp("runs")
+    patch = pytest.MonkeyPatch()
+    patch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
+    patch.chdir(folder)
+    teacher = config(folder, "teacher", 10)
+    assert main(["fit", "--config", str(teacher)]) == 0
+    words = {"class_path": "lightning_optim.demo.DigitsNet", "init_args": {"width": 10}}
+    student = config(
+        folder,
+        "student",
+        6,
+        recipe={**RECIPE, "distillation": {"alpha": 0.5}},
+        teacher=words,
+        teacher_ckpt=str(folder / "teacher" / "teacher.ckpt"),
+    )
+    assert main(["fit", "--config", str(student)]) == 0
+    patch.undo()
+    return folder
+
+
+def test_fit_by_a_recipe_and_a_teacher(runs):
+    file = torch.load(runs / "student" / "student.ckpt", weights_only=True)
+    assert file["distillation"]["asked"]["teacher"] == ["DigitsNet"]
+    model = load_from_checkpoint(DigitsNet, student_only(runs / "student" / "student.ckpt", runs / "alone.ckpt"))
+    assert sum(p.numel() for p in model.parameters()) < 0.6 * sum(p.numel() for p in DigitsNet(6).parameters())
+    assert model.net[0].quantization_phase == "frozen"
+    assert model.eval()(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
+
+
+def test_the_same_run_in_python_gives_the_same_weights(runs, tmp_path):
+    import lightning.pytorch as pl
+
+    teacher = load_from_checkpoint(DigitsNet, runs / "teacher" / "teacher.ckpt")
+    pl.seed_everything(3, verbose=False)
+    student = DigitsNet(6)
+    recipe = Recipe(**RECIPE, distillation={"alpha": 0.5})
+    words = {name: value for name, value in TRAINER.items() if name != "callbacks"}
+    trainer = pl.Trainer(**words, enable_checkpointing=False, callbacks=recipe.callbacks(), default_root_dir=tmp_path)
+    trainer.fit(recipe.wrap(student, teacher), datamodule=DigitsData(seed=3))
+    from_yaml = torch.load(runs / "student" / "student.ckpt", weights_only=True)["state_dict"]
+    for name, value in student.state_dict().items():
+        assert torch.equal(value, from_yaml[f"student.{name}"]), name
+
+
+def test_a_name_and_a_file_are_recipes_too(runs, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").write_text("weight_pruning: 0.5\n")
+    for name, recipe in (("file", "mine.yaml"), ("name", "small-file")):
+        path = config(tmp_path, name, 6, recipe=recipe)
+        assert main(["fit", "--config", str(path), "--trainer.max_epochs", "1"]) == 0
+        file = torch.load(tmp_path / name / f"{name}.ckpt", weights_only=True)
+        assert any(key.startswith("WeightPruning") for key in file["callbacks"])
+
+
+@pytest.mark.parametrize("command", ["validate", "test"])
+def test_a_compressed_file_is_validated_and_tested(runs, command, capsys):
+    path = str(runs / "student.yaml")
+    assert main([command, "--config", path, "--ckpt_path", str(runs / "student" / "student.ckpt")]) == 0
+    assert {"validate": "val_acc", "test": "test_acc"}[command] in capsys.readouterr().out
+
+
+def test_predict(runs):
+    arguments = [
+        "predict",
+        "--config",
+        str(runs / "student.yaml"),
+        "--ckpt_path",
+        str(runs / "student" / "student.ckpt"),
+    ]
+    assert main(arguments) == 0
+
+
+def test_show(runs, capsys):
+    assert main(["show", str(runs / "student" / "student.ckpt")]) == 0
+    shown = capsys.readouterr().out
+    for text in (
+        "lightning_optim.demo.DigitsNet",
+        "scikit-learn's digits, 958 samples",
+        "channel_pruning",
+        "pruning_ratio: 0.5",
+        "WeightPruning",
+        "asked",
+        "reached",
+        "QuantizationAwareTraining",
+        "frozen",
+        "val_acc",
+        "{kd: 1.0}",
+        torch.__version__,
+    ):
+        assert text in shown, text
+
+
+def test_show_a_file_of_plain_lightning(runs, tmp_path, capsys):
+    assert main(["show", str(runs / "teacher" / "teacher.ckpt")]) == 0
+    assert "written without lightning_optim" in capsys.readouterr().out
+
+
+def test_export(runs, tmp_path, capsys):
+    arguments = ["export", str(runs / "student" / "student.ckpt"), str(tmp_path / "net.onnx")]
+    assert main([*arguments, "--config", str(runs / "student.yaml")]) == 0
+    assert "Verified in onnxruntime" in capsys.readouterr().out
+    session = onnxruntime.InferenceSession(tmp_path / "net.onnx")
+    images = DigitsData().splits["test"][:50][0]
+    model = load_from_checkpoint(DigitsNet, student_only(runs / "student" / "student.ckpt", tmp_path / "alone.ckpt"))
+    (answer,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+    with torch.no_grad():
+        assert (torch.from_numpy(answer).argmax(1) == model.eval()(images).argmax(1)).float().mean() > 0.95
+
+
+def first_image(model, batch):
+    """What ``--prepare`` names: the net without the LightningModule, and one image."""
+    return model.net, batch[0][:1]
+
+
+def test_export_of_what_is_deployed(runs, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    arguments = ["export", str(runs / "teacher" / "teacher.ckpt"), str(tmp_path / "net.onnx"), *MODEL, *DATA]
+    assert main([*arguments, "--prepare", "test_commands.first_image"]) == 0
+    assert (tmp_path / "net.onnx").is_file()
+
+
+def test_compare(runs, tmp_path, capsys):
+    arguments = [f"dense={runs / 'teacher' / 'teacher.ckpt'}", str(runs / "student" / "student.ckpt"), *MODEL, *DATA]
+    options = ["--accuracy", "val_acc", "--engines", "onnxruntime", "--batch_size", "2", "--report", str(tmp_path)]
+    assert main(["compare", *arguments, *options]) == 0
+    assert "student" in capsys.readouterr().out
+    rows = {row["name"]: row for row in json.loads((tmp_path / "report.json").read_text())["rows"]}
+    assert rows["student"]["parameters"] < rows["dense"]["parameters"]
+    assert rows["student"]["integer_kernels"] == rows["student"]["kernels"] > 0
+    assert (tmp_path / "report.html").is_file()
+
+
+def test_recommend(capsys):
+    words = ["--devices", "8", "--memory_gb", "80", "--batch_size", "2", "--tokens_per_sample", "8192"]
+    assert main(["recommend", "--parameters", "8e9", *words]) == 0
+    assert "optim_fsdp: fits" in capsys.readouterr().out
+    assert (
+        main(["recommend", *MODEL, "--devices", "2", "--memory_gb", "1", "--batch_size", "2", "--optimizer", "adam"])
+        == 0
+    )
+    assert "optim_single" in capsys.readouterr().out
+
+
+def test_recipes(capsys, tmp_path):
+    assert main(["recipes"]) == 0
+    assert "cpu-latency" in capsys.readouterr().out
+    assert main(["recipes", "small-file"]) == 0
+    (tmp_path / "mine.yaml").write_text(capsys.readouterr().out)
+    assert Recipe.load(tmp_path / "mine.yaml") == Recipe.load("small-file")
+
+
+QUIET = ["--trainer.logger", "false", "--trainer.accelerator", "cpu"]
+MISTAKES = [
+    (["show", "absent.ckpt"], "there is no checkpoint file 'absent.ckpt'"),
+    (["recipes", "tiny"], "unknown recipe 'tiny'; known: cpu-latency"),
+    (["fit", *MODEL, *DATA, "--recipe", "tiny"], "unknown recipe 'tiny'"),
+    (["fit", *MODEL, *DATA, *QUIET, "--recipe", "{weight_pruning: 80}"], "For 80 % zeros pass 0.8"),
+    (["fit", *MODEL, *DATA, *QUIET, "--recipe", "{quantisation: true}"], "no word 'quantisation'"),
+    (
+        ["fit", *MODEL, *DATA, *QUIET, "--recipe", "small-file", "--teacher", MODEL[1]],
+        "no `distillation`, and a teacher",
+    ),
+    (["fit", *MODEL, *DATA, *QUIET, "--teacher_ckpt", "x.ckpt"], "`teacher_ckpt` needs `teacher`"),
+    (["compare", "a.ckpt", *MODEL, *DATA], "there is no checkpoint file 'a.ckpt'"),
+    (["export", "a.ckpt", "b.onnx", *MODEL, *DATA], "there is no checkpoint file 'a.ckpt'"),
+    (["recommend", "--parameters", "8e9", "--devices", "0", "--batch_size", "1"], "`devices` must be"),
+    (["consolidate", "absent", "file.ckpt"], "there is no folder"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "says"), MISTAKES, ids=lambda value: value[0] if isinstance(value, list) else "")
+def test_a_mistake_is_one_sentence_and_exit_code_1(arguments, says, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 1
+    written = capsys.readouterr().err
+    assert says in written
+    assert "Traceback" not in written
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["fly"], ["show"], ["fit", "--config", "absent.yaml"], ["fit", "--model", "nowhere.Net"], ["recommend"]],
+    ids=str,
+)
+def test_words_that_are_none_end_with_exit_code_2(arguments, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_more_mistakes_with_files(runs, capsys, tmp_path):
+    files = [str(runs / "teacher" / "teacher.ckpt"), *MODEL, *DATA]
+    (tmp_path / "broken.ckpt").write_bytes((runs / "teacher" / "teacher.ckpt").read_bytes()[:1000])
+    for arguments, says in (
+        (["show", str(tmp_path / "broken.ckpt")], "is not a complete Lightning checkpoint"),
+        (["compare", files[0], *files, "--accuracy", "val_acc"], "two checkpoints are called 'teacher'"),
+        (["compare", *files, "--accuracy", "f1"], "--accuracy f1: validate logged val_acc, val_loss"),
+        (["compare", *files, "--engines", "tensorrt"], "tensorrt"),
+        (["compare", files[0], *MODEL], "no inputs are known: give --data"),
+        (["export", files[0], str(tmp_path / "n.onnx"), *files[1:], "--prepare", "nowhere.f"], "--prepare must name"),
+    ):
+        assert main(arguments) == 1, arguments
+        assert says in capsys.readouterr().err
+
+
+def test_an_error_in_the_users_own_module_keeps_its_traceback(monkeypatch, tmp_path):
+    def broken(self, batch, batch_idx):
+        raise ValueError("a bug of the user's")
+
+    monkeypatch.setattr(DigitsNet, "training_step", broken)
+    with pytest.raises(ValueError, match="a bug of the user's"):
+        main(["fit", "--config", str(config(tmp_path, "broken", 6))])
+
+
+def test_a_refusal_at_fit_start_is_one_sentence(capsys, tmp_path):
+    path = config(tmp_path, "refused", 6, recipe={"weight_pruning": {"sparsity": 0.5, "include": ["nothing"]}})
+    assert main(["fit", "--config", str(path)]) == 1
+    assert "include: 'nothing' matches no layer" in capsys.readouterr().err
+
+
+def test_without_jsonargparse_the_extra_is_named(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "jsonargparse", None)
+    assert main(["fit", *MODEL]) == 1
+    assert 'pip install "lightning-optim[cli]"' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name not in ("fit", "validate", "test", "predict")])
+def test_every_command_says_what_it_takes(command, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([command, "--help"])
+    assert ended.value.code == 0
+    assert f"lightning-optim {command}" in capsys.readouterr().out
+
+
+def test_the_console_script_and_python_m(tmp_path):
+    for command in (
+        [str(Path(sys.executable).parent / "lightning-optim"), "--version"],
+        [sys.executable, "-m", "lightning_optim", "--version"],
+    ):
+        found = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=True)
+        assert found.stdout.startswith("lightning-optim 0.")
+
+
+def test_demo_asks_for_what_it_needs(monkeypatch, capsys):
+    from lightning_optim.cli import demo
+
+    monkeypatch.setattr(demo, "find_spec", lambda name: None if name == "sklearn" else object())
+    assert main(["demo"]) == 1
+    assert 'pip install "lightning-optim[examples]"' in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_demo(tmp_path, capsys):
+    assert main(["demo", "--report", str(tmp_path)]) == 0
+    rows = {row["name"]: row for row in json.loads((tmp_path / "report.json").read_text())["rows"]}
+    dense, control, made = (rows[name] for name in ("dense", "half as wide, from scratch", "all techniques"))
+    assert made["onnx_bytes"] < control["onnx_bytes"] < dense["onnx_bytes"]
+    assert made["accuracy"] > 0.95
+    assert "report:" in capsys.readouterr().out
+    assert (tmp_path / "run" / "report.html").is_file()
+    assert WeightPruning.__name__ in (tmp_path / "run" / "report.html").read_text()
