@@ -44,6 +44,9 @@ def console() -> Console:
     return found
 
 
+_MENDABLE = (ValueError, TypeError, OSError, ImportError, AttributeError, RuntimeError)
+
+
 @contextmanager
 def said_plainly() -> Iterator[None]:
     """Turn the package's own refusals into what is shown without a traceback.
@@ -53,5 +56,5 @@ def said_plainly() -> Iterator[None]:
     """
     try:
         yield
-    except (ValueError, TypeError, OSError, ImportError, AttributeError, MisconfigurationException) as error:
+    except (*_MENDABLE, MisconfigurationException) as error:
         raise UserError(str(error) or type(error).__name__) from error

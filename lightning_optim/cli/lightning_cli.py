@@ -8,8 +8,8 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
-from lightning_optim.checkpoint import load_from_checkpoint
 from lightning_optim.cli.command import UserError, said_plainly
+from lightning_optim.cli.loading import load
 from lightning_optim.recipe import Recipe
 
 __all__ = ["ObjectsCLI", "OptimCLI"]
@@ -84,7 +84,7 @@ def _with_weights(teacher: nn.Module, file: str) -> nn.Module:
             f"`teacher_ckpt` is of a LightningModule, and `teacher` is a {type(teacher).__name__}. Let the module load "
             "its weights by its own arguments."
         )
-    return load_from_checkpoint(teacher, file)
+    return load(teacher, file)
 
 
 class ObjectsCLI(OptimCLI):
