@@ -46,6 +46,13 @@ class OptimCLI(LightningCLI):
             "--teacher_ckpt", type=str | None, default=None, help="the teacher's checkpoint, compressed or not"
         )
 
+    def _parse_ckpt_path(self) -> None:
+        """Take the model from the configuration alone.
+
+        Lightning 2.6 would put a checkpoint's arguments in its place, and cannot where the file was not written by a
+        LightningCLI of the same form.
+        """
+
     def instantiate_classes(self) -> None:
         """Make model, data and Trainer; what is wrong with their words is said in one line."""
         with said_plainly():
