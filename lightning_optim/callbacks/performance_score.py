@@ -18,7 +18,7 @@ from torch import nn
 from lightning_optim import checkpoint
 from lightning_optim.callbacks.base import callbacks_of, compressions, mro_names
 from lightning_optim.callbacks.example_inputs import InputSource
-from lightning_optim.functional.score import DEFAULT_WEIGHTS, Terms, guarded, performance_score
+from lightning_optim.functional.score import Terms, checked_weights, guarded, performance_score
 from lightning_optim.measure.latency import interleaved_latency
 from lightning_optim.measure.size import SIZES, bytes_of, free_bytes
 from lightning_optim.quantization.layers import float_kernels
@@ -117,7 +117,7 @@ class PerformanceScore(pl.Callback):
         _check_count("every_n_epochs", every_n_epochs)
         self.accuracy = accuracy
         self.mode = mode
-        self.weights = _checked_weights(weights)
+        self.weights = checked_weights(weights)
         self.reference = _checked_reference(reference, self.weights)
         self.size = SIZES.resolve(size)
         self.max_drop = max_drop
@@ -582,18 +582,6 @@ def _check_fraction(name: str, value: Any) -> None:
 def _check_count(name: str, value: Any) -> None:
     if type(value) is not int or value < 1:
         raise ValueError(f"`{name}` must be a whole number >= 1, got {value!r}.")
-
-
-def _checked_weights(weights: Mapping[str, float] | None) -> dict[str, float]:
-    if weights is None:
-        return dict(DEFAULT_WEIGHTS)
-    _check_names("weights", weights, tuple(DEFAULT_WEIGHTS))
-    for name, value in weights.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 <= value < math.inf:
-            raise ValueError(f"`weights` must be non-negative numbers, got {name}={value!r}.")
-    if not any(weights.values()):
-        raise ValueError("`weights` are all 0, so P would always be 0. Give at least one term weight.")
-    return {name: float(weights.get(name, 0.0)) for name in DEFAULT_WEIGHTS}
 
 
 def _checked_reference(reference: Any, weights: Mapping[str, float]) -> str | dict[str, float]:

@@ -4,10 +4,33 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-__all__ = ["DEFAULT_WEIGHTS", "Terms", "guarded", "performance_score"]
+__all__ = ["DEFAULT_WEIGHTS", "Terms", "checked_weights", "guarded", "performance_score"]
 
 DEFAULT_WEIGHTS: Mapping[str, float] = {"size": 0.4, "train_time": 0.0, "inference_time": 0.6, "accuracy": 0.1}
 """The source's example, a recommender: they sum to 1.1, and are never rescaled."""
+
+
+def checked_weights(weights: Mapping[str, float] | None) -> dict[str, float]:
+    """Return the weight of every term: 0 where none is given, the source's example for None.
+
+    Raises:
+        ValueError: If a name is unknown, a weight is negative or no finite number, or all are 0.
+
+    Example:
+        >>> checked_weights({"size": 1})
+        {'size': 1.0, 'train_time': 0.0, 'inference_time': 0.0, 'accuracy': 0.0}
+    """
+    if weights is None:
+        return dict(DEFAULT_WEIGHTS)
+    unknown = [name for name in weights if name not in DEFAULT_WEIGHTS]
+    if unknown:
+        raise ValueError(f"`weights` has no {unknown[0]!r}; known: {', '.join(DEFAULT_WEIGHTS)}.")
+    for name, value in weights.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 <= value < math.inf:
+            raise ValueError(f"`weights` must be non-negative numbers, got {name}={value!r}.")
+    if not any(weights.values()):
+        raise ValueError("`weights` are all 0, so P would always be 0. Give at least one term weight.")
+    return {name: float(weights.get(name, 0.0)) for name in DEFAULT_WEIGHTS}
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from lightning_optim.export.onnx import export_onnx
 from lightning_optim.export.report import ExportReport
 from lightning_optim.export.session import ExportedModel, as_fed
 from lightning_optim.export.verify import RUNTIMES, compare_latency, missing_package
-from lightning_optim.functional.score import DEFAULT_WEIGHTS, Terms, performance_score
+from lightning_optim.functional.score import Terms, checked_weights, performance_score
 from lightning_optim.measure.latency import LatencyResult, interleaved_latency
 from lightning_optim.measure.macs import count_macs
 from lightning_optim.measure.size import SIZES
@@ -117,6 +117,7 @@ def compare(
         for name in track(order, "comparing", disable=hidden):
             kind = "dense" if name == reference else "control" if name in controls else "compressed"
             rows[name] = {"name": name, "kind": kind, **bench.measure(name, models[name])}
+        bench.first = None  # an open file cannot be deleted on every system
     return ComparisonReport(
         reference=reference,
         engines=list(bench.engines),
@@ -187,19 +188,13 @@ def _is_installed(package: str) -> bool:
 
 
 def _checked_weights(weights: Mapping[str, float] | None) -> dict[str, float]:
-    given = dict(DEFAULT_WEIGHTS if weights is None else weights)
-    unknown = sorted(given.keys() - DEFAULT_WEIGHTS.keys())
-    if unknown:
-        raise ValueError(f"`weights` has no {unknown[0]!r}; known: {', '.join(DEFAULT_WEIGHTS)}.")
-    for name, value in given.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 <= value < float("inf"):
-            raise ValueError(f"`weights` must be non-negative numbers, got {name}={value!r}.")
-    if given.get("train_time"):
+    checked = checked_weights(weights)
+    if checked["train_time"]:
         raise ValueError(
-            f"`weights` gives train_time {given['train_time']}, and compare trains nothing. Leave it out, or take P "
-            "with its training time from PerformanceScore."
+            f"`weights` gives train_time {checked['train_time']:g}, and compare trains nothing. Leave it out, or take "
+            "P with its training time from PerformanceScore."
         )
-    return {name: float(given.get(name, 0.0)) for name in DEFAULT_WEIGHTS}
+    return checked
 
 
 def _device(models: Mapping[str, nn.Module]) -> torch.device:
@@ -246,7 +241,6 @@ class _Bench:
         self.notes: list[str] = []
         self.metrics: list[str] = []
         self.first: _Subject | None = None
-        self._scores: dict[str, float] = {}
 
     def measure(self, name: str, model: nn.Module) -> Row:
         """Return a model's figures; the first is what later ones are compared with."""
@@ -277,6 +271,8 @@ class _Bench:
 
     def _metrics(self, name: str, model: nn.Module) -> dict[str, float]:
         if self.evaluate is None:
+            if self.weights["accuracy"]:
+                self._note("P has an accuracy in it: pass `evaluate`, or weights without accuracy.")
             return {}
         found = self.evaluate(copy_for_tracing(model))
         metrics = {k: float(v) for k, v in (found if isinstance(found, Mapping) else {self.accuracy: found}).items()}
@@ -309,11 +305,21 @@ class _Bench:
         path = self.folder / f"{len(list(self.folder.iterdir()))}.onnx"
         try:
             report = export_onnx(model, path, self.inputs, **self.options)
-            files = {engine: ExportedModel(path, engine) for engine in self.engines if engine != "torch"}
         except (ValueError, RuntimeError) as error:
-            self._note(f"{name} was not exported, so it has no file and no times but PyTorch's: {error}")
+            others = "" if self.first is not None else " Nor can the others be compared in engines."
+            self._note(f"{name} was not exported, so it has no file and no times but PyTorch's: {error}{others}")
             return {}, {}
-        return files, _file_facts(report)
+        return self._load(name, path), _file_facts(report)
+
+    def _load(self, name: str, path: Path) -> dict[str, ExportedModel]:
+        """Load a file in each engine; where one refuses it a note says why."""
+        files: dict[str, ExportedModel] = {}
+        for engine in self.engines:
+            try:
+                files |= {} if engine == "torch" else {engine: ExportedModel(path, engine)}
+            except RuntimeError as error:
+                self._note(f"{name} has no times in {engine}, which cannot load its file: {error}")
+        return files
 
     def _times(self, subject: _Subject) -> dict[str, LatencyResult]:
         """Return the times of a call by engine and batch, each in turns with the reference's."""

@@ -454,7 +454,7 @@ def layer_picture(
     figure = layer_figure(layers, style["color"])
     most = f"; the {MOST_LAYERS} largest of {len(layers)} layers" if len(layers) > MOST_LAYERS else ""
     caption = f"{words}: {_and([axis.get_title() for axis in figure.axes])} of each layer{most}." if figure else ""
-    return None if figure is None else (name, _first_upper(caption), figure)
+    return None if figure is None else (name, caption, figure)
 
 
 def _and(words: Sequence[str]) -> str:
