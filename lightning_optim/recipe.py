@@ -98,7 +98,7 @@ class Recipe:
             and whatever the classes refuse.
         TypeError: If a part is neither a mapping nor its first value.
 
-    Example:
+    Examples:
         >>> recipe = Recipe(channel_pruning=0.5, quantization=True)
         >>> [type(callback).__name__ for callback in recipe.callbacks()]
         ['ChannelPruning', 'QuantizationAwareTraining']

@@ -17,7 +17,7 @@ class Registry(Mapping[str, F], Generic[F]):
     Args:
         kind: What is registered, for error texts ("criterion", "schedule").
 
-    Example:
+    Examples:
         >>> SHAPES = Registry("shape")
         >>> @SHAPES.register("square")
         ... def square(side: float) -> float:

@@ -35,7 +35,7 @@ def by_reason(left_out: Mapping[str, str], shown: int = 3) -> list[tuple[str, st
     Returns:
         ``(names, reason)``, in the order in which the reasons first appear.
 
-    Example:
+    Examples:
         >>> by_reason({"a": "norm", "b": "last layer", "c": "norm", "d": "norm"}, shown=2)
         [('a, c and 1 more', 'norm'), ('b', 'last layer')]
     """

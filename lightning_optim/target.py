@@ -318,7 +318,7 @@ class catch_forward_inputs:
     Used around a LightningModule's own step. When ``module`` itself is not called (a step that calls
     ``self.net(x)``), the one module directly called inside the block is caught instead.
 
-    Example:
+    Examples:
         >>> net = nn.Sequential(nn.Linear(2, 3), nn.ReLU())
         >>> with catch_forward_inputs(net) as caught:
         ...     _ = net(torch.zeros(4, 2))

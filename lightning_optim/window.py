@@ -29,7 +29,7 @@ class Window:
         TypeError: If ``start`` or ``end`` is neither int nor float, or ``every_n_steps`` is no int.
         ValueError: If a value is out of range or ``start`` is after ``end``.
 
-    Example:
+    Examples:
         >>> window = Window(0.1, 0.5, every_n_steps=20)
         >>> window.resolve(100)
         >>> window.event_steps()

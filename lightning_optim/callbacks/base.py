@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_optim import checkpoint
+from lightning_optim.checks import check_name
 from lightning_optim.strategies.common import INSTEAD, check_supported
 from lightning_optim.target import Pattern, find_target
 from lightning_optim.window import Window, planned_steps
@@ -77,6 +78,7 @@ class CompressionCallback(pl.Callback):
         exclude: Sequence[Pattern] | None = None,
     ) -> None:
         self.window = window
+        check_name("module", module, "encoder")
         self.module = module
         self.include = _as_list("include", include)
         self.exclude = _as_list("exclude", exclude)
@@ -299,12 +301,13 @@ def _prefers_the_dense_model(callback: Any) -> bool:
 def _as_list(name: str, patterns: Sequence[Pattern] | None) -> list[Pattern] | None:
     if patterns is None:
         return None
-    if isinstance(patterns, (str, type)):
+    if not isinstance(patterns, Sequence) or isinstance(patterns, str):
         raise TypeError(
             f"`{name}` must be a list of names, patterns or layer classes, got {patterns!r}. Put it in a list."
         )
     for pattern in patterns:
-        if not isinstance(pattern, str) and not (isinstance(pattern, type) and issubclass(pattern, nn.Module)):
+        is_class = isinstance(pattern, type) and issubclass(pattern, nn.Module)
+        if not is_class and (not isinstance(pattern, str) or not pattern):
             raise TypeError(f"`{name}` holds names, glob patterns or layer classes, got {pattern!r}.")
     return list(patterns)
 

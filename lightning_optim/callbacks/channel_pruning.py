@@ -16,6 +16,7 @@ from lightning_optim import checkpoint
 from lightning_optim.callbacks.base import CompressionCallback, compressions, is_compiled, mro_names
 from lightning_optim.callbacks.example_inputs import InputSource
 from lightning_optim.callbacks.statistics import Squares
+from lightning_optim.checks import check_choice, check_count, check_flags
 from lightning_optim.functional.channels import ChannelCriterion
 from lightning_optim.functional.schedules import SCHEDULES, Schedule
 from lightning_optim.measure.latency import interleaved_latency
@@ -138,14 +139,14 @@ class ChannelPruning(CompressionCallback):
         self.target = None if target is None else Goal.of(target)
         if target is not None and pruning_ratio != 0.5:
             raise ValueError(f"`target` takes the place of `pruning_ratio`; got {target!r} and {pruning_ratio!r}.")
+        check_flags(strict=strict, check=check)
+        check_count("events", events)
         self.strict = strict
         self.schedule = SCHEDULES.resolve(schedule)
-        if optimizer_state not in ("slice", "reset"):
-            raise ValueError(f"`optimizer_state` must be 'slice' or 'reset', got {optimizer_state!r}.")
+        check_choice("optimizer_state", optimizer_state, ("slice", "reset"))
         self.optimizer_state = optimizer_state
-        for name, count in (("recalibrate_batches", recalibrate_batches), ("warmup_steps", warmup_steps)):
-            if type(count) is not int or count < 0:
-                raise ValueError(f"`{name}` must be a whole number >= 0, got {count!r}.")
+        check_count("recalibrate_batches", recalibrate_batches, 0)
+        check_count("warmup_steps", warmup_steps, 0)
         self.recalibrate_batches = recalibrate_batches
         self.warmup_steps = warmup_steps
         self._momenta: list[tuple[nn.Module, float | None]] = []

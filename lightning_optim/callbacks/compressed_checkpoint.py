@@ -23,7 +23,7 @@ class CompressedCheckpoint(ModelCheckpoint):
     Raises:
         ValueError: For ``save_last="link"``: before the end there is no top-k file to link to.
 
-    Example:
+    Examples:
         >>> CompressedCheckpoint(monitor="val_acc", mode="max", save_last=True).save_last
         True
     """

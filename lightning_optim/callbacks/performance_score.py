@@ -18,6 +18,7 @@ from torch import nn
 from lightning_optim import checkpoint
 from lightning_optim.callbacks.base import callbacks_of, compressions, mro_names
 from lightning_optim.callbacks.example_inputs import InputSource
+from lightning_optim.checks import check_choice, check_count, check_fraction, check_names
 from lightning_optim.functional.score import Terms, checked_weights, guarded, performance_score
 from lightning_optim.measure.latency import interleaved_latency
 from lightning_optim.measure.size import SIZES, bytes_of, free_bytes
@@ -107,14 +108,14 @@ class PerformanceScore(pl.Callback):
         example_inputs: Any = None,
     ) -> None:
         super().__init__()
-        if not isinstance(accuracy, str):
+        if not isinstance(accuracy, str) or not accuracy:
             raise TypeError(f"`accuracy` must be the name of a logged metric, got {accuracy!r}.")
-        _check_choice("mode", mode, ("max", "loss"))
-        _check_choice("until_reached", until_reached, ("infeasible", "score"))
-        _check_fraction("max_drop", max_drop)
-        _check_fraction("min_accuracy", min_accuracy)
-        _check_count("batch_size", batch_size)
-        _check_count("every_n_epochs", every_n_epochs)
+        check_choice("mode", mode, ("max", "loss"))
+        check_choice("until_reached", until_reached, ("infeasible", "score"))
+        check_fraction("max_drop", max_drop)
+        check_fraction("min_accuracy", min_accuracy)
+        check_count("batch_size", batch_size)
+        check_count("every_n_epochs", every_n_epochs)
         self.accuracy = accuracy
         self.mode = mode
         self.weights = checked_weights(weights)
@@ -569,28 +570,13 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4g}"
 
 
-def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}.")
-
-
-def _check_fraction(name: str, value: Any) -> None:
-    if value is not None and not (isinstance(value, (int, float)) and 0.0 <= value <= 1.0):
-        raise ValueError(f"`{name}` must be a fraction in [0, 1] or None, got {value!r}.")
-
-
-def _check_count(name: str, value: Any) -> None:
-    if type(value) is not int or value < 1:
-        raise ValueError(f"`{name}` must be a whole number >= 1, got {value!r}.")
-
-
 def _checked_reference(reference: Any, weights: Mapping[str, float]) -> str | dict[str, float]:
     if isinstance(reference, str):
-        _check_choice("reference", reference, ("baseline", "raw"))
+        check_choice("reference", reference, ("baseline", "raw"))
         return reference
     if not isinstance(reference, Mapping):
         raise TypeError(f"`reference` must be 'baseline', 'raw' or a dict of numbers, got {reference!r}.")
-    _check_names("reference", reference, MEASURED)
+    check_names("reference", reference, MEASURED)
     missing = [name for name in MEASURED if weights[name] > 0 and name not in reference]
     if missing:
         raise ValueError(f"`reference` lacks {', '.join(missing)}, which has weight in P. Give all terms with weight.")
@@ -598,9 +584,3 @@ def _checked_reference(reference: Any, weights: Mapping[str, float]) -> str | di
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 < value < math.inf:
             raise ValueError(f"`reference` must hold positive numbers, got {name}={value!r}.")
     return {name: float(value) for name, value in reference.items()}
-
-
-def _check_names(word: str, given: Mapping[str, Any], known: tuple[str, ...]) -> None:
-    unknown = [name for name in given if name not in known]
-    if unknown:
-        raise ValueError(f"`{word}` has no {unknown[0]!r}; known: {', '.join(known)}.")

@@ -110,7 +110,9 @@ class QuantizationAwareTraining(CompressionCallback):
         if observe_steps is not None and (type(observe_steps) is not int or observe_steps < 1):
             raise ValueError(f"`observe_steps` must be a whole number >= 1 or None, got {observe_steps!r}.")
         self.observe_steps = observe_steps
-        self.scheme = QuantizationScheme(weight_bits, activation_bits, weight_granularity, observer, dict(bits or {}))
+        self.scheme = QuantizationScheme(
+            weight_bits, activation_bits, weight_granularity, observer, {} if bits is None else bits
+        )
         self._inputs = InputSource(example_inputs, 2, module)
         self._layers: dict[str, QuantizedLayer] = {}
         self._observed_until: int | None = None

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
 from lightning_optim.callbacks.base import CompressionCallback, compressions
+from lightning_optim.checks import check_flags, check_name, check_path
 from lightning_optim.export.verify import missing_package
 from lightning_optim.measure.size import SIZES
 from lightning_optim.registry import Registry
@@ -69,6 +70,9 @@ class ReportCallback(pl.Callback):
 
     def __init__(self, dirpath: str | Path, *, title: str | None = None, log: bool = True) -> None:
         super().__init__()
+        check_path("dirpath", dirpath)
+        check_name("title", title, "Digits, pruned")
+        check_flags(log=log)
         self.dirpath = Path(dirpath)
         self.title = title
         self.log_to_loggers = log

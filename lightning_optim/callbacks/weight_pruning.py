@@ -94,7 +94,7 @@ class WeightPruning(CompressionCallback):
         Zhu and Gupta 2017, "To prune, or not to prune"; Mishra et al. 2021, "Accelerating Sparse Deep Neural
         Networks" (2:4).
 
-    Example:
+    Examples:
         >>> pruning = WeightPruning(0.8, start=100, end=500, every_n_steps=100)
         >>> pruning.preview(1000)[-1]
         (500, 0.8)

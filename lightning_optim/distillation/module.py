@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from lightning_optim import checkpoint
+from lightning_optim.checks import check_count, check_path, listed
 from lightning_optim.distillation.cache import Indexed, LogitCache, dataset_length, every_sample_once, shared_cache
 from lightning_optim.distillation.features import (
     Capture,
@@ -130,14 +131,18 @@ class DistillationModule(pl.LightningModule):
     ) -> None:
         super().__init__()
         _check_student(student, optimizer, task_loss)
+        if not isinstance(logits_from, str):
+            raise TypeError(f"`logits_from` must be the name of a layer of the student, got {logits_from!r}.")
         self.student = student
         self.projectors = Projectors()
         self.logits_from = logits_from
-        self.features = [Feature.of(each) for each in features]
-        self.teacher_classes = None if teacher_classes is None else list(teacher_classes)
+        self.features = [Feature.of(each) for each in listed("features", features, "pairs of layers")]
+        self.teacher_classes = None if teacher_classes is None else _classes(teacher_classes)
         self._alpha = RampState("alpha", alpha, 0.0, 1.0, "must be a weight in [0, 1]")
         self._temperature = _temperature(temperature)
         self._objective = LogitLosses.of(loss)
+        if cache is not None:
+            check_path("cache", cache)
         self._cache_path = None if cache is None else Path(cache)
         if cache is not None and features:
             raise ValueError(
@@ -818,6 +823,13 @@ def _check_student(student: Any, optimizer: Any, task_loss: Any) -> None:
     for name, given in (("optimizer", optimizer), ("task_loss", task_loss)):
         if given is not None:
             raise ValueError(f"`{name}` is for a plain module; {type(student).__name__} brings its own.")
+
+
+def _classes(given: Any) -> list[int]:
+    classes = listed("teacher_classes", given, "places in the teacher's outputs")
+    for place in classes:
+        check_count("teacher_classes", place, 0)
+    return classes
 
 
 def _temperature(given: Any) -> RampState | None:

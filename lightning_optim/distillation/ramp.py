@@ -1,5 +1,6 @@
 """Weights and temperatures that change over the run, by the schedules that pruning uses."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +22,7 @@ class Ramp:
         start: A step (int) or a fraction of the planned steps (float).
         end: In the same words.
 
-    Example:
+    Examples:
         >>> Ramp(0.9, 0.1).at(0.5)
         0.5
     """
@@ -33,6 +34,9 @@ class Ramp:
     end: int | float = 1.0
 
     def __post_init__(self) -> None:
+        for name, value in (("initial", self.initial), ("final", self.final)):
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+                raise TypeError(f"`{name}` of a ramp must be a number, got {value!r}.")
         SCHEDULES.resolve(self.schedule)
         Window(self.start, self.end)
 

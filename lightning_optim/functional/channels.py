@@ -120,7 +120,7 @@ def kept_channels(dense: int, ratio: float, *, blocks: int = 1, round_to: int | 
         blocks: Equal blocks that lose the same number each.
         round_to: Keep a multiple of this, rounded up: never more removed than asked.
 
-    Example:
+    Examples:
         >>> kept_channels(16, 0.3)
         12
         >>> kept_channels(16, 0.3, round_to=8)

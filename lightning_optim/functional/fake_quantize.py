@@ -35,7 +35,7 @@ def integer_range(bits: int, *, symmetric: bool) -> tuple[int, int]:
     Raises:
         ValueError: If ``bits`` is no whole number in the range.
 
-    Example:
+    Examples:
         >>> integer_range(8, symmetric=True), integer_range(8, symmetric=False), integer_range(2, symmetric=True)
         ((-127, 127), (0, 255), (-1, 1))
     """
@@ -55,14 +55,14 @@ def parse_weight_granularity(text: str) -> tuple[str, int]:
     Raises:
         ValueError: If it is none of them.
 
-    Example:
+    Examples:
         >>> parse_weight_granularity("per_group:32")
         ('per_group', 32)
     """
-    word, _, size = text.partition(":")
+    word, _, size = str(text).partition(":")
     if text in ("per_tensor", "per_channel"):
         return text, 0
-    if word == "per_group" and size.isdigit() and int(size) > 0:
+    if word == "per_group" and size.isdecimal() and int(size) > 0:
         return word, int(size)
     raise ValueError(
         f"weight granularity must be 'per_tensor', 'per_channel' or 'per_group:32' (32 inputs of a row share "
@@ -117,7 +117,7 @@ def affine_parameters(low: Tensor, high: Tensor, bits: int = 8) -> tuple[Tensor,
         Jacob et al. 2018, "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only
         Inference".
 
-    Example:
+    Examples:
         >>> affine_parameters(torch.tensor(-1.0), torch.tensor(1.55), 8)
         (tensor(0.0100), tensor(100, dtype=torch.int32))
     """

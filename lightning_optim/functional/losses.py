@@ -60,7 +60,7 @@ def kd(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 4
     Raises:
         ValueError: If the shapes differ or ``temperature`` is not positive.
 
-    Example:
+    Examples:
         >>> round(kd(torch.tensor([[0.0, 0.0]]), torch.tensor([[2.0, 0.0]]), temperature=1.0).item(), 4)
         0.3278
 
@@ -431,7 +431,7 @@ def ensemble_logits(logits: list[Tensor], weights: list[float]) -> Tensor:
     Raises:
         ValueError: If the shapes differ.
 
-    Example:
+    Examples:
         >>> ensemble_logits([torch.tensor([0.0, 0.0]), torch.tensor([99.0, 0.0])], [1.0, 1.0]).exp()
         tensor([0.7500, 0.2500])
     """

@@ -81,7 +81,7 @@ def global_masks(
         ValueError: If ``sparsity`` or ``granularity`` is not one; ``scores`` is empty; scores contain NaN; a tensor has
             too few dimensions for the granularity; ``previous`` has other shapes; or units are sharded.
 
-    Example:
+    Examples:
         >>> scores = {"a": torch.tensor([[3.0, 1.0], [2.0, 4.0]]), "b": torch.tensor([[2.0, 0.5]])}
         >>> global_masks(scores, 0.5)
         {'a': tensor([[ True, False],

@@ -38,7 +38,7 @@ def cubic(u: float, initial: float, final: float) -> float:
     Raises:
         ValueError: If ``initial`` or ``final`` is outside [0, 1), or ``u`` is NaN.
 
-    Example:
+    Examples:
         >>> cubic(0.5, 0.0, 0.5)
         0.4375
 

@@ -4,6 +4,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from lightning_optim.checks import check_mapping, check_names
+
 __all__ = ["DEFAULT_WEIGHTS", "Terms", "checked_weights", "guarded", "performance_score"]
 
 DEFAULT_WEIGHTS: Mapping[str, float] = {"size": 0.4, "train_time": 0.0, "inference_time": 0.6, "accuracy": 0.1}
@@ -16,15 +18,14 @@ def checked_weights(weights: Mapping[str, float] | None) -> dict[str, float]:
     Raises:
         ValueError: If a name is unknown, a weight is negative or no finite number, or all are 0.
 
-    Example:
+    Examples:
         >>> checked_weights({"size": 1})
         {'size': 1.0, 'train_time': 0.0, 'inference_time': 0.0, 'accuracy': 0.0}
     """
     if weights is None:
         return dict(DEFAULT_WEIGHTS)
-    unknown = [name for name in weights if name not in DEFAULT_WEIGHTS]
-    if unknown:
-        raise ValueError(f"`weights` has no {unknown[0]!r}; known: {', '.join(DEFAULT_WEIGHTS)}.")
+    check_mapping("weights", weights, "terms of P to numbers")
+    check_names("weights", weights, DEFAULT_WEIGHTS)
     for name, value in weights.items():
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 <= value < math.inf:
             raise ValueError(f"`weights` must be non-negative numbers, got {name}={value!r}.")
@@ -55,7 +56,7 @@ def performance_score(terms: Terms, weights: Mapping[str, float] = DEFAULT_WEIGH
     Returns:
         The score; NaN when a term that has weight was not measured.
 
-    Example:
+    Examples:
         >>> performance_score(Terms(size=1.0, inference_time=1.0, error=0.05))
         1.005
     """

@@ -108,7 +108,7 @@ def smallest(scores: Mapping[str, Scores], count: int, *, shards: Shards | None 
         TypeError: If scores are not floating point.
         ValueError: If scores contain NaN, or ``count`` is not between 0 and their number.
 
-    Example:
+    Examples:
         >>> scores = {"a": torch.tensor([3.0, 1.0, 2.0]), "b": torch.tensor([2.0, 9.0])}
         >>> cut = smallest(scores, 2)
         >>> cut.value, cut.below, cut.ties, cut.equal

@@ -205,7 +205,7 @@ def measure_latency(
     Raises:
         ValueError: If the inputs' tensors disagree in dimension 0, so that rows cannot be cut.
 
-    Example:
+    Examples:
         >>> small, big = nn.Linear(256, 16), nn.Linear(256, 1024)
         >>> measure_latency(small, torch.zeros(1, 256), against=big).ratio < 1
         True

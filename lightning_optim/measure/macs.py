@@ -24,7 +24,7 @@ def count_macs(module: nn.Module, example_inputs: Any) -> int:
         module: The model; its flags are restored.
         example_inputs: What its forward receives: a tensor, a tuple, a dict of keywords, or caught inputs.
 
-    Example:
+    Examples:
         >>> count_macs(nn.Linear(8, 4), torch.zeros(2, 8))
         64
     """

@@ -8,6 +8,7 @@ from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-def
 from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_optim.checkpoint import plan_of
+from lightning_optim.checks import check_mapping
 from lightning_optim.functional.fake_quantize import integer_range, parse_weight_granularity
 from lightning_optim.functional.observers import OBSERVERS
 from lightning_optim.quantization.layers import ATTRIBUTES, PHASES, QUANTIZED, QuantizedLayer
@@ -67,6 +68,8 @@ class QuantizationScheme:
         _check_bits("weight_bits", self.weight_bits)
         if self.activation_bits is not None:
             _check_bits("activation_bits", self.activation_bits)
+        check_mapping("bits", self.bits, "names or glob patterns to bits")
+        object.__setattr__(self, "bits", dict(self.bits))  # the caller's may change
         for pattern, bits in self.bits.items():
             if not isinstance(pattern, str):
                 raise TypeError(f"`bits` maps names or glob patterns to bits, got the key {pattern!r}.")

@@ -90,7 +90,7 @@ def compare(
         ValueError: If a name is unknown, the models are on different devices, or A is not in [0, 1].
         ImportError: If an engine that was named is not installed; the text names the extra.
 
-    Example:
+    Examples:
         >>> big, small = nn.Linear(8, 64), nn.Linear(8, 8)
         >>> report = compare({"big": big, "small": small}, torch.zeros(1, 8), export=False, progress_bar=False)
         >>> report["small"]["parameters"]

@@ -101,7 +101,7 @@ def pareto_front(points: Iterable[tuple[float, float]], *, higher: bool = True) 
         points: ``(cost, value)``; a lower cost is better.
         higher: Whether a higher value is better.
 
-    Example:
+    Examples:
         >>> pareto_front([(1, 0.5), (2, 0.9), (3, 0.8)])
         [(1, 0.5), (2, 0.9)]
     """

@@ -26,7 +26,7 @@ def layer_facts(module: nn.Module) -> list[dict[str, Any]]:
         ``layer`` (its dotted name), ``type``, ``parameters``, ``sparsity`` (fraction of them that is zero), ``bits``
         (mean over them, as they are deployed), ``width`` (output channels, None where the layer does not say).
 
-    Example:
+    Examples:
         >>> layer_facts(nn.Sequential(nn.Linear(4, 2), nn.ReLU()))[0]["width"]
         2
     """

@@ -46,14 +46,17 @@ def check_supported(who: str, strategy: Any, instead: str = INSTEAD) -> None:
         raise MisconfigurationException(f"{who} is not supported under {type(strategy).__name__}. {instead}")
 
 
+LONGEST_S = 1e9
+
+
 def checked_timeout(timeout_s: float) -> timedelta:
     """Return the timeout of the collectives.
 
     Raises:
         ValueError: If it is not positive.
     """
-    if isinstance(timeout_s, bool) or not isinstance(timeout_s, (int, float)) or timeout_s <= 0:
-        raise ValueError(f"`timeout_s` must be a positive number of seconds, got {timeout_s!r}.")
+    if isinstance(timeout_s, bool) or not isinstance(timeout_s, (int, float)) or not 0 < timeout_s <= LONGEST_S:
+        raise ValueError(f"`timeout_s` must be a positive number of seconds (1e9 at most), got {timeout_s!r}.")
     return timedelta(seconds=timeout_s)
 
 

@@ -118,7 +118,7 @@ class OptimizerState:
             weight: Bytes of a parameter.
             options: The optimizer's, as in its ``param_groups``.
 
-        Example:
+        Examples:
             >>> OPTIMIZERS["SGD"].per_parameter(4), OPTIMIZERS["SGD"].per_parameter(4, {"momentum": 0.9})
             (0, 4)
         """
@@ -267,7 +267,7 @@ class Held:
 def share(model: Model, tensor: int) -> float:
     """Return the share of a model that is left on each of ``tensor`` devices.
 
-    Example:
+    Examples:
         >>> share(Model(100, 100, 100, 10, split=0.5), 4)  # one half is whole, the other quartered
         0.625
     """
@@ -286,7 +286,7 @@ def held_bytes(
         optimizer: Bytes per trainable parameter that the optimizer keeps; 8 for Adam in float32.
         activations: Bytes for one device's batch without tensor parallelism.
 
-    Example:
+    Examples:
         >>> eight_billion = Model(8 * 10**9, 8 * 10**9, 8 * 10**9, largest_unit=5 * 10**8)
         >>> held = held_bytes(eight_billion, Layout(shard=8), PRECISIONS["bf16-mixed"])
         >>> (held.weights + held.gradients + held.optimizer) / 1e9  # 16 bytes * 8e9 / 8
@@ -319,7 +319,7 @@ def _unit_bytes(model: Model, layout: Layout, precision: Precision) -> float:
 def gathered_parameters(model: Model, reshard: bool) -> int:
     """Return how many parameters are gathered at one time: the unit in use, the next one and those in no unit; or all.
 
-    Example:
+    Examples:
         >>> model = Model(100, 100, 100, largest_unit=20, outside_units=10)
         >>> gathered_parameters(model, reshard=True), gathered_parameters(model, reshard=False)
         (50, 100)
@@ -357,7 +357,7 @@ class Collective:
     def sent(self) -> float:
         """Bytes that each rank sends in a ring; an all-reduce goes around twice.
 
-        Example:
+        Examples:
             >>> Collective("all-reduce", "gradients", bytes=400, ranks=4).sent
             600.0
         """
@@ -372,7 +372,7 @@ class Collective:
     def seconds(self, cluster: Cluster) -> float:
         """Return how long the calls take, one after the other.
 
-        Example:
+        Examples:
             >>> one_card = Cluster(devices=8, nodes=2, bandwidth=40, latency=0)
             >>> Collective("all-reduce", "gradients", bytes=32e9, ranks=16, crosses=True).seconds(one_card)  # 60 / 40
             1.5
@@ -392,7 +392,7 @@ def collectives(
         cluster: The devices.
         tokens: In one device's batch: rows that the split layers see.
 
-    Example:
+    Examples:
         >>> one = Model(1, 1, 1, 1)
         >>> for each in collectives(one, Layout(shard=4), PRECISIONS["bf16-mixed"], Cluster(4)):
         ...     print(each.kind, each.bytes)
@@ -465,7 +465,7 @@ def compute_seconds(parameters: int, tokens: int, tflops: float, mfu: float = MF
         tflops: The device's peak in the precision that is multiplied in.
         mfu: Share of it that is reached.
 
-    Example:
+    Examples:
         >>> round(compute_seconds(8 * 10**9, 16384, 989), 2)
         1.99
     """
@@ -481,7 +481,7 @@ def overlapped_seconds(compute: float, hidden: float, waiting: float, cluster: C
         waiting: W, seconds of communication that the computation waits for.
         cluster: Overlap and jitter.
 
-    Example:
+    Examples:
         >>> round(overlapped_seconds(1.99, 1.5, 0.0, Cluster(8)), 2)
         2.29
     """
@@ -498,7 +498,7 @@ def efficiency(compute: float, step: float, data: int, devices: int) -> float:
         data: Different batches in a step.
         devices: Number of devices.
 
-    Example:
+    Examples:
         >>> efficiency(1.0, 1.25, data=8, devices=8), efficiency(1.0, 0.5, data=2, devices=8)
         (0.8, 0.5)
     """

@@ -12,6 +12,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import _compress_
 from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
+from lightning_optim.checks import check_choice, check_flags
 from lightning_optim.strategies.common import (
     check_batchnorm_sync,
     checked_timeout,
@@ -67,8 +68,9 @@ class OptimDDP(DDPStrategy):
         timeout_s: float = 600.0,
         process_group_backend: str | None = None,
     ) -> None:
-        if compress != "none" and compress not in COMPRESSED:
-            raise ValueError(f"`compress` must be 'none', {', '.join(map(repr, COMPRESSED))}, got {compress!r}.")
+        check_choice("compress", compress, ("none", *COMPRESSED))
+        check_flags(static_graph=static_graph, find_unused_parameters=find_unused_parameters)
+        check_flags(broadcast_buffers=broadcast_buffers, gradient_as_bucket_view=gradient_as_bucket_view)
         super().__init__(
             timeout=checked_timeout(timeout_s),
             start_method=start_method,

@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint as recomputed
 from typing_extensions import override
 
+from lightning_optim.checks import check_choice, check_flags, listed
 from lightning_optim.sharding import is_dtensor, is_sharded, local, reshard
 from lightning_optim.strategies import gradients
 from lightning_optim.strategies.common import (
@@ -112,9 +113,11 @@ class OptimFSDP2(ModelParallelStrategy):
             timeout=checked_timeout(timeout_s),
             process_group_backend=process_group_backend,
         )
-        _check_choice("reduce_dtype", reduce_dtype, ("float32", "bfloat16"))
-        _check_choice("checkpoint", checkpoint, ("auto", "full", "sharded"))
-        self.units = units if isinstance(units, str) else list(units)
+        check_choice("reduce_dtype", reduce_dtype, ("float32", "bfloat16"))
+        check_choice("checkpoint", checkpoint, ("auto", "full", "sharded"))
+        check_flags(reshard=reshard, shard=shard, accumulate_unsharded=accumulate_unsharded)
+        check_flags(activation_checkpointing=activation_checkpointing)
+        self.units = units if isinstance(units, str) else listed("units", units, "names of layer classes")
         self.reshard = reshard
         self.replicate = _checked_size("replicate", replicate, "nodes")
         self.tensor = _checked_size("tensor", tensor, "node")
@@ -440,11 +443,6 @@ def _has_parameters_left(unit: nn.Module) -> bool:
 
 def _is_only_split(parameter: Tensor) -> bool:
     return is_dtensor(parameter) and parameter.device_mesh.mesh_dim_names == ("tensor_parallel",)
-
-
-def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}.")
 
 
 def _checked_size(name: str, value: Any, word: str) -> Any:

@@ -324,7 +324,7 @@ def saved_bytes(module: nn.Module, example_inputs: Any, *, batch_size: int, prec
         batch_size: Rows that the inputs are cut (or repeated) to.
         precision: The Trainer's. On a CPU autocast keeps a few more operations in float32 than on a GPU.
 
-    Example:
+    Examples:
         >>> net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
         >>> saved_bytes(net, torch.zeros(1, 8), batch_size=10)  # 4 B * 10 * (8 inputs + 16 outputs of the ReLU)
         960

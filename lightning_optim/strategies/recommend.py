@@ -382,7 +382,7 @@ def recommend(
         ValueError: If an argument is out of range or unknown, the memory or the optimizer is not known, or the module
             has nothing to train.
 
-    Example:
+    Examples:
         >>> found = recommend(8_000_000_000, devices=8, memory_gb=80, batch_size=2, tokens_per_sample=8192)
         >>> found.best.preset, f"{found.best.efficiency:.0%}"
         ('optim_fsdp', '98%')
@@ -390,7 +390,7 @@ def recommend(
     _check(devices=devices, nodes=nodes, batch_size=batch_size, tokens_per_sample=tokens_per_sample)
     _check(memory_gb=memory_gb, bandwidth=bandwidth, node_bandwidth=node_bandwidth, step_seconds=step_seconds, mfu=mfu)
     _check(reached=reached, activation_bytes=activation_bytes, replicate=replicate, split_share=split_share)
-    _check_arguments(module_or_parameter_count, precision, reached, split_share, activation_bytes, example_inputs)
+    _check_arguments(module_or_parameter_count, precision, reached, mfu, split_share, activation_bytes, example_inputs)
     subject = module_or_parameter_count
     weight = PRECISIONS[precision].weight
     model = read_module(subject) if isinstance(subject, nn.Module) else of_a_count(subject, split_share)
@@ -426,7 +426,7 @@ def _check(**values: float | None) -> None:
     """Check that numbers are positive, and those that count things whole."""
     whole = ("devices", "nodes", "batch_size", "tokens_per_sample", "replicate")
     for name, value in values.items():
-        if value is None:
+        if value is None and name not in ("devices", "nodes", "batch_size", "mfu", "reached"):
             continue
         kinds, words = (int, "a whole number of at least 1") if name in whole else ((int, float), "a number above 0")
         if isinstance(value, bool) or not isinstance(value, kinds) or not math.isfinite(value) or value <= 0:
@@ -437,14 +437,16 @@ def _check_arguments(
     subject: nn.Module | int,
     precision: str,
     reached: float,
+    mfu: float,
     split_share: float | None,
     activation_bytes: float | None,
     example_inputs: Any,
 ) -> None:
     if precision not in PRECISIONS:
         raise ValueError(f"`precision` must be one of {', '.join(PRECISIONS)}, got {precision!r}.")
-    if reached > 1 or (split_share or 0) > 1:
-        raise ValueError(f"`reached` and `split_share` are fractions in (0, 1], got {reached} and {split_share}.")
+    for name, given in (("reached", reached), ("mfu", mfu), ("split_share", split_share)):
+        if given is not None and given > 1:
+            raise ValueError(f"`{name}` is a fraction in (0, 1], got {given}.")
     if not isinstance(subject, nn.Module):
         if isinstance(subject, bool) or not isinstance(subject, int) or subject < 1:
             raise ValueError(f"expected a module, or a number of parameters of at least 1, got {subject!r}.")

@@ -46,7 +46,7 @@ def smallest_ratio(fraction_at: Callable[[float], float], due: float) -> tuple[f
     Returns:
         The ratio and the fraction it leaves; the largest ratio that is tried when none is enough.
 
-    Example:
+    Examples:
         >>> smallest_ratio(lambda ratio: (1 - ratio) ** 2, 0.25)
         (0.50468..., 0.24533...)
     """

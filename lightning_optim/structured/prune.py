@@ -99,7 +99,7 @@ def prune_channels(
         ValueError: If nothing can be removed, the model cannot be traced, or a word is out of range.
         RuntimeError: If the check finds that the removal as a whole would do damage.
 
-    Example:
+    Examples:
         >>> import torch
         >>> net = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 4))
         >>> report = prune_channels(net, torch.zeros(1, 8), pruning_ratio=0.75)

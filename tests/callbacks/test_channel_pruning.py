@@ -454,7 +454,7 @@ def test_a_failed_event_leaves_the_model_as_it_was(tmp_path, monkeypatch):
         ({"reduction": "median"}, ValueError, "'mean', 'sum' or 'max'"),
         ({"round_to": 0}, ValueError, "`round_to`"),
         ({"events": 0}, ValueError, "`events`"),
-        ({"optimizer_state": "keep"}, ValueError, "'slice' or 'reset'"),
+        ({"optimizer_state": "keep"}, ValueError, "one of 'slice', 'reset'"),
         ({"schedule": "square"}, ValueError, "unknown schedule"),
     ],
 )
@@ -560,10 +560,10 @@ def test_a_goal_is_reached_and_not_passed_by_more_than_one_event(tmp_path, figur
 
 
 def test_a_goal_in_latency_is_measured(tmp_path):
-    module = new(width=512)
-    cut = ChannelPruning(target={"latency": 0.6}, start=2, end=0.8, events=2, strict=False)
+    module = new(width=1024)
+    cut = ChannelPruning(target={"latency": 0.7}, start=2, end=0.8, events=2, strict=False)
     fit(tmp_path, module, cut, max_epochs=2)
-    assert sum(widths(module)[:2]) < 1024
+    assert sum(widths(module)[:2]) < 2048
     assert_same_state(module.state_dict(), module.state_dict())
 
 

@@ -1,6 +1,6 @@
 """What is known to work under which strategy and precision: the one table that tests run and documentation shows.
 
-``python tests/integration/matrix.py`` writes it into README.md and docs/strategies.md; a test compares.
+``python tests/integration/matrix.py`` writes it into docs/support.md and docs/strategies.md; a test compares.
 """
 
 import sys
@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from lightning_optim.strategies import OptimFSDP2, build
 
 ROOT = Path(__file__).parents[2]
-FILES = (ROOT / "README.md", ROOT / "docs" / "strategies.md")
+FILES = (ROOT / "docs" / "support.md", ROOT / "docs" / "strategies.md")
 BEGIN, END = "<!-- support table: begin -->", "<!-- support table: end -->"
 
 

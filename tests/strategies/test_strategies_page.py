@@ -31,7 +31,7 @@ def test_the_page_shows_the_presets_as_they_are():
     assert text == with_table(text), "run: python tests/strategies/test_strategies_page.py"
 
 
-@pytest.mark.parametrize("file", ["README.md", "docs/strategies.md"])
+@pytest.mark.parametrize("file", ["docs/support.md", "docs/strategies.md"])
 def test_the_support_table_has_its_place(file):
     text = (ROOT / file).read_text(encoding="utf-8")
     assert [text.count(mark) for mark in SUPPORT] == [1, 1]
