@@ -1,6 +1,7 @@
 """Accuracy and speed of digit readers that lose half of their channels: gradually, at once, at random, over seeds.
 
-The task and the training of ``examples/digits.py``: every row from scratch in the same way. Needs the extra ``onnx``.
+The net and the data of ``lightning_optim.demo``: every row is trained from scratch in the same way. Needs the extra
+``onnx``.
 
     python benchmarks/channels_digits.py --output benchmarks/channels_digits_cpu_2026-11-24.md
 """
@@ -8,7 +9,6 @@ The task and the training of ``examples/digits.py``: every row from scratch in t
 import argparse
 import io
 import platform
-import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -18,25 +18,23 @@ from statistics import fmean, mean, stdev
 import lightning
 import onnxruntime
 import torch
+from digits_runs import EPOCHS, SMALL_WIDTH, THREADS, Run, splits, train
+from quiet import prepare
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-
-from digits import EPOCHS, RUNS, SMALL_WIDTH, THREADS, Run, load_splits, train
 from lightning_optim import ChannelPruning, measure_latency
 from lightning_optim.measure.macs import count_macs
-from reporting import prepare
 
 BATCHES = (1, 32)
 WARM_UP, PAIRS = 20, 300
 ROWS = (
-    RUNS[0],
-    Run("50 %, gradual (8 events)", "pruned", lambda: ChannelPruning(0.5, events=8)),
-    Run("50 %, gradual, of each layer", "pruned", lambda: ChannelPruning(0.5, events=8, scope="layer")),
-    Run("50 %, one shot early (10 %)", "pruned", lambda: ChannelPruning(0.5, start=0.1, end=0.1)),
-    Run("50 %, one shot late (90 %)", "pruned", lambda: ChannelPruning(0.5, start=0.9, end=0.9)),
-    Run("50 %, gradual, at random", "control", lambda: ChannelPruning(0.5, events=8, criterion="random")),
-    Run("small from scratch", "control", width=SMALL_WIDTH),
+    Run("dense"),
+    Run("50 %, gradual (8 events)", lambda: ChannelPruning(0.5, events=8)),
+    Run("50 %, gradual, of each layer", lambda: ChannelPruning(0.5, events=8, scope="layer")),
+    Run("50 %, one shot early (10 %)", lambda: ChannelPruning(0.5, start=0.1, end=0.1)),
+    Run("50 %, one shot late (90 %)", lambda: ChannelPruning(0.5, start=0.9, end=0.9)),
+    Run("50 %, gradual, at random", lambda: ChannelPruning(0.5, events=8, criterion="random")),
+    Run("small from scratch", width=SMALL_WIDTH),
 )
 
 
@@ -96,21 +94,20 @@ def spread(values: list[float], form: str) -> str:
 
 def row_of(run: Run, seeds: int, dense: list[nn.Module]) -> str:
     """Train a row with every seed and measure it; the first row's models are what the others are compared with."""
-    splits = load_splits()
-    images = splits.test[: max(BATCHES)][0]
+    images = splits()["test"][: max(BATCHES)][0]
     accuracies, parameters, macs, ratios = [], [], [], []
     for seed in range(seeds):
-        model, _, facts = train(run, splits, epochs=EPOCHS, seed=seed)
+        model, accuracy = train(run, seed=seed)
         net = bare(model)
         if len(dense) <= seed:
-            dense.append(bare(train(run, splits, epochs=EPOCHS, seed=seed)[0]))  # not itself: its weights are in cache
-        accuracies.append(100 * float(facts["accuracy"]))
+            dense.append(bare(train(run, seed=seed)[0]))  # not itself: its weights are in cache
+        accuracies.append(100 * accuracy)
         parameters.append(float(sum(p.numel() for p in net.parameters())))
         macs.append(float(count_macs(net, images[:1])))
         ratios.append(speed(net, dense[seed], images))
-    accuracy = f"{mean(accuracies):.2f} ± {stdev(accuracies):.2f} | {', '.join(f'{a:.2f}' for a in accuracies)}"
+    spread_of_seeds = f"{mean(accuracies):.2f} ± {stdev(accuracies):.2f} | {', '.join(f'{a:.2f}' for a in accuracies)}"
     speeds = " | ".join(f"{mean(each):.2f} ({min(each):.2f}-{max(each):.2f})" for each in zip(*ratios, strict=True))
-    return f"| {run.name} | {spread(parameters, ',.0f')} | {spread(macs, ',.0f')} | {accuracy} | {speeds} |"
+    return f"| {run.name} | {spread(parameters, ',.0f')} | {spread(macs, ',.0f')} | {spread_of_seeds} | {speeds} |"
 
 
 def introduction(seeds: int) -> str:
@@ -136,7 +133,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--output", type=Path, help="a file for what is printed at the end")
     words = parser.parse_args()
-    prepare(threads=THREADS, verbose=False)
+    prepare(threads=THREADS)
     columns = ["", "parameters", "MACs", "test accuracy", "each seed"]
     columns += [f"{where}, batch {batch}" for batch in BATCHES for where in ("torch", "ONNX Runtime")]
     lines = [introduction(words.seeds), f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]

@@ -1,40 +1,37 @@
 """Accuracy of pruned digit readers: schedules, scopes and the random control, over seeds.
 
-The task and the training of ``examples/digits.py``: every row from scratch in the same way.
+The net and the data of ``lightning_optim.demo``: every row is trained from scratch in the same way.
 
     python benchmarks/digits.py --output benchmarks/digits_cpu_2026-11-24.md
 """
 
 import argparse
 import platform
-import sys
 from pathlib import Path
 from statistics import mean, stdev
 
 import lightning
 import torch
+from digits_runs import EPOCHS, THREADS, Run, train
+from quiet import prepare
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-
-from digits import EPOCHS, RUNS, THREADS, Run, load_splits, train
 from lightning_optim import WeightPruning
-from reporting import prepare
 
 EVENTS = {"every_n_steps": 10}
 ROWS = (
-    RUNS[0],
-    *(Run(f"cubic, global, {s:.0%}", "pruned", lambda s=s: WeightPruning(s, **EVENTS)) for s in (0.8, 0.9, 0.95)),
-    Run("2:4", "pruned", lambda: WeightPruning(granularity="2:4", **EVENTS)),
-    Run("cubic, per layer, 90%", "pruned", lambda: WeightPruning(0.9, scope="layer", **EVENTS)),
-    Run("cubic, per layer, 95%", "pruned", lambda: WeightPruning(0.95, scope="layer", **EVENTS)),
+    Run("dense"),
+    *(Run(f"cubic, global, {s:.0%}", lambda s=s: WeightPruning(s, **EVENTS)) for s in (0.8, 0.9, 0.95)),
+    Run("2:4", lambda: WeightPruning(granularity="2:4", **EVENTS)),
+    Run("cubic, per layer, 90%", lambda: WeightPruning(0.9, scope="layer", **EVENTS)),
+    Run("cubic, per layer, 95%", lambda: WeightPruning(0.95, scope="layer", **EVENTS)),
     *(
-        Run(f"cubic, global, 95%, {name}", "pruned", lambda name=name: WeightPruning(0.95, criterion=name, **EVENTS))
+        Run(f"cubic, global, 95%, {name}", lambda name=name: WeightPruning(0.95, criterion=name, **EVENTS))
         for name in ("lamp", "taylor", "wanda")
     ),
-    Run("one shot early (10 %), 90%", "pruned", lambda: WeightPruning(0.9, start=0.1, end=0.1)),
-    Run("one shot late (90 %), 90%", "pruned", lambda: WeightPruning(0.9, start=0.9, end=0.9)),
+    Run("one shot early (10 %), 90%", lambda: WeightPruning(0.9, start=0.1, end=0.1)),
+    Run("one shot late (90 %), 90%", lambda: WeightPruning(0.9, start=0.9, end=0.9)),
     *(
-        Run(f"random, global, {s:.0%}", "control", lambda s=s: WeightPruning(s, criterion="random", **EVENTS))
+        Run(f"random, global, {s:.0%}", lambda s=s: WeightPruning(s, criterion="random", **EVENTS))
         for s in (0.8, 0.9, 0.95)
     ),
 )
@@ -45,8 +42,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--output", type=Path, required=True, help="the Markdown file to write")
     words = parser.parse_args()
-    prepare(threads=THREADS, verbose=False)
-    splits = load_splits()
+    prepare(threads=THREADS)
     lines = [
         f"""# Pruned digit readers
 
@@ -59,9 +55,7 @@ accuracy in percent, mean ± standard deviation over {words.seeds} seeds. Differ
         "| | test accuracy | each seed |\n|---|---|---|",
     ]
     for row in ROWS:
-        found = [
-            100 * float(train(row, splits, epochs=EPOCHS, seed=seed)[2]["accuracy"]) for seed in range(words.seeds)
-        ]
+        found = [100 * train(row, seed=seed)[1] for seed in range(words.seeds)]
         each = ", ".join(f"{value:.2f}" for value in found)
         lines.append(f"| {row.name} | {mean(found):.2f} ± {stdev(found):.2f} | {each} |")
     words.output.write_text("\n".join([*lines, ""]))

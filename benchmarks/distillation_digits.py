@@ -9,7 +9,6 @@ Losses of logits stand at weight .9 beside cross-entropy at .1, with their defau
 
 import argparse
 import platform
-import sys
 import warnings
 from collections import defaultdict
 from pathlib import Path
@@ -18,15 +17,14 @@ from statistics import mean, stdev
 import lightning
 import lightning.pytorch as pl
 import torch
+from digits_runs import BATCH_SIZE, TEST_IMAGES, THREADS, Scans, splits
+from quiet import prepare
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-
-from digits import BATCH_SIZE, TEST_IMAGES, THREADS, DigitsNet, Splits, load_splits
+from lightning_optim.demo import DigitsNet
 from lightning_optim.distillation import DistillationModule
 from lightning_optim.functional.losses import FEATURE_LOSSES, LOSSES
-from reporting import prepare
 
 TEACHER_WIDTH, STUDENT_WIDTH = 26, 3
 STEPS = 400
@@ -57,23 +55,23 @@ def new(width: int, seed: int) -> DigitsNet:
     return DigitsNet(width)
 
 
-def accuracy(model: nn.Module, splits: Splits) -> float:
-    images, labels = splits.test[:]
+def accuracy(model: nn.Module, scans: Scans) -> float:
+    images, labels = scans["test"][:]
     with torch.no_grad():
         return float((model.eval()(images).argmax(1) == labels).float().mean())
 
 
-def rows_of(labelled: TensorDataset, everything: TensorDataset, seed: int, splits: Splits) -> dict[str, float]:
+def rows_of(labelled: TensorDataset, everything: TensorDataset, seed: int, scans: Scans) -> dict[str, float]:
     """Train all rows on some labels and some images."""
     teacher = new(TEACHER_WIDTH, seed)
     run(teacher, labelled, seed)
-    found = {"teacher": accuracy(teacher, splits)}
+    found = {"teacher": accuracy(teacher, scans)}
 
     def student(name: str, data: TensorDataset, **words: object) -> None:
         model = new(STUDENT_WIDTH, seed)
         module = DistillationModule(model, teacher, **words) if words else model
         run(module, data, seed)
-        found[name] = accuracy(model, splits)
+        found[name] = accuracy(model, scans)
 
     student("cross-entropy (control)", labelled)
     student("label smoothing (control)", labelled, loss="label_smoothing", alpha=1.0, temperature=None)
@@ -87,14 +85,14 @@ def rows_of(labelled: TensorDataset, everything: TensorDataset, seed: int, split
     return found
 
 
-def settings(splits: Splits, seed: int) -> dict[str, tuple[TensorDataset, TensorDataset]]:
-    images, labels = splits.train[:]
+def settings(scans: Scans, seed: int) -> dict[str, tuple[TensorDataset, TensorDataset]]:
+    images, labels = scans["train"][:]
     chosen = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))[:LABELS]
     hidden = torch.full_like(labels, IGNORED)
     hidden[chosen] = labels[chosen]
     few = TensorDataset(images[chosen], labels[chosen])
     return {
-        f"all {len(labels)} labels": (splits.train, splits.train),
+        f"all {len(labels)} labels": (scans["train"], scans["train"]),
         f"{LABELS} labels, the other images without": (few, TensorDataset(images, hidden)),
     }
 
@@ -110,14 +108,14 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="file for the table; default the terminal")
     words = parser.parse_args()
     warnings.simplefilter("ignore")
-    prepare(threads=THREADS, verbose=False)
-    splits = load_splits()
+    prepare(threads=THREADS)
+    scans = splits()
     found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for seed in range(words.seeds):
-        for setting, (labelled, everything) in settings(splits, seed).items():
-            for row, value in rows_of(labelled, everything, seed, splits).items():
+        for setting, (labelled, everything) in settings(scans, seed).items():
+            for row, value in rows_of(labelled, everything, seed, scans).items():
                 found[row][setting].append(value)
-    names = list(settings(splits, 0))
+    names = list(settings(scans, 0))
     sizes = [sum(p.numel() for p in DigitsNet(width).parameters()) for width in (TEACHER_WIDTH, STUDENT_WIDTH)]
     lines = [
         "# A teacher for a small digit reader\n",

@@ -1,7 +1,7 @@
 """Does the large two-tower recommender teach the small one? Online Retail, next basket, over seeds.
 
-The task and the training of ``examples/recommender.py``, up to the test cut. The control is the small tower from
-scratch: as many epochs, the same weights at the start, the same batches.
+The task and the training of ``examples/recommender.py``, up to the test cut; of the recipe the teacher alone. The
+control is the small tower from scratch: as many epochs, the same weights at the start, the same batches.
 
     python benchmarks/distillation_recommender.py --data PATH --output benchmarks/distillation_recommender_cpu_DATE.md
 """
@@ -19,11 +19,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
-from online_retail import find_file, merge_repeats, purchases, read_transactions
-from recommender import EPOCHS, LARGE, SMALL, TEST, THREADS, Run, fit, judge
-from recommender_data import build_task
-from reporting import prepare
+from chain import prepare
+from lightning_optim import Recipe
+from recommender import LARGE, THREADS, TRAINER, Tower, fit, judge
+from recommender_data import RetailData
 
+SMALL = Tower(64, (128,), 1.5e-3)
+TAUGHT = Recipe(distillation={"alpha": 0.5, "temperature": 1.0})
 METRICS = {"recall": "recall", "ndcg": "NDCG", "new_recall": "recall, new", "new_ndcg": "NDCG, new"}
 
 
@@ -35,15 +37,15 @@ def main() -> None:
     words = parser.parse_args()
     warnings.simplefilter("ignore")
     prepare(threads=THREADS, verbose=False)
-    task = build_task(merge_repeats(purchases(read_transactions(find_file(words.data)))), *TEST)
+    task = RetailData(words.data).task
     found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for seed in range(words.seeds):
-        large = fit(Run("large", "dense", LARGE), task, [], seed=seed, validate=False)
-        small = Run("small", "dense", SMALL)
+        data = RetailData(words.data, seed=seed)
+        large = fit(LARGE, data)
         towers = {
             "large (teacher)": large,
-            "small, from scratch (control)": fit(small, task, [], seed=seed, validate=False),
-            "small, taught by large": fit(small, task, [], seed=seed, validate=False, teacher=large),
+            "small, from scratch (control)": fit(SMALL, data),
+            "small, taught by large": fit(SMALL, data, TAUGHT, large),
         }
         for name, tower in towers.items():
             for metric, value in judge(tower, task).items():
@@ -56,8 +58,8 @@ def main() -> None:
         f"`python benchmarks/distillation_recommender.py --data PATH --seeds {words.seeds}`",
         "",
         f"Online Retail, next basket, metrics at 20 on {len(task.evaluation):,} test customers, {words.seeds} seeds, "
-        f"mean ± standard deviation. Large {sizes[0]:,} parameters, small {sizes[1]:,}; {EPOCHS} epochs. kd with T = 1 "
-        "at weight .5.",
+        f"mean ± standard deviation. Large {sizes[0]:,} parameters, small {sizes[1]:,}; "
+        f"{TRAINER['max_epochs']} epochs. kd with T = 1 at weight .5.",
         "",
         f"| | {' | '.join(METRICS.values())} |",
         f"| --- |{' --- |' * len(METRICS)}",

@@ -11,7 +11,6 @@ integer model is exported and scored again in ONNX Runtime. Needs the extra ``on
 import argparse
 import copy
 import platform
-import sys
 import tempfile
 import warnings
 from collections import defaultdict
@@ -22,13 +21,12 @@ import lightning
 import lightning.pytorch as pl
 import onnxruntime
 import torch
+from digits_runs import BATCH_SIZE, EPOCHS, TEST_IMAGES, THREADS, Run, Scans, splits, train
+from quiet import prepare
 from torch.utils.data import DataLoader
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-
-from digits import BATCH_SIZE, EPOCHS, TEST_IMAGES, THREADS, DigitsNet, Run, Splits, load_splits, train
 from lightning_optim import ExportReport, QuantizationAwareTraining, export_onnx, quantize_post_training
-from reporting import prepare
+from lightning_optim.demo import DigitsNet
 
 BITS = (8, 4, 3)
 MORE_EPOCHS = 5
@@ -47,7 +45,7 @@ def aware(bits: int, **words: float) -> QuantizationAwareTraining:
     return QuantizationAwareTraining(weight_bits=bits, **words)
 
 
-def further(model: DigitsNet, splits: Splits, callbacks: list[pl.Callback], seed: int) -> DigitsNet:
+def further(model: DigitsNet, data: Scans, callbacks: list[pl.Callback], seed: int) -> DigitsNet:
     """Train a copy for some more epochs at a lower rate; the last epoch's weights are taken."""
     pl.seed_everything(seed, verbose=False)
     model = copy.deepcopy(model)
@@ -62,19 +60,19 @@ def further(model: DigitsNet, splits: Splits, callbacks: list[pl.Callback], seed
         enable_progress_bar=False,
     )
     shuffled = torch.Generator().manual_seed(100 + seed)
-    trainer.fit(model, DataLoader(splits.train, BATCH_SIZE, shuffle=True, generator=shuffled))
+    trainer.fit(model, DataLoader(data["train"], BATCH_SIZE, shuffle=True, generator=shuffled))
     return model
 
 
-def after(model: DigitsNet, splits: Splits, bits: int, seed: int) -> DigitsNet:
+def after(model: DigitsNet, data: Scans, bits: int, seed: int) -> DigitsNet:
     """Quantize a copy from 8 batches of training images."""
     shuffled = torch.Generator().manual_seed(seed)
-    loader = DataLoader(splits.train, BATCH_SIZE, shuffle=True, generator=shuffled)
+    loader = DataLoader(data["train"], BATCH_SIZE, shuffle=True, generator=shuffled)
     return quantize_post_training(copy.deepcopy(model), loader, weight_bits=bits, batches=8, progress_bar=False)
 
 
-def accuracy(model: DigitsNet, splits: Splits) -> float:
-    images, labels = splits.test[:TEST_IMAGES]
+def accuracy(model: DigitsNet, data: Scans) -> float:
+    images, labels = data["test"][:TEST_IMAGES]
     with torch.no_grad():
         return float((model.eval()(images).argmax(1) == labels).float().mean())
 
@@ -82,18 +80,18 @@ def accuracy(model: DigitsNet, splits: Splits) -> float:
 class Scores:
     """Accuracies by row, in torch and in ONNX Runtime."""
 
-    def __init__(self, splits: Splits, folder: str) -> None:
-        self.splits, self.folder = splits, folder
+    def __init__(self, data: Scans, folder: str) -> None:
+        self.data, self.folder = data, folder
         self.torch: dict[str, list[float]] = defaultdict(list)
         self.runtime: dict[str, list[float]] = defaultdict(list)
         self.agreement: list[float] = []
         self.reports: dict[str, ExportReport] = {}
 
     def add(self, row: str, model: DigitsNet, *, export: bool = True) -> None:
-        self.torch[row].append(accuracy(model, self.splits))
+        self.torch[row].append(accuracy(model, self.data))
         if not export:
             return
-        images, labels = self.splits.test[:TEST_IMAGES]
+        images, labels = self.data["test"][:TEST_IMAGES]
         path = Path(self.folder) / "model.onnx"
         report = export_onnx(model, path, images[:32], inputs=images, least_agreement=0.0)
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
@@ -118,21 +116,21 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="file for the tables; default the terminal")
     words = parser.parse_args()
     warnings.simplefilter("ignore")
-    prepare(threads=THREADS, verbose=False)
-    splits = load_splits()
+    prepare(threads=THREADS)
+    scans = splits()
     with tempfile.TemporaryDirectory() as folder:
-        scores = Scores(splits, folder)
+        scores = Scores(scans, folder)
         for seed in range(words.seeds):
-            dense, _, _ = train(Run("float", "dense"), splits, epochs=EPOCHS, seed=seed)
+            dense, _ = train(Run("float"), seed=seed)
             scores.add("float", dense, export=False)
-            longer = further(dense, splits, [], seed)
+            longer = further(dense, scans, [], seed)
             scores.add("float, then 5 epochs in float (control)", longer, export=False)
             for bits in BITS:
-                scores.add(f"w{bits}a8, after training", after(dense, splits, bits, seed))
-                run = Run("QAT", "pruned", lambda bits=bits: aware(bits))
-                scores.add(f"w{bits}a8, QAT", train(run, splits, epochs=EPOCHS, seed=seed)[0])
-                scores.add(f"w{bits}a8, the control, then after training", after(longer, splits, bits, seed))
-                within = further(dense, splits, [aware(bits, start=0, freeze=0.8)], seed)
+                scores.add(f"w{bits}a8, after training", after(dense, scans, bits, seed))
+                run = Run("QAT", lambda bits=bits: aware(bits))
+                scores.add(f"w{bits}a8, QAT", train(run, seed=seed)[0])
+                scores.add(f"w{bits}a8, the control, then after training", after(longer, scans, bits, seed))
+                within = further(dense, scans, [aware(bits, start=0, freeze=0.8)], seed)
                 scores.add(f"w{bits}a8, QAT in 5 epochs", within)
     text = render(scores, words.seeds)
     print(text)

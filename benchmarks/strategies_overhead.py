@@ -47,7 +47,7 @@ from lightning_optim.strategies.units import find_units
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
-from recommender import BATCH_SIZE, SMALL
+from recommender import Tower
 from recommender_data import TEST, Task, build_task, loader
 from synthetic_retail import generate_purchases
 
@@ -56,6 +56,7 @@ SKIPPED = 6
 SHORT = 6
 """As many rounds more for the recommender, whose steps are short."""
 GPT_BATCH, GPT_LENGTH = 16, 64
+SMALL, BATCH_SIZE = Tower(64, (128,), 1.5e-3), 64
 EVENTS, EVERY = 12, 2
 
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from word_pieces import PADDING, UNKNOWN, VECTOR_LENGTH
+from word_pieces import PADDING, UNKNOWN, VECTOR_LENGTH, narrow
 
 __all__ = ["IntentsNet", "MessagePieces", "SimilarLengths", "loader"]
 
@@ -39,6 +39,8 @@ class IntentsNet(pl.LightningModule):
         label_smoothing: Probability that the loss spreads evenly over all intents.
         learning_rate: Of AdamW.
         embedding_rate: How much faster the embedding learns; one that begins at random needs it.
+        vectors: File of a tensor ``[pieces, any width]`` that the embedding begins with (its first principal components
+            where it is wider). Not a hyperparameter: a checkpoint loads without it.
     """
 
     def __init__(
@@ -54,9 +56,10 @@ class IntentsNet(pl.LightningModule):
         label_smoothing: float = 0.05,
         learning_rate: float = 3e-3,
         embedding_rate: float = 3.0,
+        vectors: str | None = None,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters()
+        self.save_hyperparameters(ignore="vectors")
         self.embedding = nn.Embedding(pieces, width, padding_idx=PADDING)
         self.convolution = nn.Conv1d(width, channels, 3, padding=1)
         self.hidden = nn.Linear(channels, hidden)
@@ -64,12 +67,8 @@ class IntentsNet(pl.LightningModule):
         self.dropout = nn.Dropout(dropout)
         nn.init.normal_(self.embedding.weight, std=VECTOR_LENGTH / width**0.5)
         with torch.no_grad():
-            self.embedding.weight[PADDING] = 0
-
-    def start_from(self, vectors: Tensor) -> None:
-        """Begin with known vectors ``[pieces, width]`` in the embedding."""
-        with torch.no_grad():
-            self.embedding.weight.copy_(vectors)
+            if vectors is not None:
+                self.embedding.weight.copy_(narrow(torch.load(vectors), width))
             self.embedding.weight[PADDING] = 0
 
     def forward(self, pieces: Tensor) -> Tensor:

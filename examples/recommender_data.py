@@ -5,17 +5,24 @@ Works on any table of purchases with the columns ``customer``, ``invoice``, ``it
 """
 
 from dataclasses import dataclass
+from functools import cache
 
+import lightning.pytorch as pl
 import numpy as np
 import pandas as pd
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from online_retail import find_file, merge_repeats, purchases, read_transactions
+from synthetic_retail import generate_purchases
+
 __all__ = [
+    "CUTS",
     "TEST",
     "VALIDATION",
     "Examples",
     "NextBasket",
+    "RetailData",
     "Task",
     "build_task",
     "history_before",
@@ -26,6 +33,7 @@ __all__ = [
 
 VALIDATION = (pd.Timestamp("2011-10-10"), pd.Timestamp("2011-11-09"))
 TEST = (pd.Timestamp("2011-11-09"), pd.Timestamp("2012-01-01"))
+CUTS = {"validation": VALIDATION, "test": TEST}
 MIN_INVOICES = 5  # an item with fewer invoices before the cut is not ranked
 HALF_LIFE_DAYS = 45.0
 POPULAR_DAYS = 30
@@ -314,3 +322,70 @@ def loader(
         generator=torch.Generator().manual_seed(seed),
         collate_fn=_as_made,
     )
+
+
+@cache
+def load_purchases(path: str | None, synthetic: bool, customers: int | None) -> pd.DataFrame:
+    """Return the real purchases or generated ones; of some customers, always the same, where a number is given."""
+    if synthetic:
+        return generate_purchases(customers=customers or 600)
+    rows = merge_repeats(purchases(read_transactions(find_file(path))))
+    if customers is None:
+        return rows
+    known = np.sort(rows["customer"].unique())
+    return rows[rows["customer"].isin(np.random.default_rng(0).choice(known, customers, replace=False))]
+
+
+@cache
+def load_task(path: str | None, cut: str, synthetic: bool, customers: int | None) -> Task:
+    """Return the task of a cut; what was read once is kept."""
+    return build_task(load_purchases(path, synthetic, customers), *CUTS[cut])
+
+
+class RetailData(pl.LightningDataModule):
+    """The baskets before a cut to train on; the customers after it to rank for.
+
+    Args:
+        path: The Online Retail file or its folder; ``None`` is where ``find_file`` looks.
+        cut: "test", or "validation": a month earlier, for whatever is to be chosen.
+        synthetic: Take a generated shop in place of the file.
+        customers: Take only this many, drawn at random; of the generated shop 600 where nothing is given.
+        batch_size: Baskets in a batch.
+        seed: Of shuffling and augmentation, which have generators of their own.
+    """
+
+    def __init__(
+        self,
+        path: str | None = None,
+        *,
+        cut: str = "test",
+        synthetic: bool = False,
+        customers: int | None = None,
+        batch_size: int = 64,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if cut not in CUTS:
+            raise ValueError(f"`cut` must be one of {', '.join(CUTS)}, got {cut!r}.")
+        self.source = (path, cut, synthetic, customers)
+        self.cut = cut
+        self.batch_size = batch_size
+        self.seed = seed
+
+    @property
+    def task(self) -> Task:
+        """What is to be learned and ranked; read when it is first asked for."""
+        return load_task(*self.source)
+
+    def setup(self, stage: str) -> None:
+        """Read the data before the Trainer asks for batches."""
+        load_task(*self.source)
+
+    def train_dataloader(self) -> DataLoader:
+        """Return the baskets before the cut, shuffled and augmented in the same way for the same seed."""
+        train, popularity = self.task.train, self.task.popularity
+        return loader(train, popularity, batch_size=self.batch_size, train=True, seed=self.seed)
+
+    def val_dataloader(self) -> DataLoader:
+        """Return the customers after the cut."""
+        return loader(self.task.evaluation, self.task.popularity, batch_size=self.batch_size)

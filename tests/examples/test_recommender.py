@@ -1,15 +1,34 @@
-"""Baskets, the batches made of them, the tower and the baselines, on tables small enough to check by hand."""
+"""Baskets, the tower and the baselines on tables small enough to check by hand; the whole chain on a made-up shop."""
+
+import runpy
+import sys
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+import yaml
 
+import recommender
+from chain import at_random, stages
+from lightning_optim import Recipe
+from lightning_optim.export.session import ExportedModel
 from ranking import ranking_metrics
 from recommender_baselines import BASELINES, buy_again, popularity
-from recommender_data import NextBasket, build_task, history_before, loader, positions, relevant_and_seen
+from recommender_data import (
+    NextBasket,
+    RetailData,
+    build_task,
+    history_before,
+    loader,
+    positions,
+    relevant_and_seen,
+)
 from recommender_model import RAGGED, Serving, TwoTower, padded
 from synthetic_retail import generate_purchases
+
+EXAMPLES = Path(recommender.__file__).parent
 
 CUT, END = pd.Timestamp("2011-03-01"), pd.Timestamp("2011-04-01")
 
@@ -217,3 +236,172 @@ def test_the_generated_shop_repeats_for_a_seed_and_has_its_structure():
     themes = (rows["item"].astype(int) // 20).groupby(rows["customer"]).nunique()
     assert themes.max() == 3
     assert rows.duplicated(["customer", "item"]).mean() > 0.35  # bought again
+
+
+# The recipe's stages.
+
+
+def test_every_stage_has_one_technique_more_in_the_windows_of_the_whole():
+    recipe = Recipe.load("recommender")
+    found = stages(recipe)
+    assert list(found) == ["distilled", "+ channels", "+ weights", "+ int8"]
+    assert [len(part.stages) for part in found.values()] == [0, 1, 2, 3]
+    assert found["+ int8"] == recipe
+    for part in found.values():
+        assert part.distillation == recipe.distillation
+        for technique in part.stages:
+            assert getattr(part, technique) == getattr(recipe, technique)
+
+
+def test_the_control_draws_channels_and_weights_by_lot_and_changes_nothing_else():
+    recipe = Recipe.load("recommender")
+    control = at_random(recipe)
+    assert control.channel_pruning == {**recipe.channel_pruning, "criterion": "random"}
+    assert control.weight_pruning == {**recipe.weight_pruning, "criterion": "random"}
+    assert (control.quantization, control.distillation) == (recipe.quantization, recipe.distillation)
+    assert at_random(Recipe(quantization=True)) == Recipe(quantization=True)
+
+
+# The job.
+
+
+@pytest.fixture(scope="module")
+def shop_report(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shop")
+    return recommender.main(["--synthetic", "--report", str(folder)]), folder
+
+
+def test_every_stage_is_in_the_table_with_its_controls_and_what_needs_no_net(shop_report):
+    report, folder = shop_report
+    kinds = {row["name"]: row["kind"] for row in report.rows}
+    assert [name for name, kind in kinds.items() if kind == "compressed"] == [
+        "distilled",
+        "+ channels",
+        "+ weights",
+        "+ int8",
+    ]
+    controls = ["small, from scratch", "the same, drawn at random", "its shape, from scratch"]
+    assert [name for name, kind in kinds.items() if kind == "control"] == controls
+    assert [name for name, kind in kinds.items() if kind == "baseline"] == list(BASELINES)
+    assert kinds["large"] == "dense"
+    for name in ("report.html", "report.md", "report.json", "recommender.onnx"):
+        assert (folder / name).stat().st_size > 1000
+    assert all(f"| {name} |" in (folder / "report.md").read_text(encoding="utf-8") for name in kinds)
+
+
+def test_every_technique_takes_from_the_model_what_its_name_says(shop_report):
+    report, _ = shop_report
+    large, scratch, taught, channels, weights, integers = report.rows[:6]
+    width, hidden = 96, 128
+    items = (scratch["parameters"] - 2 * width * hidden - hidden - 3 * width) // (2 * width + 1)
+
+    def parameters(width, hidden):  # tables, biases of the items, two matrices with their biases, the norm
+        return 2 * width * items + items + 2 * width * hidden + hidden + width + 2 * width
+
+    assert taught["parameters"] == scratch["parameters"] == parameters(width, hidden) < 0.1 * large["parameters"]
+    for row in (channels, weights, integers):
+        assert row["parameters"] == parameters(width // 2, hidden // 2)
+    selected = 2 * (width // 2) * (items + hidden // 2)
+    for row in (weights, integers):
+        assert row["nonzero"] == pytest.approx(channels["parameters"] - selected / 2, abs=hidden)
+    assert channels["nonzero"] > 0.99 * channels["parameters"]
+    assert large["onnx_bytes"] > taught["onnx_bytes"] > channels["onnx_bytes"] == weights["onnx_bytes"]
+    assert integers["onnx_bytes"] < 0.4 * weights["onnx_bytes"]
+    assert weights["bytes"] < 0.7 * channels["bytes"]
+    assert integers["bits"] < 0.3 * integers["parameters"]
+    assert [row["integer_kernels"] for row in (large, weights, integers)] == [0, 0, 3]
+    assert integers["kernels"] == 4  # float: the factors of the added terms
+    assert all(row["onnx_agreement"] >= 0.99 for row in report.rows[:8])
+    assert report["its shape, from scratch"]["parameters"] == integers["parameters"]
+
+
+def test_the_chain_keeps_what_was_learned_and_a_choice_by_lot_does_not(shop_report):
+    report, _ = shop_report
+    popular, deployed = report["popularity, last 30 days"], report["+ int8"]
+    for row in report.rows[:6]:
+        assert row["recall"] > 2 * popular["recall"]
+        assert row["new_recall"] > 5 * popular["new_recall"]
+    assert deployed["recall"] > report["large"]["recall"] - 0.02
+    assert deployed["new_recall"] == pytest.approx(report["+ weights"]["new_recall"], abs=0.03)
+    assert deployed["new_recall"] > report["the same, drawn at random"]["new_recall"] + 0.05
+    assert deployed["P"] < 0.5 * report["large"]["P"]
+
+
+def test_the_deployed_file_ranks_as_its_row_says(shop_report):
+    report, folder = shop_report
+    found = recommender.judge(ExportedModel(folder / "recommender.onnx"), RetailData(synthetic=True).task)
+    for metric in ("recall", "ndcg", "new_recall", "new_ndcg"):
+        assert found[metric] == pytest.approx(report["+ int8"][metric], abs=0.005)
+
+
+def test_rows_without_a_net_are_the_baselines(shop_report):
+    report, _ = shop_report
+    task = RetailData(synthetic=True).task
+    relevant, seen = relevant_and_seen(task.evaluation, len(task.items))
+    expected = ranking_metrics(torch.from_numpy(BASELINES["buy it again"](task)), relevant, seen)
+    assert {name: report["buy it again"][name] for name in expected} == pytest.approx(expected)
+
+
+def test_a_run_repeats_bit_for_bit(monkeypatch):
+    monkeypatch.setitem(recommender.TRAINER, "max_epochs", 1)
+    data, recipe = RetailData(synthetic=True), Recipe.load("recommender")
+    teacher = recommender.fit(recommender.SMALL, data)
+    first, second = (recommender.fit(recommender.SMALL, data, recipe, teacher).state_dict() for _ in range(2))
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+    assert first["mlp.0.weight"].shape == (64, 48)
+
+
+@pytest.mark.parametrize(
+    ("file", "part", "tower"),
+    [
+        ("recommender_teacher.yaml", "model", recommender.LARGE),
+        ("recommender.yaml", "teacher", recommender.LARGE),
+        ("recommender.yaml", "model", recommender.SMALL),
+    ],
+)
+def test_the_yaml_files_say_what_the_script_does(file, part, tower):
+    words = yaml.safe_load((EXAMPLES / file).read_text(encoding="utf-8"))
+    given = words[part]["init_args"]
+    assert (given["width"], tuple(given["hidden"]), given["learning_rate"]) == (
+        tower.width,
+        tower.hidden,
+        tower.learning_rate,
+    )
+    trainer = {name: value for name, value in words["trainer"].items() if name not in ("callbacks", "default_root_dir")}
+    assert trainer == {name: value for name, value in recommender.TRAINER.items() if name != "enable_checkpointing"}
+    assert words.get("recipe", recommender.RECIPE) == recommender.RECIPE
+
+
+def test_an_unknown_cut_is_refused():
+    with pytest.raises(ValueError, match="`cut` must be one of validation, test, got 'train'"):
+        RetailData(cut="train")
+
+
+@pytest.mark.slow
+def test_the_job_runs_on_some_customers_of_the_real_file_with_two_seeds(retail_file, tmp_path):
+    report = recommender.main(["--fast", "--seeds", "2", "--data", str(retail_file), "--report", str(tmp_path)])
+    popular, deployed = report["popularity, last 30 days"], report["+ int8"]
+    assert report.seeds == 2
+    assert deployed["recall"] > 2 * popular["recall"]
+    assert deployed["recall"] > 0.95 * report["large"]["recall"]
+    assert 0 < deployed["recall_std"] < 0.02
+    assert report["large"]["onnx_bytes"] > 25 * deployed["onnx_bytes"]
+
+
+@pytest.mark.slow
+def test_the_validation_cut_is_a_month_earlier(retail_file):
+    choosing, testing = (RetailData(str(retail_file), cut=cut, customers=300).task for cut in ("validation", "test"))
+    assert len(choosing.train) < len(testing.train)
+
+
+def test_a_missing_file_ends_in_one_sentence(monkeypatch, tmp_path):
+    words = ["recommender.py", "--data", str(tmp_path / "absent.csv"), "--report", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit, match=r"^error: there is no Online Retail file at .*doi:10\.24432/C5BW33.*--synth"):
+        runpy.run_path(recommender.__file__, run_name="__main__")
+
+
+def test_data_and_synthetic_exclude_each_other(capsys):
+    with pytest.raises(SystemExit):
+        recommender.main(["--synthetic", "--data", "x.csv"])
+    assert "exclude each other" in capsys.readouterr().err

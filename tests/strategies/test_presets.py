@@ -68,7 +68,7 @@ def test_an_unknown_preset_lists_the_known():
     ("strategy", "words", "sentence"),
     [
         (OptimDDP, {"compress": "int8"}, "`compress` must be one of 'none', 'bf16', 'fp16', got 'int8'"),
-        (OptimDDP, {"timeout_s": 0}, "`timeout_s` must be a positive number of seconds (1e9 at most), got 0"),
+        (OptimDDP, {"timeout_s": 0}, "`timeout_s` must be a positive number of seconds"),
         (OptimFSDP2, {"timeout_s": True}, "`timeout_s` must be a positive number"),
         (OptimFSDP2, {"tensor": 0}, "`tensor` must be a whole number >= 1 or 'node', got 0"),
         (OptimFSDP2, {"replicate": 1.5}, "`replicate` must be a whole number >= 1 or 'nodes', got 1.5"),
