@@ -118,7 +118,9 @@ def _use_first_names(module: nn.Module, nodes: Sequence[Any]) -> None:
 
 def _operator(node: Any) -> str:
     """Return the operator without overload and without the underscore of an in-place one; empty for other nodes."""
-    return node.target.name().partition(".")[0].rstrip("_") if node.op == "call_function" else ""
+    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+        return ""  # Python's own, such as the getitem after a pooling that returns two tensors
+    return str(node.target.name()).partition(".")[0].rstrip("_")  # type: ignore[no-untyped-call]
 
 
 def _layer_of(node: Any) -> str:

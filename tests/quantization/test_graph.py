@@ -134,3 +134,9 @@ def test_the_fast_path_comes_back():
     with pytest.raises(ZeroDivisionError), without_fast_path():
         _ = 1 / 0
     assert torch.backends.mha.get_fastpath_enabled()
+
+
+def test_a_pooling_that_returns_two_tensors_is_read_over():
+    net = nn.Sequential(nn.Conv1d(3, 8, 3), nn.AdaptiveMaxPool1d(1), nn.Flatten(), nn.Linear(8, 3))
+    facts = read_graph(net, ForwardInputs((torch.randn(2, 3, 8),)), ["0"], ["0", "3"])
+    assert facts.outputs == {"0": False}
