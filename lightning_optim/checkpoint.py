@@ -11,15 +11,18 @@ user's class is made the same shape before its weights are loaded. Three hooks d
 * :func:`load_from_checkpoint` does the same without a Trainer.
 """
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, TypeVar
+from zipfile import is_zipfile
 
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
 from lightning_optim._version import __version__
@@ -31,6 +34,7 @@ __all__ = [
     "KEY",
     "VERSION",
     "Plan",
+    "check_version",
     "conform",
     "is_layer_class",
     "layer_class",
@@ -155,7 +159,7 @@ class Plan:
         Parameters whose shape changes are new (zeros, to be loaded); shared ones stay shared. Nothing is changed
         unless the whole plan fits.
         """
-        _check_version(plain)
+        check_version(plain)
         wanted = {name: _from_plain(name, layer, self.module) for name, layer in plain["modules"].items()}
         for name, structure in wanted.items():
             self.track(name, *structure.attributes)
@@ -176,7 +180,8 @@ _Replaced = dict[int, tuple[nn.Parameter, nn.Parameter]]
 """Old and new parameter by the old one's id; the old one is kept so that its id is not given to another."""
 
 
-def _check_version(plain: Mapping[str, Any]) -> None:
+def check_version(plain: Mapping[str, Any]) -> None:
+    """Refuse a plan of a newer layout, naming the version that wrote it."""
     version = plain.get("version")
     if not isinstance(version, int) or version > VERSION:
         raise ValueError(
@@ -301,7 +306,7 @@ class _LoadHook(_Hook):
 
     def __call__(self, checkpoint: dict[str, Any]) -> None:
         plain = checkpoint.get(KEY, EMPTY)
-        _check_version(plain)
+        check_version(plain)
         trainer = getattr(self.module, "_trainer", None)
         _check_claims(plain, trainer)
         for module in (self.module, *(averaged_copies(trainer) if trainer is not None else ())):
@@ -327,7 +332,8 @@ def write_plan(plan: Plan, file: dict[str, Any]) -> None:
     trainer = getattr(plan.module, "_trainer", None)
     contributors = _contributors(trainer)
     plan.entries |= {callback.state_key: callback.plan_entry() for callback in contributors}
-    if trainer is not None or not plan.provenance:
+    trains = trainer is not None and trainer.state.fn == "fit"  # validated and saved again, it is what it was
+    if trains or not plan.provenance:
         plan.provenance = provenance(plan.module, trainer, contributors)
     file[KEY] = plan.as_plain()
 
@@ -431,12 +437,26 @@ def load_from_checkpoint(cls_or_module: type[M] | M, path: str | Path, **init_ar
         raise TypeError(f"expected a LightningModule class or instance, got {cls_or_module!r}.")
     checkpoint = read_checkpoint(path)
     if isinstance(cls_or_module, type):
-        if "_class_path" in checkpoint.get(cls.CHECKPOINT_HYPER_PARAMS_KEY, {}):
-            init_args = {"_class_path": None, **init_args}  # LightningCLI's: it would be looked for among all classes
+        arguments = checkpoint.get(cls.CHECKPOINT_HYPER_PARAMS_KEY, {})
+        if "_class_path" in arguments:
+            return _load_instance(_made_by_cli(cls_or_module, {**arguments, **init_args}), checkpoint)
         return _load_class(cls_or_module, path, init_args)
     if init_args:
         raise TypeError(f"init arguments ({', '.join(init_args)}) go with a class; an instance was given.")
     return _load_instance(cls_or_module, checkpoint)
+
+
+def _made_by_cli(cls: type[M], arguments: Mapping[str, Any]) -> M:
+    """Make a module as LightningCLI did, whose checkpoints hold arguments in its own form.
+
+    Lightning's loader would look for the class among the subclasses of the one that conforms, and not find it.
+    """
+    from lightning.pytorch.cli import instantiate_module
+
+    module: M = instantiate_module(cls, {name: value for name, value in arguments.items() if name[0] != "_"})
+    if is_overridden("configure_model", module):
+        module.configure_model()
+    return module
 
 
 def _load_instance(module: M, checkpoint: dict[str, Any]) -> M:
@@ -467,6 +487,19 @@ def _load_class(cls: type[M], path: str | Path, init_args: dict[str, Any]) -> M:
     return loaded
 
 
+_UNSAFE = (
+    "{!r} holds objects that are not read with weights_only=True ({}). Keep hyperparameters to plain values "
+    "(save_hyperparameters(ignore=[...]) leaves the others out). A file that you trust is loaded by "
+    "torch.load(path, weights_only=False), and saved again without them."
+)
+
+
+def _reason(error: Exception) -> str:
+    """Return the line of torch's text that names what is not read, without its colours."""
+    lines = [re.sub("\x1b\\[[0-9;]*m", "", line).strip() for line in str(error).splitlines()]
+    return next((line for line in lines if "WeightsUnpickler error" in line or "Unsupported" in line), lines[0])
+
+
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint file on the CPU, with ``weights_only=True``; the tensors stay on the disk until they are used.
 
@@ -484,6 +517,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, EOFError, UnpicklingError, ValueError, OSError) as error:
+        if isinstance(error, UnpicklingError) and is_zipfile(path):
+            raise ValueError(_UNSAFE.format(str(path), _reason(error))) from error
         raise ValueError(
             f"{str(path)!r} is not a complete Lightning checkpoint ({type(error).__name__}: "
             f"{str(error).splitlines()[0] if str(error) else 'empty'}). Was the run killed while writing it? Take an "

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import fields, is_dataclass
+from enum import Enum
 from functools import cache
 from importlib import metadata
 from typing import Any
@@ -32,9 +33,13 @@ def provenance(module: nn.Module, trainer: Any, callbacks: Iterable[Any] = ()) -
     student = getattr(module, "student", None)
     if isinstance(student, nn.Module):
         about["student"] = _name_of(student)
-    recipe = next((callback.recipe for callback in callbacks if getattr(callback, "recipe", None)), None)
-    if recipe is not None:
-        about["recipe"] = recipe
+    recipes: list[Any] = []
+    for source in (*callbacks, module):
+        words = getattr(source, "recipe", None)
+        if isinstance(words, Mapping) and words not in recipes:
+            recipes.append(words)
+    if recipes:
+        about["recipe"] = recipes[0] if len(recipes) == 1 else recipes
     if trainer is not None:
         about |= {"data": _data(trainer), "run": _run(trainer), "metrics": _metrics(trainer)}
     return about
@@ -59,9 +64,11 @@ def _data(trainer: Any) -> dict[str, Any]:
     found: dict[str, Any] = {}
     source = trainer.datamodule if trainer.datamodule is not None else dataset
     if source is not None:
-        own = getattr(source, "name", None)
-        found["name"] = own if isinstance(own, str) and own else _name_of(source)
-    with suppress(TypeError, NotImplementedError):  # a stream has no length
+        found["name"] = _name_of(source)
+        with suppress(Exception):  # the user's own code: a description must never cost the file
+            own = getattr(source, "name", None)
+            found["name"] = as_plain(own) if isinstance(own, str) and own else found["name"]
+    with suppress(Exception):  # a stream has no length, a closed file none any more
         found["samples"] = len(dataset)  # type: ignore[arg-type]
     return found
 
@@ -90,7 +97,23 @@ def as_plain(value: Any) -> Any:
         return [as_plain(each) for each in value]
     if is_dataclass(value) and not isinstance(value, type):
         return {field.name: as_plain(getattr(value, field.name)) for field in fields(value)}
-    if callable(value):
+    if callable(value) and not isinstance(value, Enum):
         name = getattr(value, "__qualname__", type(value).__qualname__)
         return f"torch.nn.{name}" if getattr(nn, name, None) is value else f"{value.__module__}.{name}"
-    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
+    return _builtin(value)
+
+
+def _builtin(value: Any) -> Any:
+    """Return a number or text of exactly a built-in type: ``weights_only=True`` reads no NumPy scalar and no enum."""
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, Enum):
+        return as_plain(value.value)
+    for kind in (int, float, str):
+        if isinstance(value, kind):
+            return kind(value)
+    item = getattr(value, "item", None)  # a NumPy scalar, a tensor of one number
+    if callable(item) and getattr(value, "size", 1) == 1:
+        with suppress(ValueError, TypeError, RuntimeError):
+            return _builtin(item())
+    return str(value)

@@ -1,7 +1,7 @@
 """Recipes: which techniques compress a model together, in one run, with windows that fit."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from importlib import resources
 from itertools import pairwise
@@ -139,6 +139,8 @@ class Recipe:
             return source
         if isinstance(source, Mapping):
             return cls._of(source, "a recipe")
+        if not isinstance(source, (str, Path)):
+            raise TypeError(f"a recipe is a name, a path or its words, got {source!r}.")
         text, where = _read(source)
         try:
             words = yaml.safe_load(text)
@@ -194,7 +196,9 @@ class Recipe:
             ValueError: If there is a teacher or an option and the recipe has no ``distillation``.
         """
         if self.distillation is not None:
-            return DistillationModule(module, teacher, **{**self.distillation, **options})
+            wrapped = DistillationModule(module, teacher, **{**self.distillation, **options})
+            wrapped.recipe = self.as_plain()
+            return wrapped
         if teacher is not None or options:
             got = "a teacher was given" if teacher is not None else f"got {', '.join(options)}"
             raise ValueError(f"this recipe has no `distillation`, and {got}. Add distillation=True, or take it out.")
@@ -209,6 +213,9 @@ class Recipe:
         """Return the words as YAML, windows filled in."""
         return cast("str", yaml.safe_dump(self.as_plain(), sort_keys=False, allow_unicode=True))
 
+    def __hash__(self) -> int:
+        return hash(str(self.as_plain()))
+
     def __str__(self) -> str:
         return self.to_yaml().rstrip()
 
@@ -222,17 +229,27 @@ class Recipe:
 
     def _check_windows(self) -> None:
         scheduled = [name for name in self.stages if getattr(self, name).get("sparsity") != "hold"]
+        self._check_units(scheduled)
         for earlier, later in pairwise(scheduled):
             end_word, start_word = _PARTS[earlier].window[1], _PARTS[later].window[0]
             end, start = getattr(self, earlier)[end_word], getattr(self, later)[start_word]
-            said = f"`{earlier}` has {end_word}={end!r}, `{later}` has {start_word}={start!r}"
-            if type(end) is not type(start):
-                raise ValueError(f"{said}: give all windows of a recipe as fractions, or all as steps.")
-            if isinstance(end, (int, float)) and end > start:
+            if isinstance(end, (int, float)) and isinstance(start, (int, float)) and end > start:
                 raise ValueError(
-                    f"{said}: the windows overlap. Channels leave first, then weights, then rounding begins; give "
-                    f"`{later}` a later {start_word}, or `{earlier}` an earlier {end_word}."
+                    f"`{earlier}` has {end_word}={end!r}, `{later}` has {start_word}={start!r}: the windows overlap. "
+                    f"Channels leave first, then weights, then rounding begins; give `{later}` a later {start_word}, "
+                    f"or `{earlier}` an earlier {end_word}."
                 )
+
+    def _check_units(self, scheduled: Sequence[str]) -> None:
+        """Refuse steps beside fractions where several techniques have to fit; 0 is both."""
+        if len(scheduled) < 2:
+            return
+        words = {(name, word): getattr(self, name)[word] for name in scheduled for word in _PARTS[name].window}
+        steps = [key for key, value in words.items() if type(value) is int and value != 0]
+        fractions = [key for key, value in words.items() if isinstance(value, float)]
+        if steps and fractions:
+            said = ", ".join(f"`{name}` has {word}={words[name, word]!r}" for name, word in (steps[0], fractions[0]))
+            raise ValueError(f"{said}: give all windows of a recipe as fractions, or all as steps.")
 
     def _check_distillation(self) -> None:
         """Let the class check its words on a student without layers, except those that name layers."""
@@ -272,7 +289,10 @@ def _read(source: str | Path) -> tuple[str, str]:
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
             raise FileNotFoundError(f"there is no recipe file {str(source)!r}.")
-        return path.read_text(encoding="utf-8"), f"the recipe {str(source)!r}"
+        try:
+            return path.read_text(encoding="utf-8"), f"the recipe {str(source)!r}"
+        except UnicodeDecodeError as error:
+            raise ValueError(f"the recipe {str(source)!r} is no UTF-8 text: {error}") from error
     shipped = _shipped()
     if str(source) not in shipped:
         raise ValueError(
@@ -302,7 +322,14 @@ def _as_words(name: str, part: _Part, given: Any) -> Words | None:
             f"`{name}` has no word {', '.join(map(repr, unknown))}; known: {', '.join(part.known)}."
             + (" Example inputs are given to `callbacks(example_inputs=...)`." if "example_inputs" in unknown else "")
         )
-    return {word: _patterns(value) if word in ("include", "exclude") else value for word, value in given.items()}
+    return {word: _patterns(value) if word in ("include", "exclude") else _own(value) for word, value in given.items()}
+
+
+def _own(value: Any) -> Any:
+    """Return a copy of nested mappings and lists: what the caller has may change."""
+    if isinstance(value, Mapping):
+        return {key: _own(each) for key, each in value.items()}
+    return [_own(each) for each in value] if isinstance(value, list) else value
 
 
 def _patterns(given: Any) -> Any:

@@ -1,9 +1,11 @@
 """Recipes: words become callbacks whose windows fit, from Python and from YAML."""
 
 from dataclasses import replace
+from enum import StrEnum
 from itertools import pairwise
 
 import lightning.pytorch as pl
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -229,3 +231,93 @@ def test_a_file_loaded_and_saved_again_keeps_where_it_comes_from(tmp_path):
     saved = {}
     module.on_save_checkpoint(saved)
     assert saved[KEY]["provenance"] == torch.load(tmp_path / "first.ckpt", weights_only=True)[KEY]["provenance"]
+
+
+class Word(StrEnum):
+    VALUE = "layer"
+
+
+def test_numbers_of_numpy_and_enums_leave_a_file_that_loads(tmp_path):
+    recipe = Recipe(
+        channel_pruning={"pruning_ratio": np.float64(0.5), "start": np.float64(0.1), "scope": Word.VALUE, "events": 2},
+        distillation={"alpha": np.float64(0.5)},
+    )
+    module, trainer = fit(recipe, tmp_path, teacher=Classifier(32))
+    trainer.save_checkpoint(tmp_path / "file.ckpt")
+    load_from_checkpoint(DistillationModule(Classifier(16)), tmp_path / "file.ckpt")
+    assert Recipe.load(yaml.safe_load(recipe.to_yaml())).channel_pruning["scope"] == "layer"
+    assert module.student.net[0].out_features == 8
+
+
+class Lost:
+    """A dataset that can no longer say anything of itself."""
+
+    def __init__(self):
+        self.rows = data()
+        self.asked = 0
+
+    def __len__(self):
+        self.asked += 1
+        if self.asked > 30:
+            raise OSError("the connection was lost")
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        return self.rows[index]
+
+    @property
+    def name(self):
+        raise RuntimeError("closed")
+
+
+def test_a_description_never_costs_the_file(tmp_path):
+    rows = Lost()
+    words = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False}
+    trainer = pl.Trainer(max_epochs=1, **words, callbacks=[WeightPruning(0.5, start=1, end=4)])
+    trainer.fit(Classifier(16), DataLoader(rows, 8), DataLoader(data(), 16))
+    rows.asked = 100
+    trainer.save_checkpoint(tmp_path / "file.ckpt")
+    assert load_from_checkpoint(Classifier, tmp_path / "file.ckpt", width=16)
+
+
+def test_validating_a_file_and_saving_again_keeps_where_it_comes_from(tmp_path):
+    _, trainer = fit(Recipe(**ALL), tmp_path)
+    trainer.save_checkpoint(tmp_path / "first.ckpt")
+    again = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, callbacks=Recipe(**ALL).callbacks())
+    again.validate(Classifier(16), DataLoader(data(), 16), ckpt_path=tmp_path / "first.ckpt", verbose=False)
+    again.save_checkpoint(tmp_path / "second.ckpt")
+    first, second = (torch.load(tmp_path / f"{name}.ckpt", weights_only=True)[KEY] for name in ("first", "second"))
+    assert second["provenance"] == first["provenance"]
+
+
+def test_a_recipe_that_only_distils_is_in_the_file_too(tmp_path):
+    recipe = Recipe(distillation={"alpha": 0.3})
+    _, trainer = fit(recipe, tmp_path, teacher=Classifier(32))
+    trainer.save_checkpoint(tmp_path / "file.ckpt")
+    assert torch.load(tmp_path / "file.ckpt", weights_only=True)["distillation"]["recipe"] == recipe.as_plain()
+
+
+def test_a_window_of_a_step_and_a_fraction_is_refused():
+    with pytest.raises(ValueError, match="all windows of a recipe as fractions, or all as steps"):
+        Recipe(channel_pruning={"start": 12}, quantization=True)
+    assert Recipe(channel_pruning={"start": 0}, quantization=True).channel_pruning["end"] == 0.5
+
+
+def test_a_recipe_is_its_own():
+    given = {"sparsity": {"net.*": 0.5}}
+    recipe = Recipe(weight_pruning=given)
+    given["sparsity"]["net.*"] = 0.9
+    assert recipe.weight_pruning["sparsity"] == {"net.*": 0.5}
+    assert len({recipe, Recipe(weight_pruning={"sparsity": {"net.*": 0.5}})}) == 1
+
+
+@pytest.mark.parametrize("source", [None, 3, b"x"])
+def test_what_is_no_recipe_is_said(source):
+    with pytest.raises(TypeError, match="a recipe is a name, a path or its words"):
+        Recipe.load(source)
+
+
+def test_a_file_that_is_no_text_is_named(tmp_path):
+    (tmp_path / "bin.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match=r"bin\.yaml' is no UTF-8 text"):
+        Recipe.load(tmp_path / "bin.yaml")

@@ -522,7 +522,9 @@ class ChannelPruning(CompressionCallback):
             "technique": "ChannelPruning",
             "asked": self.pruning_ratio if self.target is None else {self.target.figure: self.target.fraction},
         }
-        return entry if self._dense is None else {**entry, "parameters_left": self._fraction_left()}
+        if self._dense is None or getattr(self, "_target", None) is None:  # restored, and not fitted since
+            return entry
+        return {**entry, "parameters_left": self._fraction_left()}
 
     def last_line(self, pl_module: pl.LightningModule) -> str:
         """Return the sentence that says what was asked and what is left."""

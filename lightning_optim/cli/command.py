@@ -1,15 +1,18 @@
 """What a command is, and how it says what the user can mend."""
 
 import argparse
+import sysconfig
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 
-__all__ = ["Command", "UserError", "command_parser", "console", "said_plainly"]
+__all__ = ["Command", "UserError", "command_parser", "console", "is_users", "said_plainly"]
 
 
 class UserError(Exception):
@@ -44,17 +47,35 @@ def console() -> Console:
     return found
 
 
+_PACKAGE = Path(__file__).parents[1]
+_INSTALLED = ("stdlib", "platstdlib", "purelib", "platlib", "scripts")
 _MENDABLE = (ValueError, TypeError, OSError, ImportError, AttributeError, RuntimeError)
 
 
 @contextmanager
 def said_plainly() -> Iterator[None]:
-    """Turn the package's own refusals into what is shown without a traceback.
+    """Turn refusals of the package, and of the libraries below, into what is shown without a traceback.
 
-    Only around what reads arguments and files. What a user's module does in a run keeps its traceback: there a
-    ``ValueError`` is a bug to find, not a word to correct.
+    What the user's own code raises keeps its traceback: there a ``ValueError`` is a bug to find, not a word to correct.
     """
     try:
         yield
     except (*_MENDABLE, MisconfigurationException) as error:
+        if is_users(error):
+            raise
         raise UserError(str(error) or type(error).__name__) from error
+
+
+def is_users(error: BaseException) -> bool:
+    """Whether an error comes out of the user's own code, and is not the package's answer to what that asked for."""
+    frames = [Path(frame.filename) for frame in traceback.extract_tb(error.__traceback__)]
+    if frames and frames[-1].is_relative_to(_PACKAGE):
+        return False
+    reason = error.__cause__ or error.__context__  # jsonargparse tells of an error in a constructor by one of its own
+    return not all(map(_is_installed, frames)) or (reason is not None and is_users(reason))
+
+
+def _is_installed(file: Path) -> bool:
+    """Whether a file belongs to Python, to an installed library or to this package."""
+    homes = [_PACKAGE, *(Path(path) for name, path in sysconfig.get_paths().items() if name in _INSTALLED)]
+    return str(file).startswith("<") or any(file.is_relative_to(home) for home in homes)

@@ -42,7 +42,7 @@ def run(arguments: Sequence[str]) -> int:
     objects = model_and_data("compare", others)
     with said_plainly():
         files = _named(given.checkpoints)
-        models = {name: load(objects.model, path) for name, path in files.items()}
+        models = {name: load(objects.words, path) for name, path in files.items()}
     found = [_metrics(model, objects, given.on, given.accuracy) for model in models.values()] if given.accuracy else []
     with said_plainly():
         deployed = {name: prepared(objects, model, given.prepare) for name, model in models.items()}

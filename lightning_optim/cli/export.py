@@ -26,7 +26,7 @@ def run(arguments: Sequence[str]) -> int:
     given, others = parser.parse_known_args(arguments)
     objects = model_and_data("export", others)
     with said_plainly():
-        model = load(objects.model, given.checkpoint)
+        model = load(objects.words, given.checkpoint)
         deployed, inputs = prepared(objects, model, given.prepare)
         plan = checkpoint.read_checkpoint(given.checkpoint).get(checkpoint.KEY, checkpoint.EMPTY)
         report = export_onnx(

@@ -1,18 +1,24 @@
 """LightningCLI with two more words: a recipe, and a teacher."""
 
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import lightning.pytorch as pl
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
+from lightning_optim.checkpoint import attach, read_checkpoint
 from lightning_optim.cli.command import UserError, said_plainly
-from lightning_optim.cli.loading import load
+from lightning_optim.cli.loading import build, is_distilled, load
+from lightning_optim.distillation import DistillationModule
 from lightning_optim.recipe import Recipe
 
-__all__ = ["ObjectsCLI", "OptimCLI"]
+__all__ = ["ObjectsCLI", "OptimCLI", "SaveConfigBesideLogs"]
+
+SPECIAL_PATHS = ("last", "best", "hpc", "registry")
+"""What Lightning takes for a checkpoint besides a path."""
 
 
 class SaveConfigBesideLogs(SaveConfigCallback):
@@ -58,8 +64,26 @@ class OptimCLI(LightningCLI):
         with said_plainly():
             self.recipe = Recipe.load(self._word("recipe") or {})
             super().instantiate_classes()
-            teacher = self._teacher() if self.subcommand == "fit" else None
-            self.model = self.recipe.wrap(self.model, teacher)
+            if self.subcommand == "fit":
+                self._check_file()
+                self.model = self.recipe.wrap(self.model, self._teacher())
+            else:
+                self.model = self._as_saved()
+
+    def _check_file(self) -> dict[str, Any] | None:
+        """Read the checkpoint that is asked for, so that what is wrong with it is said before anything runs."""
+        path = self._word("ckpt_path")
+        if path is None or path in SPECIAL_PATHS or Path(path).is_dir():
+            return None
+        return read_checkpoint(path)
+
+    def _as_saved(self) -> pl.LightningModule:
+        """Return the model with what the checkpoint's needs: its structure, and the module around a student."""
+        file = self._check_file()
+        distils = is_distilled(file) if file is not None else self.recipe.distillation is not None
+        model: pl.LightningModule = DistillationModule(self.model) if distils else self.model
+        attach(model)
+        return model
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """Make the Trainer, with the recipe's callbacks."""
@@ -78,20 +102,16 @@ class OptimCLI(LightningCLI):
             if file is not None:
                 raise UserError("`teacher_ckpt` needs `teacher`: the class (and arguments) that the file is of.")
             return None
-        parser = ArgumentParser()
-        parser.add_subclass_arguments(nn.Module, "teacher")
         with isolate_rng():
-            teacher: nn.Module = parser.instantiate_classes(parser.parse_object({"teacher": words})).teacher
-            return teacher if file is None else _with_weights(teacher, file)
-
-
-def _with_weights(teacher: nn.Module, file: str) -> nn.Module:
-    if not isinstance(teacher, pl.LightningModule):
-        raise UserError(
-            f"`teacher_ckpt` is of a LightningModule, and `teacher` is a {type(teacher).__name__}. Let the module load "
-            "its weights by its own arguments."
-        )
-    return load(teacher, file)
+            teacher: Any = build(words)
+            if file is None:
+                return cast("nn.Module", teacher)
+            if not isinstance(teacher, pl.LightningModule):
+                raise UserError(
+                    f"`teacher_ckpt` is of a LightningModule, and `teacher` is a {type(teacher).__name__}. Let it load "
+                    "its weights by its own arguments."
+                )
+            return load(words, file)
 
 
 class ObjectsCLI(OptimCLI):

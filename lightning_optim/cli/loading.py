@@ -1,12 +1,11 @@
 """Models of checkpoints and inputs of data, for the commands that deploy and compare."""
 
 import argparse
-import copy
 import importlib
 import logging
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -22,7 +21,18 @@ from lightning_optim.distillation.student import KEY as DISTILLATION
 from lightning_optim.distillation.student import student_only
 from lightning_optim.target import catch_forward_inputs
 
-__all__ = ["PREPARE_HELP", "Objects", "dims", "load", "model_and_data", "objects_parser", "prepared", "quiet_trainer"]
+__all__ = [
+    "PREPARE_HELP",
+    "Objects",
+    "build",
+    "dims",
+    "is_distilled",
+    "load",
+    "model_and_data",
+    "objects_parser",
+    "prepared",
+    "quiet_trainer",
+]
 
 
 @dataclass(frozen=True)
@@ -32,10 +42,12 @@ class Objects:
     Attributes:
         model: As the class makes it: not trained.
         data: None where there is none.
+        words: Class path and arguments of the model.
     """
 
     model: pl.LightningModule
     data: pl.LightningDataModule | None
+    words: Mapping[str, Any]
 
 
 PREPARE_HELP = (
@@ -56,7 +68,10 @@ def objects_parser(name: str, description: str) -> argparse.ArgumentParser:
 
 def dims(text: str) -> dict[str, dict[int, str]]:
     """Read free dimensions: input name -> dimension -> its name."""
-    given = yaml.safe_load(text)
+    try:
+        given = yaml.safe_load(text)
+    except yaml.YAMLError:
+        given = None
     if not isinstance(given, dict) or not all(isinstance(each, dict) for each in given.values()):
         raise argparse.ArgumentTypeError(f"expected a mapping such as '{{text: {{1: length}}}}', got {text!r}")
     return {str(name): {int(place): str(word) for place, word in each.items()} for name, each in given.items()}
@@ -80,24 +95,52 @@ def model_and_data(command: str, arguments: Sequence[str]) -> Objects:
         cli = ObjectsCLI(run=False, seed_everything_default=False)
     finally:
         sys.argv = before
-    return Objects(cli.model, cli.datamodule)
+    return Objects(cli.model, cli.datamodule, cli.config.model.as_dict())
 
 
-def load(model: pl.LightningModule, path: str | Path) -> pl.LightningModule:
+def load(words: Mapping[str, Any], path: str | Path) -> pl.LightningModule:
     """Return the model of a checkpoint; of a distillation's, the student's.
 
     Args:
-        model: Of the class that wrote the file; it is left as it is. Where the file holds arguments of the class, those
-            count.
+        words: ``class_path`` and ``init_args`` of the class that wrote the file. Plain values that the file holds for
+            the same arguments count instead; nothing that the file names is imported.
         path: The file.
     """
     file = checkpoint.read_checkpoint(path)
-    if DISTILLATION in file and any(name.startswith("student.") for name in file["state_dict"]):
+    if is_distilled(file):
         with tempfile.TemporaryDirectory() as folder:
-            return load(model, student_only(path, Path(folder) / "student.ckpt"))
-    if pl.LightningModule.CHECKPOINT_HYPER_PARAMS_KEY in file:
-        return checkpoint.load_from_checkpoint(type(model), path).eval()
-    return checkpoint.load_from_checkpoint(copy.deepcopy(model), path).eval()
+            return load(words, student_only(path, Path(folder) / "student.ckpt"))
+    saved = file.get(pl.LightningModule.CHECKPOINT_HYPER_PARAMS_KEY, {})
+    model: pl.LightningModule = checkpoint.load_from_checkpoint(build(words, saved), path)
+    return model.eval()
+
+
+def is_distilled(file: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint is that of a DistillationModule, with the student in it."""
+    return DISTILLATION in file and any(name.startswith("student.") for name in file["state_dict"])
+
+
+def build(words: Mapping[str, Any], saved: Mapping[str, Any] | None = None) -> Any:
+    """Make what a configuration describes; plain values of ``saved`` take the place of arguments of the same name."""
+    from jsonargparse import ArgumentParser
+
+    arguments = dict(words.get("init_args") or {})
+    over = {name: value for name, value in (saved or {}).items() if name in arguments and _is_plain(value)}
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(nn.Module, "module")
+    try:
+        parsed = parser.parse_object({"module": {**words, "init_args": {**arguments, **over}}})
+    except argparse.ArgumentError as error:
+        raise UserError(f"{words['class_path']} does not take the arguments of the checkpoint: {error}") from error
+    return parser.instantiate_classes(parsed).module
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return "class_path" not in value and all(map(_is_plain, value.values()))
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (bool, int, float, str))
 
 
 def prepared(objects: Objects, model: pl.LightningModule, prepare: str | None) -> tuple[nn.Module, Any]:

@@ -50,20 +50,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (UserError, MisconfigurationException) as error:
         return _said(error)
     except (ValueError, TypeError) as error:
-        if not _is_ours(error):
-            raise
+        if not Path(traceback.extract_tb(error.__traceback__)[-1].filename).is_relative_to(Path(__file__).parents[1]):
+            raise  # what a user's module raises in a run is a bug to find
         return _said(error)
 
 
 def _said(error: Exception) -> int:
     sys.stderr.write(f"error: {error}\n")
     return 1
-
-
-def _is_ours(error: Exception) -> bool:
-    """Whether the package itself raised it: what a user's module raises in a run is a bug to find by its traceback."""
-    frames = traceback.extract_tb(error.__traceback__)
-    return Path(frames[-1].filename).is_relative_to(Path(__file__).parents[1])
 
 
 def _parser() -> argparse.ArgumentParser:

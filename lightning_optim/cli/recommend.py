@@ -54,7 +54,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _count(text: str) -> int:
-    return int(float(text))
+    try:
+        return int(float(text))
+    except (ValueError, OverflowError) as error:
+        raise argparse.ArgumentTypeError(f"expected a number of parameters such as 8e9, got {text!r}") from error
 
 
 COMMAND = Command("recommend", "rank the strategy presets for a model and a set of devices, on paper", run)

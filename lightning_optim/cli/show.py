@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
@@ -26,6 +27,7 @@ def run(arguments: Sequence[str]) -> int:
     given = parser.parse_args(arguments)
     with said_plainly():
         file = checkpoint.read_checkpoint(given.file)
+        checkpoint.check_version(file.get(checkpoint.KEY, checkpoint.EMPTY))
     shown = console()
     for title, pairs in _parts(file, Path(given.file)):
         _print(shown, title, list(pairs))
@@ -36,11 +38,13 @@ def _parts(file: Mapping[str, Any], path: Path) -> Iterable[tuple[str, Pairs]]:
     plan = file.get(checkpoint.KEY, checkpoint.EMPTY)
     about = plan.get("provenance", {})
     yield str(path), _facts(file, path, about)
-    yield "recipe", about.get("recipe", {}).items()
-    for entry in plan["entries"].values():
+    words = about.get("recipe") or file.get(DISTILLATION, {}).get("recipe") or {}
+    for recipe in words if isinstance(words, list) else [words]:
+        yield "recipe", recipe.items()
+    for entry in plan.get("entries", {}).values():
         yield entry.get("technique", "technique"), ((key, value) for key, value in entry.items() if key != "technique")
     yield "distillation", file.get(DISTILLATION, {}).get("asked", {}).items()
-    yield "layers", _layers(plan["modules"])
+    yield "layers", _layers(plan.get("modules", {}))
     yield "metrics when it was written", ((name, f"{value:.6g}") for name, value in about.get("metrics", {}).items())
     yield "versions", about.get("versions", {}).items()
 
@@ -75,11 +79,13 @@ def _layers(modules: Mapping[str, Any]) -> Pairs:
 def _print(shown: Console, title: str, pairs: Sequence[tuple[str, Any]]) -> None:
     if not pairs:
         return
-    table = Table(title=title, title_justify="left", title_style="bold", show_header=False, box=None, padding=(0, 2))
+    table = Table(
+        title=escape(title), title_justify="left", title_style="bold", show_header=False, box=None, padding=(0, 2)
+    )
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in pairs:
-        table.add_row(name, _text(value))
+        table.add_row(escape(name), escape(_text(value)))
     shown.print(table, highlight=False)
     shown.print()
 

@@ -193,6 +193,8 @@ class DistillationModule(pl.LightningModule):
         """The module that compression callbacks act on."""
         return self.student
 
+    recipe: Mapping[str, Any] | None = None
+    """The words of the recipe it was made from, for the checkpoint."""
     lr = of_student("lr")
     learning_rate = of_student("learning_rate")
 
@@ -768,6 +770,7 @@ class DistillationModule(pl.LightningModule):
         ramps = {"alpha": self._alpha, "temperature": self._temperature}
         checkpoint[KEY] = {
             "version": 1,
+            "recipe": self.recipe,
             "student": student_hyperparameters(self.student),
             "windows": {name: ramp.window.state_dict() for name, ramp in ramps.items() if ramp is not None},
             "asked": self._words(),

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import lightning.pytorch as pl
 import onnxruntime
 import pytest
 import torch
@@ -93,8 +94,6 @@ def test_fit_by_a_recipe_and_a_teacher(runs):
 
 
 def test_the_same_run_in_python_gives_the_same_weights(runs, tmp_path):
-    import lightning.pytorch as pl
-
     teacher = load_from_checkpoint(DigitsNet, runs / "teacher" / "teacher.ckpt")
     pl.seed_everything(3, verbose=False)
     student = DigitsNet(6)
@@ -214,6 +213,13 @@ def test_recipes(capsys, tmp_path):
     assert Recipe.load(tmp_path / "mine.yaml") == Recipe.load("small-file")
 
 
+QUIET_TRAINER = {
+    "accelerator": "cpu",
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
 QUIET = ["--trainer.logger", "false", "--trainer.accelerator", "cpu"]
 MISTAKES = [
     (["show", "absent.ckpt"], "there is no checkpoint file 'absent.ckpt'"),
@@ -326,3 +332,125 @@ def test_demo(tmp_path, capsys):
     assert "report:" in capsys.readouterr().out
     assert (tmp_path / "run" / "report.html").is_file()
     assert WeightPruning.__name__ in (tmp_path / "run" / "report.html").read_text()
+
+
+class WithBackbone(pl.LightningModule):
+    """What is saved of its arguments is not all that it takes."""
+
+    def __init__(self, backbone: torch.nn.Module, width: int = 4, bug: bool = False) -> None:
+        super().__init__()
+        self.save_hyperparameters(ignore=["backbone"])
+        if bug:
+            raise ValueError("a bug of the user's")
+        layers = (torch.nn.Flatten(), torch.nn.Linear(64, width), torch.nn.ReLU(), torch.nn.Linear(width, 10))
+        self.net = torch.nn.Sequential(backbone, *layers)
+
+    def forward(self, images):
+        return self.net(images)
+
+    def training_step(self, batch, batch_idx):
+        return torch.nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", self.training_step(batch, batch_idx))
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.01)
+
+
+@pytest.fixture
+def backbone(tmp_path, monkeypatch):
+    """A checkpoint of a class whose arguments it holds only in part, and what says the rest."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    words = ["--model", "test_commands.WithBackbone", "--model.backbone", "torch.nn.Identity", *DATA]
+    model = WithBackbone(torch.nn.Identity(), width=6)
+    run = pl.Trainer(max_epochs=1, limit_train_batches=1, **QUIET_TRAINER)
+    run.fit(model, datamodule=DigitsData())
+    run.save_checkpoint(tmp_path / "py.ckpt")
+    return str(tmp_path / "py.ckpt"), words
+
+
+def test_arguments_that_the_file_does_not_hold_come_from_the_configuration(backbone, tmp_path):
+    file, words = backbone
+    assert main(["export", file, str(tmp_path / "net.onnx"), *words]) == 0
+    assert (tmp_path / "net.onnx").is_file()
+
+
+def test_nothing_that_a_checkpoint_names_is_imported(backbone, tmp_path):
+    file, words = backbone
+    content = torch.load(file, weights_only=True)
+    content["hyper_parameters"]["backbone"] = {"class_path": "evil.Module"}
+    torch.save(content, file)
+    (tmp_path / "evil.py").write_text("raise SystemExit('imported')")
+    assert main(["export", file, str(tmp_path / "net.onnx"), *words]) == 0
+
+
+def test_a_bug_of_the_users_own_module_keeps_its_traceback_in_every_command(backbone, tmp_path, monkeypatch):
+    file, words = backbone
+    with pytest.raises(ValueError, match="a bug of the user's"):
+        main(["fit", *words, "--model.bug", "true", *QUIET])
+    monkeypatch.setattr(WithBackbone, "validation_step", broken_validation)
+    with pytest.raises(AttributeError, match="another bug"):
+        main(["export", file, str(tmp_path / "net.onnx"), *words])
+
+
+def broken_validation(self, batch, batch_idx):
+    raise AttributeError("another bug of the user's")
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`", "ignore:The dirpath has changed")
+def test_a_compressed_or_distilled_file_is_tested_without_a_recipe(runs, capsys, tmp_path):
+    assert (
+        main(
+            ["test", *MODEL, "--model.width", "6", *DATA, *QUIET, "--ckpt_path", str(runs / "student" / "student.ckpt")]
+        )
+        == 0
+    )
+    assert "test_acc" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["fit", *MODEL, *DATA, *QUIET, "--ckpt_path", "nofile.ckpt"], "there is no checkpoint file 'nofile.ckpt'"),
+        (["test", *MODEL, *DATA, *QUIET, "--ckpt_path", "junk.ckpt"], "is not a complete Lightning checkpoint"),
+        (["show", "newer.ckpt"], "plan has version 99"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_what_is_wrong_with_a_file_is_said_before_anything_runs(arguments, says, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "junk.ckpt").write_bytes(b"no checkpoint at all")
+    torch.save({"state_dict": {}, "lightning_optim": {"version": 99, "package": "9.9"}}, tmp_path / "newer.ckpt")
+    assert main(arguments) == 1
+    assert says in capsys.readouterr().err
+
+
+def test_show_prints_brackets_as_they_are(tmp_path, capsys):
+    content = {
+        "state_dict": {},
+        "hyper_parameters": {"layers": ["encoder", "decoder"], "paths": ["/data/a"]},
+        "lightning_optim": {
+            "version": 1,
+            "provenance": {"recipe": {"weight_pruning": {"include": ["torch.nn.Linear"]}}},
+        },
+    }
+    torch.save(content, tmp_path / "[bold]x.ckpt")
+    assert main(["show", str(tmp_path / "[bold]x.ckpt")]) == 0
+    shown = capsys.readouterr().out
+    for text in ("[bold]x.ckpt", "[encoder, decoder]", "[/data/a]", "[torch.nn.Linear]"):
+        assert text in shown
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["recommend", "--parameters", "inf", "--devices", "1", "--batch_size", "1"],
+        ["export", "a", "b", "--dynamic_dims", "["],
+    ],
+    ids=str,
+)
+def test_values_that_are_none_end_with_exit_code_2(arguments):
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
