@@ -1,6 +1,7 @@
 """ReportCallback: one page that says what a run asked of its model, and what it got."""
 
 import logging
+import tempfile
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
@@ -8,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 
 from lightning_optim.callbacks.base import CompressionCallback, compressions
@@ -17,7 +18,7 @@ from lightning_optim.export.verify import missing_package
 from lightning_optim.measure.size import SIZES
 from lightning_optim.registry import Registry
 from lightning_optim.report.columns import Column, Row
-from lightning_optim.report.document import Card, Report, Section, as_json, replace_file
+from lightning_optim.report.document import Card, Report, Section, as_json
 from lightning_optim.report.layers import against_reference, layer_facts
 from lightning_optim.report.styles import styles_of
 from lightning_optim.target import find_target
@@ -59,13 +60,20 @@ class ReportCallback(pl.Callback):
 
     State: the metrics of every epoch, the events and the facts of the first fit start, so a resumed run's report is
     that of the whole run. A metric that an epoch did not log shows its last value. Rank zero writes; under a strategy
-    that divides the model, all ranks count. Nothing is written by ``fast_dev_run`` or after an exception.
+    that divides the model, all ranks count. Nothing is written by ``fast_dev_run`` or after an exception. The state is
+    kept under the folder, so several instances with folders of their own can run together; a run that is resumed into
+    another folder takes the state of the file's one report (Lightning warns that the file's callback is missing).
+
+    A logger that raises when it is given table and figures does not end the fit: by then the report is written, and a
+    warning names the logger and its error.
 
     It costs a pass over the weights at the start and at the end; in a training step it only asks the compression
     callbacks whether an event has happened.
 
     Raises:
         ImportError: In ``setup``, if matplotlib is missing; the text names the extra.
+        OSError: In ``setup`` of a fit, if ``dirpath`` cannot be written to: it is a file or below one
+            (NotADirectoryError), or the system refuses.
     """
 
     def __init__(self, dirpath: str | Path, *, title: str | None = None, log: bool = True) -> None:
@@ -92,8 +100,12 @@ class ReportCallback(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Say now what would be missing at the end."""
-        if stage == "fit" and find_spec("matplotlib") is None:
+        if stage != "fit":
+            return
+        if find_spec("matplotlib") is None:
             raise missing_package("matplotlib", "report")
+        if trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False):
+            _check_writable(self.dirpath)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Note the model as it is, unless the run goes on."""
@@ -147,6 +159,22 @@ class ReportCallback(pl.Callback):
                 metrics = {k: v for k, v in _numbers(trainer.callback_metrics).items() if k.startswith(family)}
                 self._events.append({"step": callback.window.last_event, "callback": name, **metrics})
 
+    @property
+    def state_key(self) -> str:
+        """Class name with the folder: several instances can run together."""
+        return self._generate_state_key(dirpath=str(self.dirpath))
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Take the state of a run that wrote into another folder, where there is one report on either side."""
+        states = checkpoint["callbacks"]
+        saved = [key for key in states if str(key).partition("{")[0] == type(self).__qualname__]
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        mine = [callback for callback in callbacks if type(callback) is type(self)]
+        if self.state_key not in states and len(saved) == len(mine) == 1:
+            states[self.state_key] = states[saved[0]]
+
     def state_dict(self) -> dict[str, Any]:
         """Return what was collected as plain types; a file saved at an epoch's end has all of that epoch."""
         trainer = None if self._trainer is None else self._trainer()
@@ -193,12 +221,11 @@ class ReportCallback(pl.Callback):
             return
         asked = [callback.last_line(pl_module) for callback in compressions(trainer)]
         report = self._report(trainer, pl_module, end, asked)
-        page = report.write(self.dirpath)
-        replace_file(self.dirpath / "report.json", self._as_json(report.title, end, asked))
+        page = report.write(self.dirpath, {"report.json": self._as_json(report.title, end, asked)})
         rank_zero_info(f"ReportCallback: wrote {page}.")
         if self.log_to_loggers:
             for logger in trainer.loggers:
-                hand_over(logger, report, trainer.global_step)
+                _try_hand_over(logger, report, trainer.global_step)
 
     def _as_json(self, title: str, end: Mapping[str, Any], asked: Sequence[str]) -> str:
         found = {"title": title, "asked_and_reached": list(asked), "start": self._start, "end": dict(end)}
@@ -223,6 +250,22 @@ class ReportCallback(pl.Callback):
             sections=[*_layer_sections(layers, rows), *_logged_sections(self._epochs, self._events)],
             cards=_cards(rows, self._epochs),
         )
+
+
+def _check_writable(folder: Path) -> None:
+    """Check that files can be written to a folder, or to what it will be made in, by writing one that is gone again."""
+    advice = "Give a folder that can be written to."
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(f"`dirpath` must be a folder, got {str(folder)!r}, and {there} is a file. {advice}")
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise type(error)(
+            f"`dirpath` must be a folder that can be written to, got {str(folder)!r}, and {there} refuses: {error}. "
+            f"{advice}"
+        ) from error
 
 
 def _mark(callback: CompressionCallback) -> str:
@@ -308,6 +351,17 @@ def hand_over(logger: Any, report: Report, step: int) -> None:
         _log.debug("ReportCallback: %s has no place for tables and figures.", type(logger).__name__)
         return
     HANDLERS[name](logger, report, step)
+
+
+def _try_hand_over(logger: Any, report: Report, step: int) -> None:
+    """Hand over; a logger that raises is named in a warning, since the report is written and the fit is done."""
+    try:
+        hand_over(logger, report, step)
+    except Exception as error:  # noqa: BLE001 - loggers raise what they like
+        rank_zero_warn(
+            f"ReportCallback: {type(logger).__name__} did not take the report ({type(error).__name__}: {error}). Its "
+            "files are written; log=False hands loggers nothing."
+        )
 
 
 @HANDLERS.register("TensorBoardLogger")

@@ -2,14 +2,34 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from html import escape
 from itertools import zip_longest
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
-__all__ = ["Column", "Row", "is_net", "markdown_table", "parts_of", "terminal_table", "titled_parts", "with_values"]
+__all__ = [
+    "Column",
+    "Row",
+    "formatted",
+    "is_net",
+    "markdown_table",
+    "markdown_text",
+    "parts_of",
+    "terminal_table",
+    "titled_parts",
+    "with_values",
+]
 
 Row = dict[str, Any]
+
+
+def formatted(value: Any, form: str) -> str:
+    """Return a number in a form, a text as it is, and a dash for None."""
+    if value is None:
+        return "-"
+    return value if isinstance(value, str) else form.format(value)
 
 
 @dataclass(frozen=True)
@@ -31,10 +51,11 @@ class Column:
     part: str = ""
 
     def cell(self, row: Row) -> str:
-        """Return the text of a row's value; a dash where it has none."""
-        if row.get(self.key) is None:
-            return "-"
-        return self.form(row) if callable(self.form) else self.form.format(row[self.key])
+        """Return the text of a row's value: a text as it is, a dash where it has none."""
+        value = row.get(self.key)
+        if callable(self.form) and value is not None and not isinstance(value, str):
+            return self.form(row)
+        return formatted(value, "{}" if callable(self.form) else self.form)
 
 
 def parts_of(columns: Sequence[Column], rows: Sequence[Row], width: int) -> list[list[Column]]:
@@ -84,14 +105,14 @@ def terminal_table(columns: Sequence[Column], rows: Sequence[Row], room: int, ti
         title: Above it.
     """
     shown = with_values(columns, rows)
-    table = Table(title=title or None, title_justify="left")
+    table = Table(title=Text(title, style="table.title") if title else None, title_justify="left")
     is_wide = sum(max(_width(column, rows), len(column.title) + 3) for column in columns) >= room
     for place, column in enumerate(columns):
         width = _width(column, rows) - 3 if is_wide else None
-        table.add_column(column.title, justify="right" if place else "left", overflow="fold", width=width)
+        table.add_column(Text(column.title), justify="right" if place else "left", overflow="fold", width=width)
     for row, after in zip_longest(shown, shown[1:]):
         is_last_of_kind = after is not None and is_net(row) != is_net(after)
-        table.add_row(*(column.cell(row) for column in columns), end_section=is_last_of_kind)
+        table.add_row(*(Text(column.cell(row)) for column in columns), end_section=is_last_of_kind)
     return table
 
 
@@ -108,4 +129,9 @@ def markdown_table(columns: Sequence[Column], rows: Sequence[Row]) -> list[str]:
 
 
 def _markdown_row(cells: Iterable[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+    return "| " + " | ".join(markdown_text(cell).replace("|", "\\|") for cell in cells) + " |"
+
+
+def markdown_text(text: str) -> str:
+    """Return a text in one line, in which Markdown sees no tag."""
+    return escape(" ".join(text.split("\n")).replace("\r", ""), quote=False)

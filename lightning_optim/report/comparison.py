@@ -1,6 +1,7 @@
 """Several models, measured against one of them as they are deployed."""
 
 import importlib.util
+import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from io import BytesIO
@@ -16,6 +17,7 @@ from rich.progress import track
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from lightning_optim.checks import check_count, check_mapping, check_names
 from lightning_optim.export.onnx import export_onnx
 from lightning_optim.export.report import ExportReport
 from lightning_optim.export.session import ExportedModel, as_fed
@@ -38,6 +40,11 @@ EXTRAS = {"onnxruntime": "onnx"}
 """Of engines whose extra is not called like them."""
 
 EXPORTERS = ("onnx", "onnxscript")
+
+EXPORT_OPTIONS = [
+    name for name, word in inspect.signature(export_onnx).parameters.items() if word.kind is word.KEYWORD_ONLY
+]
+"""Of :func:`export_onnx`."""
 
 Evaluate = Callable[[nn.Module], float | Mapping[str, float]]
 
@@ -87,7 +94,9 @@ def compare(
         A row per model; ``str(report)`` is a table.
 
     Raises:
-        ValueError: If a name is unknown, the models are on different devices, or A is not in [0, 1].
+        TypeError: If ``models`` is no mapping of names to modules, or ``controls`` no list of names.
+        ValueError: If a name or an option of the export is unknown, the reference has no size, the batch size is none,
+            the models are on different devices, or A is not in [0, 1].
         ImportError: If an engine that was named is not installed; the text names the extra.
 
     Examples:
@@ -96,8 +105,11 @@ def compare(
         >>> report["small"]["parameters"]
         72
     """
-    models, controls = dict(models), set(controls)
+    check_mapping("models", models, "name -> nn.Module")
+    models, controls = dict(models), _checked_controls(controls)
     reference = _checked_names(models, reference, controls)
+    if batch_size is not None:
+        check_count("batch_size", batch_size)
     bench = _Bench(
         as_forward_inputs(example_inputs),
         batch_size,
@@ -106,7 +118,7 @@ def compare(
         evaluate,
         accuracy,
         _checked_weights(weights),
-        SIZES.resolve(size),
+        _checked_size(size, reference, models[reference]),
         _device(models),
     )
     order = [reference, *(name for name in models if name != reference)]
@@ -137,6 +149,8 @@ def compare(
 
 def _checked_names(models: Mapping[str, nn.Module], reference: str | None, controls: set[str]) -> str:
     for name, model in models.items():
+        if not isinstance(name, str):
+            raise TypeError(f"`models` must be name -> nn.Module, got the name {name!r}. Give each a text as its name.")
         if not isinstance(model, nn.Module):
             raise TypeError(f"`models` must be name -> nn.Module, got {type(model).__name__} for {name!r}.")
     if not models:
@@ -147,6 +161,28 @@ def _checked_names(models: Mapping[str, nn.Module], reference: str | None, contr
         if unknown:
             raise ValueError(f"`{word}` names {unknown[0]!r}, which is no model; the models are {', '.join(models)}.")
     return named["reference"].pop()
+
+
+def _checked_controls(controls: Iterable[str]) -> set[str]:
+    """Return the names of the controls."""
+    names = None if isinstance(controls, (str, bytes)) or not isinstance(controls, Iterable) else list(controls)
+    if names is None or not all(isinstance(name, str) for name in names):
+        raise TypeError(f"`controls` must be a list of names of models, got {controls!r}. Put each name in a list.")
+    return set(names)
+
+
+def _checked_size(
+    size: str | Callable[[nn.Module], float], reference: str, model: nn.Module
+) -> Callable[[nn.Module], float]:
+    """Return what S is, of which the reference must have some: the others' is divided by it."""
+    size_of = SIZES.resolve(size)
+    found = size_of(model)
+    if not found > 0:
+        raise ValueError(
+            f"`reference` must be a model with a size above 0, which others are divided by, got {found:g} for "
+            f"{reference!r}. Name a model that has parameters."
+        )
+    return size_of
 
 
 def _checked_engines(engines: Sequence[str] | None, export: Mapping[str, Any] | bool | None) -> list[str]:
@@ -176,6 +212,10 @@ def _checked_engines(engines: Sequence[str] | None, export: Mapping[str, Any] | 
 
 def _checked_export(export: Mapping[str, Any] | bool | None) -> dict[str, Any] | None:
     """Return the options of the export, None where nothing is exported."""
+    if not (export is None or isinstance(export, (bool, Mapping))):
+        raise TypeError(f"`export` must be a mapping of options of export_onnx, a bool or None, got {export!r}.")
+    if isinstance(export, Mapping):
+        check_names("export", export, EXPORT_OPTIONS)
     if export is False or (not isinstance(export, Mapping) and not all(map(_is_installed, EXPORTERS))):
         return None
     options: dict[str, Any] = {} if isinstance(export, bool) or export is None else dict(export)
@@ -252,7 +292,7 @@ class _Bench:
         self.first = self.first or subject
         times = self._times(subject)
         if is_reference:
-            times = {key: replace(time, ratio=1.0) for key, time in times.items()}
+            times = {key: _against_itself(time) for key, time in times.items()}
         if any(isinstance(layer, QuantizedLayer) for layer in model.modules()) and "torch" in self.engines:
             self._note("In PyTorch quantized layers are timed in float: integers run only in the exported files.")
         return {
@@ -386,6 +426,12 @@ def _file_facts(report: ExportReport) -> Row:
 def _sum(*counts: int | None) -> int | None:
     known = [count for count in counts if count is not None]
     return sum(known) if known else None
+
+
+def _against_itself(time: LatencyResult) -> LatencyResult:
+    """Return the reference's time: its ratio is 1 and not what noise made of it, and its range is widened to hold 1."""
+    low, high = (1.0 if bound is None else bound for bound in (time.low, time.high))
+    return replace(time, ratio=1.0, low=min(low, 1.0), high=max(high, 1.0))
 
 
 def time_facts(time: LatencyResult) -> Row:

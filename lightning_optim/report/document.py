@@ -4,7 +4,8 @@ import json
 import math
 import os
 import platform
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
@@ -19,6 +20,7 @@ from lightning_optim.report.columns import (
     Column,
     Row,
     markdown_table,
+    markdown_text,
     parts_of,
     terminal_table,
     titled_parts,
@@ -28,7 +30,7 @@ from lightning_optim.report.columns import (
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Card", "Report", "Section", "as_json", "environment", "replace_file", "svg_file"]
+__all__ = ["Card", "Report", "Section", "as_json", "environment", "replace_files", "svg_file"]
 
 
 def environment() -> str:
@@ -119,25 +121,29 @@ class Report:
         """Return the figures of the report and of its sections."""
         return [*self.figures, *(picture for section in self.sections for picture in section.figures)]
 
-    def write(self, folder: str | Path) -> Path:
+    def write(self, folder: str | Path, others: Mapping[str, str] | None = None) -> Path:
         """Write ``report.md`` with its figures as files, and ``report.html``, which holds everything in one file.
 
-        Each file is written beside its place and then moved there.
+        All contents are made before anything is written, and all files are written beside their places before any is
+        moved there: what fails leaves an earlier report as it was.
+
+        Args:
+            folder: Made where it is missing.
+            others: Name -> content of further files of the report.
 
         Returns:
             The path of the HTML file.
         """
         folder = Path(folder)
+        files: dict[str, str | bytes] = {f"{name}.svg": svg_file(figure) for name, _, figure in self.all_figures()}
+        files |= {**(others or {}), "report.md": self.to_markdown(), "report.html": self.to_html()}
         folder.mkdir(parents=True, exist_ok=True)
-        for name, _, figure in self.all_figures():
-            replace_file(folder / f"{name}.svg", svg_file(figure))
-        replace_file(folder / "report.md", self.to_markdown())
-        replace_file(folder / "report.html", self.to_html())
+        replace_files({folder / name: content for name, content in files.items()})
         return folder / "report.html"
 
     def to_markdown(self) -> str:
         """Return the report as Markdown; the figures are files beside it."""
-        lines = [f"# {self.title}", "", *([self.summary, ""] if self.summary else [])]
+        lines = [f"# {markdown_text(self.title)}", "", *([self.summary, ""] if self.summary else [])]
         lines += _markdown_tables(self.columns, self.rows)
         lines += [*(f"- {note}" for note in self.notes), ""]
         lines += _markdown_figures(self.figures)
@@ -165,7 +171,8 @@ def _markdown_tables(columns: Sequence[Column], rows: Sequence[Row]) -> list[str
 def _markdown_figures(figures: "Sequence[tuple[str, str, Figure]]") -> list[str]:
     lines = []
     for name, caption, _ in figures:
-        lines += [f"![{caption}]({name}.svg)", "", f"*{caption}*", ""]
+        words = re.sub(r"([\[\]*])", r"\\\1", markdown_text(caption))
+        lines += [f"![{words}]({name}.svg)", "", f"*{words}*", ""]
     return lines
 
 
@@ -176,14 +183,21 @@ def svg_file(figure: "Figure") -> bytes:
     return file.getvalue()
 
 
-def replace_file(path: Path, content: str | bytes) -> None:
-    """Write a file beside its place and move it there, so that a reader finds the old one or the new."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def replace_files(contents: Mapping[Path, str | bytes]) -> None:
+    """Write files beside their places, then move all there: a reader finds the old ones or the new.
+
+    Args:
+        contents: Path -> content, moved in this order.
+    """
+    temporary = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in contents}
     try:
-        temporary.write_bytes(content if isinstance(content, bytes) else content.encode())
-        os.replace(temporary, path)
+        for path, content in contents.items():
+            temporary[path].write_bytes(content if isinstance(content, bytes) else content.encode())
+        for path, written in temporary.items():
+            os.replace(written, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        for written in temporary.values():
+            written.unlink(missing_ok=True)
 
 
 def as_json(value: Any) -> str:

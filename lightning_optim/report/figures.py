@@ -1,6 +1,7 @@
 """The figures of a report. A model looks the same in all of them; matplotlib draws, and loads where this file does."""
 
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -79,6 +80,7 @@ def _dress(axis: Axes) -> None:
 def _legend(figure: Figure) -> None:
     """Put the names below where there are several, as many in a line as fit, and make the figure that much higher."""
     handles, labels = figure.axes[0].get_legend_handles_labels()
+    labels = [label.removeprefix(NAME) for label in labels]
     if len(labels) < 2:
         return
     width = figure.get_figwidth()
@@ -86,9 +88,24 @@ def _legend(figure: Figure) -> None:
     lines = -(-len(labels) // most)
     columns = -(-len(labels) // lines)
     figure.set_figheight(figure.get_figheight() + 0.1 + 0.2 * lines)
-    figure.legend(
-        handles, labels, loc="outside lower left", ncols=columns, frameon=False, fontsize=FONT, labelcolor=INK["text"]
-    )
+    words = {"ncols": columns, "frameon": False, "fontsize": FONT, "labelcolor": INK["text"]}
+    legend = figure.legend(handles, list(map(_named, labels)), loc="outside lower left", **words)
+    for text, label in zip(legend.get_texts(), labels, strict=True):
+        text.set(text=label, parse_math=False)
+
+
+NAME = "name "
+"""Before a label until it is in the legend: matplotlib leaves out those that begin with an underscore."""
+
+
+def _named(name: str) -> str:
+    return f"{NAME}{name}"
+
+
+def _label(axis: Axes, x: str, y: str) -> None:
+    """Name the axes; a dollar in a name begins no formula."""
+    axis.set_xlabel(x, parse_math=False)
+    axis.set_ylabel(y, parse_math=False)
 
 
 # Accuracy against what it costs.
@@ -115,13 +132,16 @@ def pareto_front(points: Iterable[tuple[float, float]], *, higher: bool = True) 
 
 def _number(row: Row, key: str) -> float:
     value = row.get(key)
-    return math.nan if value is None else float(value)
+    return float(value) if isinstance(value, (int, float)) else math.nan
 
 
 def _scatter(
     axis: Axes, rows: Sequence[Row], cost: str, value: str, *, scale: float = 1.0, higher: bool = True
 ) -> None:
-    """Draw the rows that have both, and the front of those with a net that is no control."""
+    """Draw the rows that have both numbers, and the front of them all: a control may be on it.
+
+    A row without one of the two, such as a baseline without a file, is neither drawn nor on the front.
+    """
     styles = styles_of(rows)
     placed = {row["name"]: (_number(row, cost) / scale, _number(row, value)) for row in rows}
     placed = {name: point for name, point in placed.items() if not any(map(math.isnan, point))}
@@ -130,10 +150,9 @@ def _scatter(
     for row in rows:
         if row["name"] in placed:
             style = {**styles[row["name"]], "linestyle": ""}
-            spread = row.get(f"{value}_std")
-            axis.errorbar(
-                *placed[row["name"]], spread, label=row["name"], markersize=8, capsize=3, elinewidth=1, **style
-            )
+            spread = None if math.isnan(_number(row, f"{value}_std")) else _number(row, f"{value}_std")
+            label = _named(row["name"])
+            axis.errorbar(*placed[row["name"]], spread, label=label, markersize=8, capsize=3, elinewidth=1, **style)
 
 
 def _logarithmic(axis: Axes) -> None:
@@ -169,13 +188,13 @@ def trade_off_figure(rows: Sequence[Row], metric: str, label: str, *, size: str 
 def _draw_size(axis: Axes, rows: Sequence[Row], metric: str, label: str, size: str) -> None:
     _scatter(axis, rows, size, metric, scale=1000.0)
     _logarithmic(axis)
-    axis.set(xlabel=f"{SIZE_LABELS[size]} (kB, logarithmic)", ylabel=label)
+    _label(axis, f"{SIZE_LABELS[size]} (kB, logarithmic)", label)
 
 
 def _draw_time(axis: Axes, rows: Sequence[Row], metric: str, label: str, cost: str, words: str) -> None:
     axis.axvspan(1 - SAME, 1 + SAME, color=INK["grid"], alpha=0.6, linewidth=0, zorder=0)
     _scatter(axis, rows, cost, metric)
-    axis.set(xlabel=words, ylabel=label)
+    _label(axis, words, label)
 
 
 @dataclass(frozen=True)
@@ -222,7 +241,7 @@ def _panels(report: "ComparisonReport") -> list[Panel]:
 
         def draw(axis: Axes) -> None:
             _scatter(axis, rows, f"{engine}_ratio", size, higher=False)
-            axis.set(xlabel=words, ylabel=label)
+            _label(axis, words, label)
 
         panels.append(Panel("pareto_size", f"Size of the file against the time of a call. {FRONT}", draw))
     return panels
@@ -266,7 +285,26 @@ def comparison_figures(report: "ComparisonReport") -> list[Picture]:
         panel.draw(axis)
         _legend(figure)
         pictures.append((panel.name, panel.caption, figure))
-    return [*pictures, *score_figures(report.rows, report.histories)]
+    return _renamed([*pictures, *score_figures(report.rows, report.histories)])
+
+
+def _renamed(pictures: Sequence[Picture]) -> list[Picture]:
+    """Give pictures names that are safe in files and ids, and differ also where letters of either case are one."""
+    taken: set[str] = set()
+    renamed = []
+    for name, caption, figure in pictures:
+        safe = free = re.sub(r"[^A-Za-z0-9_-]", "_", name)[:LONGEST_FILE]
+        count = 1
+        while free.lower() in taken:
+            count += 1
+            free = f"{safe}_{count}"
+        taken.add(free.lower())
+        renamed.append((free, caption, figure))
+    return renamed
+
+
+LONGEST_FILE = 100
+"""Letters in the name of a figure's file."""
 
 
 # P and its terms over the epochs.
@@ -297,15 +335,17 @@ def score_figures(
         panels: Metric, label of the y axis, whether that begins at 0, caption.
     """
     logged = {name for run in epochs.values() for epoch in run for name, value in epoch.items() if _is_known(value)}
-    return [
-        (metric.replace("/", "_"), caption, progress_figure(rows, epochs, metric, label, from_zero=from_zero))
-        for metric, label, from_zero, caption in panels
-        if metric in logged
-    ]
+    return _renamed(
+        [
+            (metric, caption, progress_figure(rows, epochs, metric, label, from_zero=from_zero))
+            for metric, label, from_zero, caption in panels
+            if metric in logged
+        ]
+    )
 
 
 def _is_known(value: Any) -> bool:
-    return value is not None and not math.isnan(value)
+    return isinstance(value, (int, float)) and not math.isnan(value)
 
 
 def progress_figure(rows: Sequence[Row], epochs: Epochs, metric: str, label: str, *, from_zero: bool = True) -> Figure:
@@ -323,8 +363,10 @@ def progress_figure(rows: Sequence[Row], epochs: Epochs, metric: str, label: str
     for name, run in epochs.items():
         values = [_number(dict(epoch), metric) for epoch in run]
         if not all(map(math.isnan, values)):
-            axis.plot(range(1, len(values) + 1), values, label=name, markersize=4, linewidth=1.6, **styles[name])
-    axis.set(xlabel="epoch", ylabel=label)
+            axis.plot(
+                range(1, len(values) + 1), values, label=_named(name), markersize=4, linewidth=1.6, **styles[name]
+            )
+    _label(axis, "epoch", label)
     if from_zero and axis.dataLim.ymax > 0:
         axis.set_ylim(0, 1.08 * axis.dataLim.ymax)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
@@ -345,7 +387,7 @@ def sparsity_figure(rows: Sequence[Row], events: Mapping[str, Sequence[tuple[int
             steps, asked, reached = zip(*events[name], strict=True)
             axis.plot(steps, asked, drawstyle="steps-post", linewidth=1.3, **{**style, "marker": ""})
             axis.plot(steps, reached, markersize=4.5, **{**style, "linestyle": ""})
-            axis.plot([], [], label=name, markersize=4.5, linewidth=1.3, **style)
+            axis.plot([], [], label=_named(name), markersize=4.5, linewidth=1.3, **style)
     axis.set(xlabel="optimizer step", ylabel="zeros (fraction of the selected)", ylim=(0, 1))
     _legend(figure)
     return figure
@@ -411,7 +453,7 @@ def _draw_bars(axis: Axes, bar: _Bars, layers: Sequence[Mapping[str, Any]], colo
     axis.barh(places, [value or 0.0 for value in values], height=0.66, color=colour)
     axis.set(xlim=(0, bar.whole), title=bar.label)
     axis.grid(visible=False)
-    axis.set_yticks(places, [_short(facts["layer"]) for facts in layers])
+    axis.set_yticks(places, [_short(facts["layer"]) for facts in layers], parse_math=False)
     axis.tick_params(axis="y", length=0, labelleft=named)
     axis.spines[["left", "bottom"]].set_visible(False)
     axis.set_ylim(len(layers) - 0.5, -0.5)

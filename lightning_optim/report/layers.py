@@ -17,7 +17,8 @@ WIDTHS = ("out_features", "out_channels", "embedding_dim", "hidden_size", "embed
 def layer_facts(module: nn.Module) -> list[dict[str, Any]]:
     """Return one dict per layer that holds matrices or kernels; norms and biases are left out.
 
-    Of a model that is divided among processes, every process must ask.
+    Of a model that is divided among processes, every process must ask. A tensor that several layers share counts once,
+    under its first name; a layer that holds no other has no dict.
 
     Args:
         module: Any module.
@@ -31,8 +32,11 @@ def layer_facts(module: nn.Module) -> list[dict[str, Any]]:
         2
     """
     facts = []
+    counted: set[nn.Parameter] = set()
     for name, layer in named_layers(module):
-        weights = {leaf: weight for leaf, weight in layer.named_parameters(recurse=False) if weight.ndim > 1}
+        held = {leaf: weight for leaf, weight in layer.named_parameters(recurse=False) if weight.ndim > 1}
+        weights = {leaf: weight for leaf, weight in held.items() if weight not in counted}
+        counted.update(held.values())
         if weights:
             facts.append({"layer": name, "type": _type(layer), **_of_weights(layer, weights), "width": _width(layer)})
     return facts

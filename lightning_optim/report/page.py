@@ -139,12 +139,11 @@ def inline_svg(name: str, caption: str, figure: "Figure") -> str:
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r' xmlns(:\w+)?="[^"]*"', "", text).replace("xlink:href", "href")
-    text = re.sub(r'\bid="', f'id="{name}-', text)
-    text = re.sub(r'(href="#|url\(#)', rf"\g<1>{name}-", text)
+    text = re.sub(r'\bid="|href="#|url\(#', lambda found: f"{found[0]}{name}-", text)
     text = re.sub(r"font-family: [^;\"]*", "font-family: var(--font)", text)
     for colour in DARK:
         text = text.replace(colour, f"var({_variable(colour)})")
-    return re.sub(r"<svg ", f'<svg role="img" aria-label="{escape(caption)}" ', text, count=1)
+    return text.replace("<svg ", f'<svg role="img" aria-label="{escape(caption)}" ', 1)
 
 
 def _section(section: Section) -> str:

@@ -3,15 +3,17 @@
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from math import isfinite
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, ConsoleOptions, Group, RenderResult
 
+from lightning_optim.checks import listed
 from lightning_optim.measure.latency import SAME, LatencyResult
-from lightning_optim.report.columns import Column, Row
-from lightning_optim.report.document import Card, Report, as_json, replace_file
+from lightning_optim.report.columns import Column, Row, formatted
+from lightning_optim.report.document import Card, Report, as_json, replace_files
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -148,11 +150,11 @@ class ComparisonReport:
             sentences.append(
                 f"Times are on one thread, and ratios to {self.reference} from calls that take turns; in brackets the "
                 f"range over five rounds. “No difference”: nearer to 1 than {SAME:g}, or a range that holds 1. The "
-                f"range beside {self.reference} is that of the model against itself: the noise."
+                f"range beside {self.reference} is that of the model against itself, widened to hold 1: the noise."
             )
         if any(row.get("P") is not None for row in self.rows):
             sentences.append(self._words_of_score())
-        if any(row.get("nonzero", 0) < 0.9 * row.get("parameters", 0) for row in self.rows):
+        if any(_has_zeros(row) for row in self.rows):
             sentences.append("Zeros make the compressed file smaller; dense kernels multiply them like other numbers.")
         return [*sentences, *self.notes]
 
@@ -191,13 +193,13 @@ class ComparisonReport:
 
     def _headlines(self, row: Row, reference: Row) -> list[tuple[str, str]]:
         facts = []
-        if row.get(self.accuracy) is not None and reference.get(self.accuracy) is not None:
+        if _is_number(row.get(self.accuracy)) and _is_number(reference.get(self.accuracy)):
             facts.append((f"{row[self.accuracy] - reference[self.accuracy]:+.4f}", self.accuracy))
-        size = "onnx_bytes" if row.get("onnx_bytes") and reference.get("onnx_bytes") else "bytes"
-        if row.get(size) and reference.get(size):
+        size = "onnx_bytes" if _is_known(row, reference, "onnx_bytes") else "bytes"
+        if _is_known(row, reference, size):
             facts.append((f"{row[size] / reference[size]:.2f}x", "ONNX file" if size == "onnx_bytes" else "file"))
         for engine in self.engines:
-            if row.get(f"{engine}_ratio") is not None:
+            if _is_number(row.get(f"{engine}_ratio")):
                 same = row.get(f"{engine}_differs") is False
                 facts.append(
                     ("same" if same else f"{row[f'{engine}_ratio']:.2f}x", f"time, {ENGINES.get(engine, engine)}")
@@ -230,7 +232,7 @@ class ComparisonReport:
         """
         page = self.as_document(figures=True).to_html()
         if path is not None:
-            Path(path).write_text(page, encoding="utf-8")
+            replace_files({Path(path): page})
         return page
 
     def write(self, folder: str | Path) -> Path:
@@ -242,9 +244,7 @@ class ComparisonReport:
         Raises:
             ImportError: If matplotlib is missing; the text names the extra.
         """
-        page = self.as_document(figures=True).write(folder)
-        replace_file(page.with_name("report.json"), self.to_json())
-        return page
+        return self.as_document(figures=True).write(folder, {"report.json": self.to_json()})
 
     def plot(self) -> "Figure":
         """Draw accuracy against size and against time, with the front that no other model beats in both.
@@ -274,7 +274,7 @@ class ComparisonReport:
 
     def save(self, path: str | Path) -> None:
         """Write :meth:`to_json` to a file."""
-        Path(path).write_text(self.to_json(), encoding="utf-8")
+        replace_files({Path(path): self.to_json()})
 
     @classmethod
     def load(cls, path: str | Path) -> "ComparisonReport":
@@ -294,64 +294,126 @@ class ComparisonReport:
         """Average the reports of several runs, such as seeds.
 
         Metrics get their standard deviation as ``<metric>_std``; other numbers are means; the range of a time ratio is
-        that over all runs. What is no number, and the histories, are the first run's.
+        that over all runs. What is no number, and the histories, are the first run's. A number that some runs lack (a
+        model that one seed could not export; NaN counts as lacking) is the mean of those that have it, and a note says
+        in how many.
 
         Args:
-            reports: At least one, with the same rows.
+            reports: At least one, of one run each, of the same rows, reference, engines, batch size, accuracy and
+                weights.
 
         Raises:
-            ValueError: If there is none, or their rows differ.
+            TypeError: If they are no list of reports.
+            ValueError: If there is none, they differ, or one is a mean already.
         """
-        if not reports:
-            raise ValueError("`reports` is empty: give at least one.")
-        first = reports[0]
-        names = [[row["name"] for row in report.rows] for report in reports]
-        if any(other != names[0] for other in names):
-            raise ValueError(f"reports of the same rows can be averaged, got {' and '.join(map(str, names))}.")
-        rows = [_mean_row(same, first.metrics) for same in zip(*(report.rows for report in reports), strict=True)]
-        layers = {name: _mean_layers([report.layers.get(name, []) for report in reports]) for name in first.layers}
-        notes = list(dict.fromkeys(note for report in reports for note in report.notes))
-        return replace(first, rows=rows, layers=layers, notes=notes, seeds=sum(report.seeds for report in reports))
+        given: list[ComparisonReport] = listed("reports", reports, "ComparisonReport")
+        _check_like(given)
+        first, metrics = given[0], list(dict.fromkeys(metric for report in given for metric in report.metrics))
+        notes = list(dict.fromkeys(note for report in given for note in report.notes))
+        rows = []
+        for same in zip(*(report.rows for report in given), strict=True):
+            rows.append(_mean_row(same, metrics))
+            notes += _lacking(same)
+        names = dict.fromkeys(name for report in given for name in report.layers)
+        layers = {name: _mean_layers([r.layers[name] for r in given if r.layers.get(name)]) for name in names}
+        return replace(first, metrics=metrics, rows=rows, layers=layers, notes=notes, seeds=len(given))
+
+
+def _has_zeros(row: Row) -> bool:
+    nonzero, parameters = row.get("nonzero"), row.get("parameters")
+    return _is_number(nonzero) and _is_number(parameters) and nonzero < 0.9 * parameters  # type: ignore[operator]
+
+
+def _is_known(row: Row, reference: Row, key: str) -> bool:
+    return all(_is_number(each.get(key)) and each[key] for each in (row, reference))
 
 
 def _metric_form(metric: str) -> Callable[[Row], str]:
     def form(row: Row) -> str:
         spread = row.get(f"{metric}_std")
-        return f"{row[metric]:#.4g}" + ("" if spread is None else f" ± {spread:.2g}")
+        return formatted(row[metric], "{:#.4g}") + ("" if spread is None else f" ± {formatted(spread, '{:.2g}')}")
 
     return form
 
 
 def _ratio_form(key: str) -> Callable[[Row], str]:
     def form(row: Row) -> str:
-        ratio, low, high = (row.get(f"{key}_{word}") for word in ("ratio", "low", "high"))
-        span = "" if low is None or high is None else f" [{low:.2f}, {high:.2f}]"
-        return f"{ratio:.2f}{span}" + (" no difference" if row.get(f"{key}_differs") is False else "")
+        ratio, low, high = (formatted(row.get(f"{key}_{word}"), "{:.2f}") for word in ("ratio", "low", "high"))
+        span = "" if "-" in (low, high) else f" [{low}, {high}]"
+        return f"{ratio}{span}" + (" no difference" if row.get(f"{key}_differs") is False else "")
 
     return form
 
 
 def _kernels(row: Row) -> str:
-    return f"{row['integer_kernels']:.0f} of {row['kernels']:.0f}"
+    return " of ".join(formatted(row.get(key), "{:.0f}") for key in ("integer_kernels", "kernels"))
+
+
+ALIKE = ("reference", "engines", "batch_size", "accuracy", "weights")
+"""What reports must have in common to be averaged."""
+
+
+def _check_like(reports: Sequence[ComparisonReport]) -> None:
+    """Check that reports can be averaged."""
+    if not reports:
+        raise ValueError("`reports` is empty: give at least one.")
+    for report in reports:
+        if not isinstance(report, ComparisonReport):
+            raise TypeError(f"`reports` must be a list of ComparisonReport, got {type(report).__name__} in it.")
+        if report.seeds != 1:
+            raise ValueError(
+                f"`reports` must be of one run each, got a mean over {report.seeds}. Pass the single-seed reports, all "
+                "at once: a mean of means has neither their spread nor their weights."
+            )
+    for name in ALIKE:
+        found = [getattr(report, name) for report in reports]
+        if any(each != found[0] for each in found):
+            other = next(each for each in found if each != found[0])
+            raise ValueError(
+                f"`reports` must have the same {name}, got {found[0]!r} and {other!r}. Average those that share it."
+            )
+    names = [[row["name"] for row in report.rows] for report in reports]
+    if any(other != names[0] for other in names):
+        raise ValueError(f"reports of the same rows can be averaged, got {' and '.join(map(str, names))}.")
 
 
 def _mean_row(same: Sequence[Row], metrics: Sequence[str]) -> Row:
     means: Row = {}
-    for key in same[0]:
+    for key in _keys_of(same):
         values = [row.get(key) for row in same]
         means[key] = _mean_of(values)
-        if key in metrics and len(same) > 1 and all(map(_is_number, values)):
-            means[f"{key}_std"] = stdev(values)  # type: ignore[type-var]
+        spread = _spread(values) if key in metrics else None
+        means |= {} if spread is None else {f"{key}_std": spread}
     for key in [key.removesuffix("_differs") for key in means if key.endswith("_differs")]:
         means |= _range(key, means, same)
     return means
 
 
+def _keys_of(same: Sequence[Row]) -> list[str]:
+    return list(dict.fromkeys(key for row in same for key in row))
+
+
+def _lacking(same: Sequence[Row]) -> list[str]:
+    """Return a sentence for each number of runs that have what others lack."""
+    lacking: dict[int, list[str]] = {}
+    for key in _keys_of(same):
+        count = len(_numbers([row.get(key) for row in same]))
+        if 0 < count < len(same) and not key.endswith(("_ratio", "_low", "_high")):
+            lacking.setdefault(count, []).append(key)
+    return [
+        f"{same[0]['name']}: means over {count} of {len(same)} runs, which alone have it: {', '.join(keys)}."
+        for count, keys in lacking.items()
+    ]
+
+
 def _range(key: str, means: Row, same: Sequence[Row]) -> Row:
     """Return the range of a ratio over all runs, and whether the mean differs from 1 by more than the noise."""
-    low, high = min(row[f"{key}_low"] for row in same), max(row[f"{key}_high"] for row in same)
-    ratio = means[f"{key}_ratio"]
-    differs = LatencyResult(means[f"{key}_ms"], ratio=ratio, low=low, high=high).differs
+    lows, highs = (_numbers([row.get(f"{key}_{word}") for row in same]) for word in ("low", "high"))
+    ratio, milliseconds = means.get(f"{key}_ratio"), means.get(f"{key}_ms")
+    if not (lows and highs and _is_number(ratio) and _is_number(milliseconds)):
+        return {}
+    low, high = min(lows), max(highs)
+    differs = LatencyResult(milliseconds, ratio=ratio, low=low, high=high).differs  # type: ignore[arg-type]
     return {f"{key}_low": low, f"{key}_high": high, f"{key}_differs": differs}
 
 
@@ -359,13 +421,26 @@ def _mean_layers(runs: Sequence[list[dict[str, Any]]]) -> list[dict[str, Any]]:
     """Average the facts of each layer; the first run's where the runs have not the same layers."""
     if any([facts["layer"] for facts in run] != [facts["layer"] for facts in runs[0]] for run in runs):
         return runs[0]
-    return [{key: _mean_of([facts[key] for facts in same]) for key in same[0]} for same in zip(*runs, strict=True)]
+    return [{key: _mean_of([facts.get(key) for facts in same]) for key in same[0]} for same in zip(*runs, strict=True)]
 
 
 def _mean_of(values: Sequence[Any]) -> Any:
-    """Return the mean of numbers, and the first of what is none."""
-    return fmean(values) if all(map(_is_number, values)) else values[0]
+    """Return the mean of the numbers; where there is none, the first that is something."""
+    numbers = _numbers(values)
+    if not numbers:
+        return next((value for value in values if value is not None), None)
+    return fmean(numbers) if all(map(isfinite, numbers)) else sum(numbers) / len(numbers)
+
+
+def _spread(values: Sequence[Any]) -> float | None:
+    """Return the standard deviation over the runs that have a number; None where that says nothing."""
+    numbers = _numbers(values)
+    return stdev(numbers) if len(numbers) > 1 and all(map(isfinite, numbers)) else None
+
+
+def _numbers(values: Sequence[Any]) -> list[float]:
+    return [value for value in values if _is_number(value)]
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value == value

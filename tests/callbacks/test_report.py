@@ -95,6 +95,12 @@ def test_layers_at_the_end_stand_beside_those_at_the_start(told):
     assert found["end"]["parameters"] < found["start"]["parameters"]
 
 
+ELSEWHERE = pytest.mark.filterwarnings(
+    "ignore:Be aware that when using `ckpt_path`:UserWarning"  # Lightning compares state keys, which hold the folder
+)
+
+
+@ELSEWHERE
 @pytest.mark.parametrize("epoch", [0, 1])
 def test_a_resumed_run_tells_the_whole_run(told, tmp_path, epoch):
     callbacks = [ReportCallback(tmp_path / "report", title="A <title>"), *all_techniques()]
@@ -105,7 +111,7 @@ def test_a_resumed_run_tells_the_whole_run(told, tmp_path, epoch):
 def test_a_file_from_the_middle_of_an_epoch_goes_on_too(told, tmp_path):
     whole, callbacks = tmp_path / "whole", [ReportCallback(tmp_path / "whole"), *all_techniques()]
     fit(tmp_path, new(), *callbacks, Files(tmp_path, every_n_steps=12))
-    state = torch.load(tmp_path / "step12.ckpt", weights_only=True)["callbacks"]["ReportCallback"]
+    state = torch.load(tmp_path / "step12.ckpt", weights_only=True)["callbacks"][callbacks[0].state_key]
     assert [epoch["epoch"] for epoch in state["epochs"]] == [0]
     assert [event["step"] for event in state["events"]] == [2, 4, 6, 10, 10, 12]
     assert untimed(read(whole)) == untimed({**read(told / "report"), "title": "A run of Classifier"})
@@ -301,3 +307,90 @@ def test_only_rank_zero_writes(tmp_path):
     other = SimpleNamespace(is_global_zero=False, callbacks=[])
     callback.on_fit_end(other, run.lightning_module)
     assert not (tmp_path / "report").exists()
+
+
+# Folders.
+
+
+def test_a_folder_that_cannot_be_one_is_said_before_training(tmp_path):
+    file = tmp_path / "file"
+    file.write_text("mine")
+    for folder in (file, file / "below" / "it"):
+        with pytest.raises(NotADirectoryError, match=r"`dirpath` must be a folder, got .*file.* is a file\. Give"):
+            fit(tmp_path, new(Untrained), ReportCallback(folder))
+    assert file.read_text() == "mine"
+
+
+def test_a_folder_that_refuses_is_said_before_training(tmp_path, monkeypatch):
+    def refuse(dir):
+        assert dir == tmp_path
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    with pytest.raises(PermissionError, match=r"can be written to, got .*report.* refuses: .*Permission denied\. Give"):
+        fit(tmp_path, new(Untrained), ReportCallback(tmp_path / "new" / "report"))
+    ReportCallback(tmp_path / "report").setup(SimpleNamespace(is_global_zero=False), None, "fit")
+    ReportCallback(tmp_path / "report").setup(SimpleNamespace(is_global_zero=True), None, "validate")
+
+
+class Untrained(Classifier):
+    """May not be trained."""
+
+    def training_step(self, *args):
+        raise AssertionError("it was trained")
+
+
+def test_a_report_that_cannot_be_made_leaves_the_one_before(tmp_path, monkeypatch):
+    folder = tmp_path / "report"
+    fit(tmp_path, new(), ReportCallback(folder), max_epochs=1)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def fail(value):
+        raise RuntimeError("cannot be told")
+
+    monkeypatch.setattr("lightning_optim.callbacks.report.as_json", fail)
+    with pytest.raises(RuntimeError, match="cannot be told"):
+        fit(tmp_path, new(), ReportCallback(folder, title="other"), max_epochs=1)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_two_reports_of_one_run_are_kept_and_resumed_apart(tmp_path):
+    def reports():
+        return [ReportCallback(tmp_path / "a" / "report"), ReportCallback(tmp_path / "b" / "report", title="b")]
+
+    fit(tmp_path, new(), *reports(), Files(tmp_path), max_epochs=1)
+    assert (read(tmp_path / "a" / "report")["title"], read(tmp_path / "b" / "report")["title"]) == (
+        "A run of Classifier",
+        "b",
+    )
+    fit(tmp_path, new(), *reports(), max_epochs=2, ckpt_path=tmp_path / "0.ckpt")
+    assert [len(read(tmp_path / name / "report")["epochs"]) for name in "ab"] == [2, 2]
+
+
+@ELSEWHERE
+def test_a_file_from_before_the_key_held_the_folder_is_resumed(tmp_path):
+    callback = ReportCallback(tmp_path / "report")
+    fit(tmp_path, new(), callback, Files(tmp_path), max_epochs=1)
+    saved = torch.load(tmp_path / "0.ckpt", weights_only=True)
+    saved["callbacks"]["ReportCallback"] = saved["callbacks"].pop(callback.state_key)
+    torch.save(saved, tmp_path / "old.ckpt")
+    fit(tmp_path, new(), ReportCallback(tmp_path / "new"), max_epochs=2, ckpt_path=tmp_path / "old.ckpt")
+    assert [epoch["epoch"] for epoch in read(tmp_path / "new")["epochs"]] == [0, 1]
+
+
+def test_a_logger_that_raises_is_named_and_the_others_get_theirs(tmp_path):
+    broken, board = fake(TensorBoardLogger), fake(TensorBoardLogger)
+    broken.recorder.add_text = lambda *args: 1 / 0
+    with pytest.warns(UserWarning, match=r"Fake did not take the report \(ZeroDivisionError: division by zero\)\. Its"):
+        fit(tmp_path, new(), ReportCallback(tmp_path / "report"), logger=[broken, board], max_epochs=1)
+    assert (tmp_path / "report" / "report.json").is_file()
+    assert board.recorder.named("add_text")
+
+
+def test_metrics_whose_names_are_alike_in_a_file_have_a_figure_each(tmp_path):
+    class Alike(Classifier):
+        def on_train_epoch_end(self):
+            self.log_dict({"val/a": 1.0, "val_a": 2.0})
+
+    fit(tmp_path, new(Alike), ReportCallback(tmp_path / "report"), max_epochs=1)
+    assert {"val_a.svg", "val_a_2.svg"} <= {path.name for path in (tmp_path / "report").iterdir()}

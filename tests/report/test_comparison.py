@@ -11,6 +11,7 @@ from helpers.compared import CLASSES, FEATURES, inputs, models, net
 from lightning_optim import compare
 from lightning_optim.export.verify import RUNTIMES
 from lightning_optim.functional.score import DEFAULT_WEIGHTS, Terms, performance_score
+from lightning_optim.measure.latency import LatencyResult
 
 DENSE_PARAMETERS = 32 * FEATURES + 32 + 64 + 32 * CLASSES + CLASSES
 
@@ -89,6 +90,18 @@ def test_times_stand_in_every_engine_beside_their_range(compared):
             inside = row["low"] <= 1 <= row["high"]
             assert row["differs"] == (abs(row["ratio"] - 1) >= 0.05 and not inside)
     assert all(report["dense"][f"{engine}_ratio"] == 1.0 for engine in report.engines)
+
+
+@pytest.mark.parametrize(("low", "high", "shown"), [(0.9, 0.95, (0.9, 1.0)), (1.1, 1.2, (1.0, 1.2)), (0.9, 1.1, None)])
+def test_the_range_of_the_reference_holds_its_ratio(monkeypatch, low, high, shown):
+    time = LatencyResult(1.0, 1.0, ratio=(low + high) / 2, low=low, high=high)
+    monkeypatch.setattr("lightning_optim.report.comparison.interleaved_latency", lambda *args, **words: time)
+    report = quick()
+    row = report["a"]
+    assert (row["torch_ratio"], row["torch_differs"]) == (1.0, False)
+    assert (row["torch_low"], row["torch_high"]) == (shown or (low, high))
+    assert (report["b"]["torch_low"], report["b"]["torch_high"]) == (low, high)
+    assert any("of the model against itself, widened to hold 1" in sentence for sentence in report.reading())
 
 
 def test_p_is_that_of_the_formula_against_the_reference(compared):
@@ -205,6 +218,16 @@ def test_the_file_is_weighed_also_where_only_torch_is_timed():
         ({"evaluate": lambda module: {"accuracy": 0.5, "P": 1}}, ValueError, "returned 'P', a name of the report's"),
         ({"nets": {"a": 3}}, TypeError, "must be name -> nn.Module, got int for 'a'"),
         ({"size": "weight"}, ValueError, "unknown size 'weight'"),
+        ({"batch_size": 0}, ValueError, "`batch_size` must be a whole number >= 1, got 0"),
+        ({"batch_size": 2.0}, ValueError, "`batch_size` must be a whole number >= 1, got 2.0"),
+        ({"controls": "a"}, TypeError, "`controls` must be a list of names of models, got 'a'"),
+        ({"controls": [1]}, TypeError, r"`controls` must be a list of names of models, got \[1\]"),
+        ({"nets": [net()]}, TypeError, "`models` must be a mapping of name -> nn.Module"),
+        ({"nets": {3: net()}}, TypeError, "`models` must be name -> nn.Module, got the name 3"),
+        ({"nets": {"a": nn.Flatten()}}, ValueError, "must be a model with a size above 0, .* got 0 for 'a'"),
+        ({"size": lambda module: 0.0}, ValueError, "must be a model with a size above 0"),
+        ({"export": {"opset": 17}}, ValueError, "`export` has no 'opset'; known: dynamic_batch, dynamic_dims, verify"),
+        ({"export": "onnx"}, TypeError, "`export` must be a mapping of options of export_onnx, a bool or None"),
     ],
 )
 def test_refuses(words, error, text):

@@ -1,11 +1,20 @@
 """Fronts, styles, and which figures there are."""
 
+import re
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from helpers.compared import layers, report, row
-from lightning_optim.report.figures import comparison_figures, layer_figure, layer_sections, pareto_front, score_figures
+from lightning_optim.report.figures import (
+    comparison_figures,
+    layer_figure,
+    layer_sections,
+    pareto_front,
+    score_figures,
+    sparsity_figure,
+)
 from lightning_optim.report.layers import against_reference
 from lightning_optim.report.styles import DARK, INK, KINDS, styles_of
 
@@ -79,3 +88,43 @@ def test_large_models_show_their_largest_layers_and_long_names_their_end():
 def test_a_metric_that_no_run_logged_has_no_figure():
     rows = [row("a", "dense", 0, 1, 1)]
     assert score_figures(rows, {"a": [{"P/size": None}, {}]}) == []
+
+
+def legend_of(figure):
+    return [text.get_text() for text in figure.legends[0].get_texts()]
+
+
+def test_names_that_look_like_formulas_or_hidden_are_drawn_as_they_are(tmp_path):
+    found = report()
+    name, metric, other = r"$\\nope{$", "$x_{$", "_hidden"
+    found.reference, found.accuracy, found.metrics = name, metric, [metric]
+    found.layers = {name: layers(32), other: [{**facts, "layer": r"$\\no{$"} for facts in layers(16, bits=8.0)]}
+    found.histories = {name: [{"P/size": 1.0}], other: [{"P/size": 0.5}]}
+    for line, called in zip(found.rows, (name, other, "scratch", "words"), strict=True):
+        line.update({"name": called, metric: line.pop("accuracy")})
+    found.write(tmp_path)
+    figures = {name: figure for name, _, figure in comparison_figures(found)}
+    assert legend_of(figures["pareto_size"]) == [name, other, "scratch"]
+    assert legend_of(figures["P_size"]) == [name, other]
+    assert legend_of(found.plot()) == [name, other, "scratch"]
+    pruned = sparsity_figure(found.rows, {each: [(1, 0.5, 0.5)] for each in (name, other)})
+    assert legend_of(pruned) == [name, other]
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert all(f">{each}</text>" in text for each in (name, other, metric))
+
+
+def test_names_of_figures_are_safe_and_each_its_own():
+    names = ["val/acc", "val_acc", "val/ACC", 'val/../x y"><b>', "val" * 200]
+    panels = [(name, name, True, name) for name in names]
+    drawn = score_figures([row("a", "dense", 0, 1, 1)], {"a": [dict.fromkeys(names, 1.0)]}, panels)
+    found = [name for name, _, _ in drawn]
+    assert found[:3] == ["val_acc", "val_acc_2", "val_ACC_3"]
+    assert len({name.lower() for name in found}) == len(names)
+    assert all(re.fullmatch(r"[A-Za-z0-9_-]{1,110}", name) for name in found)
+
+
+def test_a_control_is_on_the_front_and_a_row_without_a_file_is_not():
+    found = report(accuracy=0.7)  # the control of the same size has 0.8
+    found["word counts"]["accuracy"] = 0.99
+    (_, _, figure), *_ = comparison_figures(found)
+    assert figure.axes[0].lines[0].get_xydata().tolist() == [[2.5, 0.8], [5.0, 0.95]]

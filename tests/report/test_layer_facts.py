@@ -30,3 +30,10 @@ def test_a_layer_without_width_or_without_its_like_has_none_kept():
     kept = against_reference(facts, layer_facts(nn.Sequential(Own())))
     assert [each["kept"] for each in kept] == [None, None]
     assert against_reference(facts, facts)[1]["kept"] == 1.0
+
+
+def test_tied_weights_count_once_under_their_first_name():
+    net = nn.ModuleDict({"embedding": nn.Embedding(5, 4), "hidden": nn.Linear(4, 4), "head": nn.Linear(4, 5)})
+    net["head"].weight = net["embedding"].weight
+    facts = layer_facts(net)
+    assert [(each["layer"], each["parameters"]) for each in facts] == [("embedding", 20), ("hidden", 16)]

@@ -44,6 +44,16 @@ def test_figures_are_text_in_the_colours_of_the_page(page):
     assert set(re.findall(r"(?:href=\"|url\()#([^\")]*)", page)) <= set(ids)
 
 
+def test_a_backslash_in_a_name_is_only_a_letter(tmp_path):
+    found = report()
+    for line in found.rows[:2]:
+        line["name"] = f"runs\\dense\\{line['name']}"
+    found.reference, found.histories = found.rows[0]["name"], {}
+    found.layers = {f"runs\\dense\\{name}": facts for name, facts in found.layers.items() if name != "scratch"}
+    text = found.write(tmp_path).read_text(encoding="utf-8")
+    assert 'aria-label="runs\\dense\\half &lt;b&gt;, against runs\\dense\\dense' in text
+
+
 def test_the_page_is_written_where_asked(tmp_path, page):
     assert report().to_html(tmp_path / "page.html") == page
     assert (tmp_path / "page.html").read_text(encoding="utf-8") == page

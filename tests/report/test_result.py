@@ -2,6 +2,7 @@
 
 import builtins
 import json
+import math
 
 import pandas
 import pytest
@@ -10,6 +11,8 @@ from rich.console import Console
 
 from helpers.compared import report
 from lightning_optim import ComparisonReport
+from lightning_optim.report import document
+from lightning_optim.report.columns import Column, markdown_table
 
 
 def test_a_difference_within_the_noise_is_called_none():
@@ -34,7 +37,7 @@ def test_the_table_is_as_wide_as_the_terminal():
 def test_markdown_has_a_table_for_each_part_and_the_notes():
     text = report().to_markdown()
     assert text.startswith("# Models compared")
-    assert "| half <b> | 0.9000 | 0.500 |" in text
+    assert "| half &lt;b&gt; | 0.9000 | 0.500 |" in text
     assert "**Time of a call in PyTorch**" in text
     assert "- one & only" in text
     assert text.count("| word counts |") == 1  # it has no size and no time
@@ -135,3 +138,144 @@ def test_files_of_a_report(tmp_path):
     text = (tmp_path / "new" / "report.md").read_text(encoding="utf-8")
     assert "(pareto_size.svg)" in text
     assert (tmp_path / "new" / "pareto_size.svg").is_file()
+
+
+@pytest.mark.parametrize("name", ["a[int8]", "x[/red]", "[bold]x"])
+def test_names_with_brackets_are_shown_as_they_are(name):
+    found = report()
+    found.reference = name
+    found.metrics.append(f"{name}!")
+    found.engines = [*found.engines, name]
+    found.rows[0].update({"name": name, f"{name}!": 0.5, f"{name}_ms": 1.0, f"{name}_ratio": 1.0})
+    text = "".join(letter for letter in str(found) if letter not in "\n│ ")
+    assert text.count(name) > 4
+    assert f"{name}!" in text
+    assert f"Timeofacallin{name}" in text
+
+
+def test_a_row_with_text_or_nothing_in_it_is_shown(tmp_path):
+    found = report()
+    found.add_row("text", accuracy="n/a", parameters="many", bits=None, torch_ratio="fast", torch_low=0.1, nonzero=None)
+    found.add_row("made", kind="compressed", accuracy="n/a", bytes="small", onnx_bytes="small", torch_ratio="fast")
+    found.add_row("kernels", kernels=3, integer_kernels=None, accuracy=0.5, accuracy_std="?", torch_ratio=0.5)
+    text = found.to_markdown()
+    assert "| text | n/a | - |" in text
+    assert "| many | - | - |" in text
+    assert "| - of 3 |" in text
+    assert "0.5000 ± ?" in text
+    assert "fast" in str(found)
+    found.write(tmp_path)
+
+
+def test_markdown_cells_hold_neither_tags_nor_line_breaks():
+    (line,) = markdown_table([Column("name", "model")], [{"name": "a|b\n<i>c & d"}])[2:]
+    assert line == r"| a\|b &lt;i&gt;c &amp; d |"
+    found = report()
+    found.title = "two\nlines <i>"
+    assert found.to_markdown().startswith("# two lines &lt;i&gt;\n")
+
+
+# Files.
+
+
+@pytest.mark.parametrize("broken", ["to_markdown", "to_html"])
+def test_a_report_that_cannot_be_made_leaves_the_one_before(tmp_path, monkeypatch, broken):
+    report().write(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def fail(self):
+        raise RuntimeError("cannot be drawn")
+
+    monkeypatch.setattr(document.Report, broken, fail)
+    with pytest.raises(RuntimeError, match="cannot be drawn"):
+        report(accuracy=0.1).write(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_json_that_cannot_be_made_leaves_the_report_before(tmp_path, monkeypatch):
+    report().write(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    monkeypatch.setattr(ComparisonReport, "to_json", lambda self: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        report(accuracy=0.1).write(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("write", [ComparisonReport.save, ComparisonReport.to_html])
+def test_a_disk_that_is_full_leaves_the_file_before(tmp_path, monkeypatch, write):
+    path = tmp_path / "file"
+    path.write_text("before")
+
+    def full(self, content):
+        open(self, "wb").close()
+        raise OSError("no space left")
+
+    monkeypatch.setattr("pathlib.Path.write_bytes", full)
+    monkeypatch.setattr("pathlib.Path.write_text", lambda self, text, **words: full(self, text))
+    with pytest.raises(OSError, match="no space left"):
+        write(report(), path)
+    assert [each.name for each in tmp_path.iterdir()] == ["file"]
+    assert path.read_text() == "before"
+
+
+# Means of what is not whole.
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_model_that_one_seed_lacks_numbers_of_is_averaged_over_the_others(first):
+    whole, part = report(0.8, 0.9), report(0.9, 0.7)
+    for key in [key for key in part["half <b>"] if key.startswith("torch_") or key == "onnx_bytes"]:
+        del part["half <b>"][key]
+    part["half <b>"].update({"P": None, "accuracy": math.nan})
+    mean = ComparisonReport.mean([whole, part] if first else [part, whole])
+    row = mean["half <b>"]
+    assert (row["accuracy"], row["P"], row["onnx_bytes"], row["torch_ratio"]) == (0.8, 0.9, 2500, 0.9)
+    assert (row["torch_low"], row["torch_high"], row["torch_differs"]) == (0.89, 0.91, True)
+    assert "accuracy_std" not in row
+    (note,) = [note for note in mean.notes if note.startswith("half <b>: means over 1 of 2 runs")]
+    assert all(f" {key}" in note for key in ("accuracy", "P", "onnx_bytes", "torch_ms"))
+    assert str(mean)
+
+
+def test_a_metric_of_one_seed_only_is_kept():
+    more = report()
+    more["dense"]["recall"] = 0.25
+    more.metrics.append("recall")
+    mean = ComparisonReport.mean([report(), more])
+    assert mean.metrics == ["accuracy", "recall"]
+    assert mean["dense"]["recall"] == 0.25
+    assert "dense: means over 1 of 2 runs, which alone have it: recall." in mean.notes
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, None])
+def test_values_that_are_no_finite_numbers_do_not_stop_a_mean(value):
+    runs = [report(), report(), report()]
+    for run in runs[:2]:
+        run["half <b>"]["accuracy"] = value
+    runs[1]["half <b>"]["accuracy"] = -math.inf if value == math.inf else value
+    mean = ComparisonReport.mean(runs)["half <b>"]
+    assert "accuracy_std" not in mean
+    assert mean["accuracy"] == 0.9 or math.isnan(mean["accuracy"])
+
+
+def test_a_mean_of_means_is_refused():
+    mean = ComparisonReport.mean([report(), report()])
+    with pytest.raises(ValueError, match=r"of one run each, got a mean over 2\. Pass the single-seed reports"):
+        ComparisonReport.mean([mean, report()])
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("reference", "scratch"), ("engines", ["onnxruntime"]), ("batch_size", None), ("accuracy", "f1"), ("weights", {})],
+)
+def test_reports_of_other_kinds_are_not_averaged(name, value):
+    other = report()
+    setattr(other, name, value)
+    with pytest.raises(ValueError, match=rf"`reports` must have the same {name}, got .* and .*\. Average"):
+        ComparisonReport.mean([report(), other])
+
+
+@pytest.mark.parametrize("reports", [report(), [report(), "b"]])
+def test_a_mean_is_of_a_list_of_reports(reports):
+    with pytest.raises(TypeError, match="`reports` must be a list of ComparisonReport"):
+        ComparisonReport.mean(reports)
