@@ -12,7 +12,7 @@ from typing import Any
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 
-__all__ = ["Command", "UserError", "command_parser", "console", "is_users", "said_plainly"]
+__all__ = ["Command", "UserError", "command_parser", "console", "is_users", "need_jsonargparse", "said_plainly"]
 
 
 class UserError(Exception):
@@ -79,3 +79,18 @@ def _is_installed(file: Path) -> bool:
     """Whether a file belongs to Python, to an installed library or to this package."""
     homes = [_PACKAGE, *(Path(path) for name, path in sysconfig.get_paths().items() if name in _INSTALLED)]
     return str(file).startswith("<") or any(file.is_relative_to(home) for home in homes)
+
+
+def need_jsonargparse() -> None:
+    """Say which extra is missing.
+
+    Raises:
+        UserError: If jsonargparse is not installed.
+    """
+    try:
+        import jsonargparse  # noqa: F401
+    except ImportError as error:
+        raise UserError(
+            "configuration files need jsonargparse, which is not installed. Install it with: "
+            'python -m pip install "lightning-optim[cli]"'
+        ) from error

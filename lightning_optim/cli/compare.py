@@ -4,12 +4,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lightning_optim.cli.building import load
 from lightning_optim.cli.command import Command, UserError, console, said_plainly
 from lightning_optim.cli.loading import (
     PREPARE_HELP,
     Objects,
     dims,
-    load,
     model_and_data,
     objects_parser,
     prepared,

@@ -4,8 +4,9 @@ import sys
 from collections.abc import Sequence
 
 from lightning_optim import checkpoint
+from lightning_optim.cli.building import load
 from lightning_optim.cli.command import Command, said_plainly
-from lightning_optim.cli.loading import PREPARE_HELP, dims, load, model_and_data, objects_parser, prepared
+from lightning_optim.cli.loading import PREPARE_HELP, dims, model_and_data, objects_parser, prepared
 from lightning_optim.export import export_onnx
 
 __all__ = ["COMMAND"]

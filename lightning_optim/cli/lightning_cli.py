@@ -10,8 +10,8 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
 from lightning_optim.checkpoint import attach, read_checkpoint
+from lightning_optim.cli.building import build, is_distilled, load
 from lightning_optim.cli.command import UserError, said_plainly
-from lightning_optim.cli.loading import build, is_distilled, load
 from lightning_optim.distillation import DistillationModule
 from lightning_optim.recipe import Recipe
 

@@ -4,9 +4,9 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 
-from lightning_optim.cli.command import Command, UserError
+from lightning_optim.cli.command import Command, need_jsonargparse
 
-__all__ = ["COMMANDS", "need_jsonargparse"]
+__all__ = ["COMMANDS"]
 
 _HELP = {
     "fit": "train, and compress by a recipe while training, from a YAML file",
@@ -14,21 +14,6 @@ _HELP = {
     "test": "test a checkpoint, compressed or not",
     "predict": "predict with a checkpoint, compressed or not",
 }
-
-
-def need_jsonargparse() -> None:
-    """Say which extra is missing.
-
-    Raises:
-        UserError: If jsonargparse is not installed.
-    """
-    try:
-        import jsonargparse  # noqa: F401
-    except ImportError as error:
-        raise UserError(
-            "configuration files need jsonargparse, which is not installed. Install it with: "
-            'python -m pip install "lightning-optim[cli]"'
-        ) from error
 
 
 def run(name: str, arguments: Sequence[str]) -> int:

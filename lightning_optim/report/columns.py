@@ -1,6 +1,6 @@
 """Columns of a report's tables, and the tables they make in a terminal and in Markdown."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from itertools import zip_longest
@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 __all__ = [
+    "ENGINES",
     "Column",
     "Row",
     "formatted",
@@ -21,6 +22,9 @@ __all__ = [
     "titled_parts",
     "with_values",
 ]
+
+ENGINES: Mapping[str, str] = {"torch": "PyTorch", "onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
+"""How engines are called in a table."""
 
 Row = dict[str, Any]
 

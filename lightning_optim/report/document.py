@@ -26,6 +26,8 @@ from lightning_optim.report.columns import (
     titled_parts,
     with_values,
 )
+from lightning_optim.report.page import page_of
+from lightning_optim.report.parts import Card, Section
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -39,38 +41,6 @@ def environment() -> str:
         f"Python {platform.python_version()}, torch {torch.__version__}, lightning {lightning.__version__}, "
         f"{torch.get_num_threads()} of {os.cpu_count()} cores, {platform.machine()}"
     )
-
-
-@dataclass(frozen=True)
-class Card:
-    """What is worth knowing first, on top of a page.
-
-    Attributes:
-        title: Of the card; the name of a row gives it that row's colour.
-        facts: Pairs of a number, as text, and what it is.
-    """
-
-    title: str
-    facts: Sequence[tuple[str, str]]
-
-
-@dataclass
-class Section:
-    """A part of a report below the main table.
-
-    Attributes:
-        title: Of the section.
-        text: One paragraph, may be empty.
-        figures: Name (of the file), caption, figure.
-        columns: Of its table; none without one.
-        rows: Of its table.
-    """
-
-    title: str
-    text: str = ""
-    figures: "list[tuple[str, str, Figure]]" = field(default_factory=list)
-    columns: Sequence[Column] = ()
-    rows: Sequence[Row] = ()
 
 
 @dataclass
@@ -155,8 +125,6 @@ class Report:
 
     def to_html(self) -> str:
         """Return the report as one HTML page that needs no other file and runs no script."""
-        from lightning_optim.report.page import page_of
-
         return page_of(self)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lightning_optim.measure.latency import SAME
-from lightning_optim.report.columns import Column, Row
+from lightning_optim.report.columns import ENGINES, Column, Row
 from lightning_optim.report.document import Section
 from lightning_optim.report.layers import against_reference
 from lightning_optim.report.styles import INK, KINDS, styles_of
@@ -217,8 +217,6 @@ FRONT = "The line joins the models that no other beats in both."
 
 def _panels(report: "ComparisonReport") -> list[Panel]:
     """Return accuracy against file and against time; without an accuracy, file against time."""
-    from lightning_optim.report.result import ENGINES
-
     rows = report.rows
     size = "onnx_bytes" if any(row.get("onnx_bytes") for row in rows) else "bytes"
     engine = next((e for e in reversed(report.engines) if any(row.get(f"{e}_ratio") for row in rows)), None)

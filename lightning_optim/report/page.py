@@ -4,10 +4,10 @@ import re
 from collections.abc import Sequence
 from html import escape
 from io import StringIO
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from lightning_optim.report.columns import Column, Row, titled_parts, with_values
-from lightning_optim.report.document import Card, Report, Section
+from lightning_optim.report.parts import Card, Section
 from lightning_optim.report.styles import DARK, KINDS, styles_of
 
 if TYPE_CHECKING:
@@ -16,7 +16,22 @@ if TYPE_CHECKING:
 __all__ = ["page_of"]
 
 
-def page_of(report: Report) -> str:
+class Content(Protocol):
+    """What a page is made of: a :class:`~lightning_optim.report.Report`."""
+
+    title: str
+    summary: str
+    columns: list[Column]
+    rows: list[Row]
+    notes: list[str]
+    notes_title: str
+    figures: "list[tuple[str, str, Figure]]"
+    sections: list[Section]
+    cards: list[Card]
+    footer: str
+
+
+def page_of(report: Content) -> str:
     """Return the page of a report."""
     return PAGE.format(
         title=escape(report.title),

@@ -1,7 +1,7 @@
 """What a comparison found: rows of plain values, and the forms they are read in."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from math import isfinite
 from pathlib import Path
@@ -12,16 +12,13 @@ from rich.console import Console, ConsoleOptions, Group, RenderResult
 
 from lightning_optim.checks import listed
 from lightning_optim.measure.latency import SAME, LatencyResult
-from lightning_optim.report.columns import Column, Row, formatted
+from lightning_optim.report.columns import ENGINES, Column, Row, formatted
 from lightning_optim.report.document import Card, Report, as_json, replace_files
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["ENGINES", "RESERVED", "ComparisonReport"]
-
-ENGINES: Mapping[str, str] = {"torch": "PyTorch", "onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
-"""How engines are called in a table."""
+__all__ = ["RESERVED", "ComparisonReport"]
 
 RESERVED = frozenset(
     {"name", "kind", "parameters", "nonzero", "bits", "size_ratio", "bytes", "macs", "P"}
