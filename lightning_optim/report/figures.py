@@ -4,12 +4,12 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from lightning_optim.measure.latency import SAME
 from lightning_optim.report.columns import ENGINES, Column, Row
-from lightning_optim.report.document import Section
 from lightning_optim.report.layers import against_reference
+from lightning_optim.report.parts import Section
 from lightning_optim.report.styles import INK, KINDS, styles_of
 
 try:
@@ -21,9 +21,6 @@ except ImportError as error:
         "figures are drawn by matplotlib, which is not installed. Install it with: "
         'pip install "lightning-optim[report]"'
     ) from error
-
-if TYPE_CHECKING:
-    from lightning_optim.report.result import ComparisonReport
 
 __all__ = [
     "LAYER_COLUMNS",
@@ -215,7 +212,19 @@ class Panel:
 FRONT = "The line joins the models that no other beats in both."
 
 
-def _panels(report: "ComparisonReport") -> list[Panel]:
+class Compared(Protocol):
+    """What the figures of a comparison are drawn from: a :class:`~lightning_optim.ComparisonReport`."""
+
+    reference: str
+    engines: list[str]
+    accuracy: str
+    metrics: list[str]
+    rows: list[Row]
+    layers: dict[str, list[dict[str, Any]]]
+    histories: dict[str, list[dict[str, Any]]]
+
+
+def _panels(report: Compared) -> list[Panel]:
     """Return accuracy against file and against time; without an accuracy, file against time."""
     rows = report.rows
     size = "onnx_bytes" if any(row.get("onnx_bytes") for row in rows) else "bytes"
@@ -259,7 +268,7 @@ def _first_upper(words: str) -> str:
     return words[:1].upper() + words[1:]
 
 
-def trade_offs(report: "ComparisonReport") -> Figure:
+def trade_offs(report: Compared) -> Figure:
     """Draw the scatters of a comparison side by side.
 
     Raises:
@@ -275,7 +284,7 @@ def trade_offs(report: "ComparisonReport") -> Figure:
     return figure
 
 
-def comparison_figures(report: "ComparisonReport") -> list[Picture]:
+def comparison_figures(report: Compared) -> list[Picture]:
     """Return the figures of a comparison: its scatters, and P and its terms over the epochs where they are known."""
     pictures = []
     for panel in _panels(report):
@@ -463,7 +472,7 @@ def _short(name: str) -> str:
     return name if len(name) <= LONGEST_NAME else f"…{name[1 - LONGEST_NAME :]}"
 
 
-def layer_sections(report: "ComparisonReport") -> list[Section]:
+def layer_sections(report: Compared) -> list[Section]:
     """Return a section with the layers of every model that lost anything against the reference; none without such."""
     styles, found = styles_of(report.rows), Section("What each layer kept")
     reference = report.layers.get(report.reference, [])
