@@ -1,13 +1,16 @@
 """What arguments may be: the sentences that say what was expected, what was got and what to do."""
 
 import os
+import tempfile
 from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 __all__ = [
     "check_choice",
     "check_count",
     "check_flags",
+    "check_folder",
     "check_fraction",
     "check_mapping",
     "check_name",
@@ -34,6 +37,30 @@ def check_count(name: str, value: Any, least: int = 1) -> None:
     """Check that an argument is a whole number of at least ``least``."""
     if type(value) is not int or value < least:
         raise ValueError(f"`{name}` must be a whole number >= {least}, got {value!r}.")
+
+
+def check_folder(name: str, folder: str | Path) -> None:
+    """Check that files can be written to a folder, or to what it will be made in, by writing one that is gone again.
+
+    Raises:
+        NotADirectoryError: If it is a file, or lies below one.
+        OSError: If the system refuses.
+    """
+    path = Path(folder).absolute()
+    there = next(each for each in (path, *path.parents) if each.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(f"`{name}` must be a folder, got {str(folder)!r}, and {there} is a file. {_ADVICE}")
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise type(error)(
+            f"`{name}` must be a folder that can be written to, got {str(folder)!r}, and {there} refuses: {error}. "
+            f"{_ADVICE}"
+        ) from error
+
+
+_ADVICE = "Give a folder that can be written to."
 
 
 def check_fraction(name: str, value: Any) -> None:

@@ -188,7 +188,8 @@ class CompressionCallback(pl.Callback):
         self._write_plan(pl_module, checkpoint)
 
     def _write_plan(self, pl_module: pl.LightningModule, file: dict[str, Any]) -> None:
-        checkpoint.write_plan(checkpoint.plan_of(pl_module), file)
+        if checkpoint.KEY not in file:  # one callback writes it for all
+            checkpoint.write_plan(checkpoint.plan_of(pl_module), file)
         if not self._attached(pl_module):
             checkpoint.detach(pl_module)
 

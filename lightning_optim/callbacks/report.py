@@ -1,7 +1,6 @@
 """ReportCallback: one page that says what a run asked of its model, and what it got."""
 
 import logging
-import tempfile
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
@@ -13,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 
 from lightning_optim.callbacks.base import CompressionCallback, compressions
-from lightning_optim.checks import check_flags, check_name, check_path
+from lightning_optim.checks import check_flags, check_folder, check_name, check_path
 from lightning_optim.export.verify import missing_package
 from lightning_optim.measure.size import SIZES
 from lightning_optim.registry import Registry
@@ -105,7 +104,7 @@ class ReportCallback(pl.Callback):
         if find_spec("matplotlib") is None:
             raise missing_package("matplotlib", "report")
         if trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False):
-            _check_writable(self.dirpath)
+            check_folder("dirpath", self.dirpath)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Note the model as it is, unless the run goes on."""
@@ -250,22 +249,6 @@ class ReportCallback(pl.Callback):
             sections=[*_layer_sections(layers, rows), *_logged_sections(self._epochs, self._events)],
             cards=_cards(rows, self._epochs),
         )
-
-
-def _check_writable(folder: Path) -> None:
-    """Check that files can be written to a folder, or to what it will be made in, by writing one that is gone again."""
-    advice = "Give a folder that can be written to."
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    if not there.is_dir():
-        raise NotADirectoryError(f"`dirpath` must be a folder, got {str(folder)!r}, and {there} is a file. {advice}")
-    try:
-        with tempfile.TemporaryFile(dir=there):
-            pass
-    except OSError as error:
-        raise type(error)(
-            f"`dirpath` must be a folder that can be written to, got {str(folder)!r}, and {there} refuses: {error}. "
-            f"{advice}"
-        ) from error
 
 
 def _mark(callback: CompressionCallback) -> str:

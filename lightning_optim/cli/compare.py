@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lightning_optim.checks import check_folder
 from lightning_optim.cli.building import load
 from lightning_optim.cli.command import Command, UserError, console, said_plainly
 from lightning_optim.cli.loading import (
@@ -41,12 +42,14 @@ def run(arguments: Sequence[str]) -> int:
     given, others = parser.parse_known_args(arguments)
     objects = model_and_data("compare", others)
     with said_plainly():
+        if given.report is not None:
+            check_folder("--report", given.report)
         files = _named(given.checkpoints)
         models = {name: load(objects.words, path) for name, path in files.items()}
     found = [_metrics(model, objects, given.on, given.accuracy) for model in models.values()] if given.accuracy else []
     with said_plainly():
         deployed = {name: prepared(objects, model, given.prepare) for name, model in models.items()}
-        in_turn = iter(found)
+        in_turn = iter(found)  # `compare` asks for each model once, the first one first
         report = compare(
             {name: module for name, (module, _) in deployed.items()},
             next(iter(deployed.values()))[1],

@@ -11,7 +11,8 @@ import torch
 from rich.console import Console
 
 from lightning_optim.callbacks.report import ReportCallback
-from lightning_optim.cli.command import Command, UserError, command_parser, console
+from lightning_optim.checks import check_folder
+from lightning_optim.cli.command import Command, UserError, command_parser, console, said_plainly
 from lightning_optim.demo import DigitsData, DigitsNet
 from lightning_optim.recipe import Recipe
 from lightning_optim.report import compare
@@ -44,6 +45,8 @@ def run(arguments: Sequence[str]) -> int:
     )
     given = parser.parse_args(arguments)
     _check_packages()
+    with said_plainly():
+        check_folder("--report", given.report)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the nets are too small for more

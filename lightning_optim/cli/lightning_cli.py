@@ -103,15 +103,7 @@ class OptimCLI(LightningCLI):
                 raise UserError("`teacher_ckpt` needs `teacher`: the class (and arguments) that the file is of.")
             return None
         with isolate_rng():
-            teacher: Any = build(words)
-            if file is None:
-                return cast("nn.Module", teacher)
-            if not isinstance(teacher, pl.LightningModule):
-                raise UserError(
-                    f"`teacher_ckpt` is of a LightningModule, and `teacher` is a {type(teacher).__name__}. Let it load "
-                    "its weights by its own arguments."
-                )
-            return load(words, file)
+            return cast("nn.Module", build(words) if file is None else load(words, file))
 
 
 class ObjectsCLI(OptimCLI):

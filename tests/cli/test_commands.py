@@ -314,6 +314,13 @@ def test_the_console_script_and_python_m(tmp_path):
         assert found.stdout.startswith("lightning-optim 0.")
 
 
+@pytest.mark.parametrize("arguments", [["demo"], ["compare", "a.ckpt", *MODEL, *DATA]], ids=lambda words: words[0])
+def test_a_report_that_cannot_be_written_is_said_before_anything_runs(arguments, capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert main([*arguments, "--report", str(tmp_path / "file" / "below")]) == 1
+    assert "`--report` must be a folder" in capsys.readouterr().err
+
+
 def test_demo_asks_for_what_it_needs(monkeypatch, capsys):
     from lightning_optim.cli import demo
 
