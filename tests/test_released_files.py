@@ -1,0 +1,41 @@
+"""Checkpoints that released versions wrote still load, give the same outputs, and resume."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from helpers.models import data, fit
+from lightning_optim import load_from_checkpoint
+from released.write import CASES, EPOCHS, callbacks, module
+
+RELEASED = Path(__file__).parent / "released"
+FILES = sorted(RELEASED.glob("*/*-end.ckpt"))
+
+
+def name_of(path: Path) -> str:
+    return path.stem.rpartition("-")[0]
+
+
+def test_every_case_has_a_file_of_every_release():
+    for release in (folder for folder in RELEASED.iterdir() if folder.is_dir() and folder.name[0].isdigit()):
+        kinds = {f"{name}-{kind}" for name in CASES for kind in ("middle", "end")}
+        assert {path.stem for path in release.glob("*.ckpt")} == kinds
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name} {path.stem}")
+def test_a_file_of_a_released_version_gives_the_outputs_it_gave(path):
+    expected = torch.load(path, weights_only=True)["outputs"]
+    loaded = load_from_checkpoint(module(name_of(path)), path).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(data().tensors[0]), expected)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name} {path.stem}")
+def test_a_run_of_a_released_version_is_resumed_to_the_same_end(path, tmp_path):
+    resumed = module(name_of(path))
+    middle = path.with_name(path.name.replace("-end", "-middle"))
+    fit(tmp_path, resumed, *callbacks(name_of(path)), ckpt_path=middle, max_epochs=EPOCHS)
+    expected = torch.load(path, weights_only=True)["state_dict"]
+    # Not bit for bit: another machine adds up in another order.
+    torch.testing.assert_close(dict(resumed.state_dict()), dict(expected), rtol=1e-3, atol=1e-4)
