@@ -1,8 +1,7 @@
-"""The plan: what of a module's architecture changed, as plain types, and how a fresh module is conformed to it.
+"""How a module's plan gets into checkpoints and out of them.
 
-A technique that changes a layer calls :meth:`Plan.track` before the change, and that is all it does: whatever
-differs from the user's class by then is written under the checkpoint key ``"lightning_optim"``, and a module of the
-user's class is made the same shape before its weights are loaded. Three hooks do it, all on the instance:
+The plan (:mod:`lightning_optim.plan`) is written under the checkpoint key ``"lightning_optim"``, and a module of the
+user's class is given the same structure before its weights are loaded. Three hooks do it, all on the instance:
 
 * ``on_save_checkpoint`` is wrapped, since ``save_weights_only=True`` calls no callback. The wrapper stays on the
   module while it differs from its class.
@@ -12,10 +11,11 @@ user's class is made the same shape before its weights are loaded. Three hooks d
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
+from threading import RLock
 from typing import Any, TypeVar
 from zipfile import is_zipfile
 
@@ -25,17 +25,19 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
-from lightning_optim._version import __version__
+from lightning_optim.plan import EMPTY, KEY, VERSION, Plan, check_version
 from lightning_optim.provenance import provenance
-from lightning_optim.sharding import own_class, set_class
+from lightning_optim.structure import inherit, is_layer_class, layer_class
 from lightning_optim.target import averaged_copies
 
 __all__ = [
+    "EMPTY",
     "KEY",
     "VERSION",
     "Plan",
     "check_version",
     "conform",
+    "inherit",
     "is_layer_class",
     "layer_class",
     "load_from_checkpoint",
@@ -43,221 +45,7 @@ __all__ = [
     "read_checkpoint",
 ]
 
-KEY = "lightning_optim"
-"""The checkpoint's top-level key."""
-
-VERSION = 1
-"""Version of the plan's layout; a newer one is refused."""
-
-EMPTY: Mapping[str, Any] = {"version": VERSION, "modules": {}, "entries": {}}
-
-_LAYER_CLASSES: dict[str, type[nn.Module]] = {}
-
-T = TypeVar("T", bound=type[nn.Module])
 M = TypeVar("M", bound=pl.LightningModule)
-
-
-def layer_class(cls: T) -> T:
-    """Class decorator: a layer class that techniques swap in by ``__class__`` and that plans may therefore name.
-
-    Only such classes are swapped in when a file is loaded; a plan never imports anything.
-    """
-    _LAYER_CLASSES[_path_of(cls)] = cls
-    return cls
-
-
-def is_layer_class(cls: type) -> bool:
-    """Whether a technique swaps the class in."""
-    return _LAYER_CLASSES.get(_path_of(cls)) is cls
-
-
-def _path_of(cls: type) -> str:
-    return f"{cls.__module__}.{cls.__qualname__}"
-
-
-class _Absent:
-    """Stands for an attribute that the user's class does not have; a class is copied and pickled as itself."""
-
-
-@dataclass
-class _Structure:
-    """One layer's own structure: class, tracked attributes, and its parameters' and buffers' shapes."""
-
-    layer_class: type[nn.Module]
-    attributes: dict[str, Any]
-    parameters: dict[str, tuple[int, ...] | None]
-    buffers: dict[str, tuple[tuple[int, ...], torch.dtype] | None]
-
-    @classmethod
-    def of(cls, layer: nn.Module, attributes: Iterable[str]) -> "_Structure":
-        return cls(
-            own_class(layer),
-            {name: getattr(layer, name, _Absent) for name in attributes},
-            {name: None if p is None else tuple(p.shape) for name, p in layer._parameters.items()},
-            {name: None if b is None else (tuple(b.shape), b.dtype) for name, b in layer._buffers.items()},
-        )
-
-    def as_plain(self) -> dict[str, Any]:
-        return {
-            "class": _path_of(self.layer_class),
-            "attributes": {name: value for name, value in self.attributes.items() if value is not _Absent},
-            "parameters": dict(self.parameters),
-            "buffers": dict(self.buffers),
-        }
-
-
-@dataclass
-class Plan:
-    """What techniques changed in one module, kept on that module by its save hook.
-
-    Attributes:
-        module: The module whose names the plan speaks.
-        entries: What each technique contributes besides, by ``state_key``: plain types only.
-        provenance: Where the module's weights come from; a file that is loaded and saved again keeps it.
-    """
-
-    module: nn.Module
-    entries: dict[str, dict[str, Any]] = field(default_factory=dict)
-    provenance: dict[str, Any] = field(default_factory=dict)
-    _base: dict[str, _Structure] = field(default_factory=dict)
-
-    def track(self, name: str, *attributes: str) -> None:
-        """Watch one layer: call it before the layer is changed for the first time.
-
-        Args:
-            name: The layer's dotted name below :attr:`module`.
-            attributes: Attributes that the technique changes or adds (``in_features``, ``groups``); class, parameters
-                and buffers are watched always.
-        """
-        layer = self.module.get_submodule(name)
-        if name not in self._base:
-            self._base[name] = _Structure.of(layer, attributes)
-        for attribute in attributes:
-            self._base[name].attributes.setdefault(attribute, getattr(layer, attribute, _Absent))
-
-    def _now(self, name: str) -> _Structure:
-        return _Structure.of(self.module.get_submodule(name), self._base[name].attributes)
-
-    def changed(self) -> dict[str, _Structure]:
-        """Return the structure of every tracked layer that differs from the user's class."""
-        now = {name: self._now(name) for name in self._base}
-        return {name: structure for name, structure in now.items() if structure != self._base[name]}
-
-    def as_plain(self) -> dict[str, Any]:
-        """Return the plan as plain types, for a checkpoint."""
-        return {
-            "version": VERSION,
-            "package": __version__,
-            "modules": {name: structure.as_plain() for name, structure in self.changed().items()},
-            "entries": {key: dict(entry) for key, entry in self.entries.items()},
-            "provenance": dict(self.provenance),
-        }
-
-    def conform(self, plain: Mapping[str, Any]) -> None:
-        """Give :attr:`module` the structure of a plan; layers the plan does not name return to the user's class.
-
-        Parameters whose shape changes are new (zeros, to be loaded); shared ones stay shared. Nothing is changed
-        unless the whole plan fits.
-        """
-        check_version(plain)
-        wanted = {name: _from_plain(name, layer, self.module) for name, layer in plain["modules"].items()}
-        for name, structure in wanted.items():
-            self.track(name, *structure.attributes)
-        for name, base in self._base.items():
-            structure = wanted.setdefault(name, base)
-            structure.attributes = {
-                **base.attributes,
-                **structure.attributes,
-            }  # what the plan does not name is as it was
-        replaced: _Replaced = {}
-        for name, structure in wanted.items():
-            _restructure(self.module.get_submodule(name), structure, replaced)
-        _retie(self.module, replaced)
-        self.provenance = dict(plain.get("provenance", {}))
-
-
-_Replaced = dict[int, tuple[nn.Parameter, nn.Parameter]]
-"""Old and new parameter by the old one's id; the old one is kept so that its id is not given to another."""
-
-
-def check_version(plain: Mapping[str, Any]) -> None:
-    """Refuse a plan of a newer layout, naming the version that wrote it."""
-    version = plain.get("version")
-    if not isinstance(version, int) or version > VERSION:
-        raise ValueError(
-            f"the checkpoint's plan has version {version!r} (written by lightning_optim {plain.get('package', '?')}), "
-            f"this lightning_optim {__version__} reads versions up to {VERSION}. Install a newer lightning_optim."
-        )
-
-
-def _from_plain(name: str, plain: Mapping[str, Any], module: nn.Module) -> _Structure:
-    try:
-        layer = module.get_submodule(name)
-    except AttributeError:
-        raise ValueError(
-            f"the checkpoint's plan changes {name!r}, and {type(module).__name__} has no such module: the file was "
-            "made by another architecture. Load it into the class (and the arguments) that wrote it."
-        ) from None
-    missing = [leaf for leaf in plain["parameters"] if leaf not in layer._parameters]
-    known = _LAYER_CLASSES | {_path_of(cls): cls for cls in type(layer).__mro__}
-    if missing or plain["class"] not in known:
-        raise ValueError(
-            f"the checkpoint's plan makes {name!r} a {plain['class']} with parameters "
-            f"{', '.join(plain['parameters'])}; {type(module).__name__} has a {type(layer).__name__} with "
-            f"{', '.join(layer._parameters) or 'none'} there. Load it into the class that wrote it; if the layer class "
-            "is your own, import it first."
-        )
-    return _Structure(known[plain["class"]], plain["attributes"], plain["parameters"], plain["buffers"])
-
-
-def _restructure(layer: nn.Module, wanted: _Structure, replaced: _Replaced) -> None:
-    if own_class(layer) is not wanted.layer_class:
-        set_class(layer, wanted.layer_class)
-    for name, value in wanted.attributes.items():
-        if value is _Absent:
-            layer.__dict__.pop(name, None)
-        else:
-            setattr(layer, name, value)
-    for name, shape in wanted.parameters.items():
-        parameter = layer._parameters[name]
-        if parameter is not None and shape is not None and tuple(parameter.shape) != tuple(shape):
-            new = inherit(nn.Parameter(_zeros_like(parameter, tuple(shape)), parameter.requires_grad), parameter)
-            layer._parameters[name] = replaced.setdefault(id(parameter), (parameter, new))[1]
-    device = next((p.device for p in layer.parameters()), torch.device("cpu"))
-    for name in [name for name in layer._buffers if name not in wanted.buffers]:
-        del layer._buffers[name]
-    for name, spec in wanted.buffers.items():
-        old = layer._buffers.get(name)
-        if spec is None:
-            layer.register_buffer(name, None)
-        elif old is None or (tuple(old.shape), old.dtype) != (tuple(spec[0]), spec[1]):
-            layer.register_buffer(name, torch.zeros(spec[0], dtype=spec[1], device=device))
-
-
-def _zeros_like(parameter: nn.Parameter, shape: tuple[int, ...]) -> torch.Tensor:
-    """Return zeros of another shape in the memory format of a parameter."""
-    zeros = parameter.detach().new_zeros(shape)
-    wanted = {4: torch.channels_last, 5: torch.channels_last_3d}.get(parameter.ndim)
-    if wanted is None or parameter.is_contiguous() or not parameter.is_contiguous(memory_format=wanted):
-        return zeros
-    return zeros.contiguous(memory_format=wanted)
-
-
-def inherit(new: nn.Parameter, old: nn.Parameter) -> nn.Parameter:
-    """Hand a parameter the Python attributes and hooks of the one it takes the place of."""
-    new.__dict__.update(old.__dict__)
-    new._backward_hooks = old._backward_hooks
-    hooks = getattr(old, "_post_accumulate_grad_hooks", None)
-    if hooks is not None:
-        new._post_accumulate_grad_hooks = hooks
-    return new
-
-
-def _retie(module: nn.Module, replaced: _Replaced) -> None:
-    for layer in module.modules():
-        for name, parameter in layer._parameters.items():
-            if id(parameter) in replaced:
-                layer._parameters[name] = replaced[id(parameter)][1]
 
 
 class _Hook:
@@ -416,12 +204,16 @@ def conform(module: nn.Module, plan: Mapping[str, Any]) -> None:
     detach(module)
 
 
-def load_from_checkpoint(cls_or_module: type[M] | M, path: str | Path, **init_args: Any) -> M:
+def load_from_checkpoint(
+    cls_or_module: type[M] | M, path: str | Path, *, weights_only: bool = True, **init_args: Any
+) -> M:
     """Load a checkpoint written with lightning_optim's callbacks into the user's own class, without the run.
 
     Args:
         cls_or_module: The LightningModule class, or an instance of it (which is changed in place).
-        path: The checkpoint file. It is read with ``weights_only=True``.
+        path: The checkpoint file.
+        weights_only: Read nothing but tensors and plain types. False runs whatever code the file names, as
+            ``torch.load`` does: only for a file that you trust, such as one whose hyperparameters hold objects.
         init_args: Arguments of the class, over those that the file's hyperparameters give.
 
     Returns:
@@ -430,27 +222,28 @@ def load_from_checkpoint(cls_or_module: type[M] | M, path: str | Path, **init_ar
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file is not a complete checkpoint, is of a newer plan version, or does not fit the class.
+        TypeError: If ``cls_or_module`` is no LightningModule, or init arguments come with an instance.
+        ValueError: If the file is not a complete checkpoint, holds objects that ``weights_only=True`` does not read, is
+            of a newer plan version, or does not fit the class.
     """
     cls = cls_or_module if isinstance(cls_or_module, type) else type(cls_or_module)
     if not any(base.__name__ == "LightningModule" for base in cls.__mro__):  # of lightning or of pytorch_lightning
         raise TypeError(f"expected a LightningModule class or instance, got {cls_or_module!r}.")
-    checkpoint = read_checkpoint(path)
+    checkpoint = read_checkpoint(path, weights_only=weights_only)
     if isinstance(cls_or_module, type):
         arguments = checkpoint.get(cls.CHECKPOINT_HYPER_PARAMS_KEY, {})
         if "_class_path" in arguments:
             return _load_instance(_made_by_cli(cls_or_module, {**arguments, **init_args}), checkpoint)
-        return _load_class(cls_or_module, path, init_args)
+        with _conforming(cls_or_module):
+            loaded: M = cls_or_module.load_from_checkpoint(path, weights_only=weights_only, **init_args)
+        return loaded
     if init_args:
         raise TypeError(f"init arguments ({', '.join(init_args)}) go with a class; an instance was given.")
     return _load_instance(cls_or_module, checkpoint)
 
 
 def _made_by_cli(cls: type[M], arguments: Mapping[str, Any]) -> M:
-    """Make a module as LightningCLI did, whose checkpoints hold arguments in its own form.
-
-    Lightning's loader would look for the class among the subclasses of the one that conforms, and not find it.
-    """
+    """Make a module as LightningCLI did, whose checkpoints hold arguments in its own form."""
     from lightning.pytorch.cli import instantiate_module
 
     module: M = instantiate_module(cls, {name: value for name, value in arguments.items() if name[0] != "_"})
@@ -469,39 +262,55 @@ def _load_instance(module: M, checkpoint: dict[str, Any]) -> M:
     return module
 
 
-def _load_class(cls: type[M], path: str | Path, init_args: dict[str, Any]) -> M:
-    """Let Lightning's own loader do it, conforming the module at the one place where its weights are not in yet."""
+_CLASS_LOCK = RLock()
+"""Classes are changed by one thread at a time."""
 
-    def on_load_checkpoint(self: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
-        self.__class__ = cls
-        conform(self, checkpoint.get(KEY, EMPTY))
-        self.on_load_checkpoint(checkpoint)
 
-    namespace = {
-        "on_load_checkpoint": on_load_checkpoint,
-        "__module__": cls.__module__,
-        "__qualname__": cls.__qualname__,
-    }
-    conforming: Any = type(cls.__name__, (cls,), namespace)
-    loaded: M = conforming.load_from_checkpoint(path, weights_only=True, **init_args)
-    return loaded
+@contextmanager
+def _conforming(cls: type[pl.LightningModule]) -> Iterator[None]:
+    """Let Lightning's own loader conform what it makes of a class, at the one place where no weights are in it yet.
+
+    The class itself is given the hook for that time. A subclass would be entered in the registries that many classes
+    keep of their subclasses.
+    """
+    name = _LoadHook.name
+    with _CLASS_LOCK:
+        original, own = getattr(cls, name), vars(cls).get(name)
+
+        def on_load_checkpoint(self: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+            conform(self, checkpoint.get(KEY, EMPTY))
+            original(self, checkpoint)
+
+        setattr(cls, name, on_load_checkpoint)
+        try:
+            yield
+        finally:
+            if own is None:
+                delattr(cls, name)
+            else:
+                setattr(cls, name, own)
 
 
 _UNSAFE = (
-    "{!r} holds objects that are not read with weights_only=True ({}). Keep hyperparameters to plain values "
-    "(save_hyperparameters(ignore=[...]) leaves the others out). A file that you trust is loaded by "
-    "torch.load(path, weights_only=False), and saved again without them."
+    "{!r} holds objects that are not read with weights_only=True ({}). If you trust the file, load it with "
+    "lightning_optim.load_from_checkpoint(..., weights_only=False). To write files without them, keep "
+    "hyperparameters to plain values: save_hyperparameters(ignore=[...]) leaves the others out."
 )
 
 
 def _reason(error: Exception) -> str:
-    """Return the line of torch's text that names what is not read, without its colours."""
+    """Return what torch could not read, without its colours and its advice."""
     lines = [re.sub("\x1b\\[[0-9;]*m", "", line).strip() for line in str(error).splitlines()]
-    return next((line for line in lines if "WeightsUnpickler error" in line or "Unsupported" in line), lines[0])
+    line = next((line for line in lines if "WeightsUnpickler error" in line or "Unsupported" in line), lines[0])
+    return line.partition(". Please use")[0]
 
 
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint file on the CPU, with ``weights_only=True``; the tensors stay on the disk until they are used.
+def read_checkpoint(path: str | Path, *, weights_only: bool = True) -> dict[str, Any]:
+    """Read a checkpoint file on the CPU; the tensors stay on the disk until they are used.
+
+    Args:
+        path: The file.
+        weights_only: Read nothing but tensors and plain types; False only for a file that is trusted.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -515,7 +324,12 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no checkpoint file {str(path)!r}.")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=weights_only, mmap=True)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(
+            f"{str(path)!r} holds an object whose class cannot be imported here ({error}). Import the module that "
+            "defines it before loading."
+        ) from error
     except (RuntimeError, EOFError, UnpicklingError, ValueError, OSError) as error:
         if isinstance(error, UnpicklingError) and is_zipfile(path):
             raise ValueError(_UNSAFE.format(str(path), _reason(error))) from error

@@ -14,6 +14,7 @@ from helpers.models import Classifier, Files, assert_same_state, fit, new, train
 from helpers.toy import Narrow, ScaledLinear
 from lightning_optim import WeightPruning, conform, load_from_checkpoint
 from lightning_optim.checkpoint import EMPTY, KEY, VERSION, plan_of
+from lightning_optim.structure import Structure
 
 
 @pytest.fixture
@@ -172,7 +173,7 @@ def test_a_plan_that_does_not_fit_changes_nothing():
 def test_a_plan_swaps_in_registered_layer_classes_only():
     plan = plan_of(new())
     plan.track("net.0")
-    structure = plan._now("net.0").as_plain() | {"class": "os.system"}
+    structure = Structure.of(plan.module.net[0], ()).as_plain(None) | {"class": "os.system"}
     with pytest.raises(ValueError, match=r"makes 'net\.0' a os\.system"):
         conform(new(), {"version": VERSION, "modules": {"net.0": structure}, "entries": {}})
 
@@ -229,3 +230,78 @@ def test_an_instance_keeps_its_strictness(tmp_path):
 
     fit(tmp_path, new(), max_epochs=1).save_checkpoint(tmp_path / "file.ckpt")
     load_from_checkpoint(Loose(), tmp_path / "file.ckpt")
+
+
+def trained_file(tmp_path, cls, **init):
+    """A file of a narrowed module."""
+    module = new(cls, **init)
+    run = fit(tmp_path, module, Narrow(10), max_epochs=2)
+    run.save_checkpoint(tmp_path / "file.ckpt")
+    return module, tmp_path / "file.ckpt"
+
+
+def test_loading_makes_no_subclass_that_a_registry_would_take_in(tmp_path):
+    known = {}
+
+    class Registered(Classifier):
+        def __init_subclass__(cls, **options):
+            super().__init_subclass__(**options)
+            if cls.__name__ in known:
+                raise TypeError(f"{cls.__name__} is registered already")
+            known[cls.__name__] = cls
+
+    class Mine(Registered):
+        pass
+
+    module, path = trained_file(tmp_path, Mine)
+    loaded = load_from_checkpoint(Mine, path)
+    assert_same_state(module, loaded)
+    assert type(loaded) is known["Mine"] is Mine
+    assert "on_load_checkpoint" not in vars(Mine)
+
+
+def test_a_class_is_left_as_it_was_when_loading_fails(tmp_path):
+    class Own(Classifier):
+        def on_load_checkpoint(self, checkpoint):
+            raise KeyError("own")
+
+    _, path = trained_file(tmp_path, Own)
+    hook = vars(Own)["on_load_checkpoint"]
+    with pytest.raises(KeyError, match="own"):
+        load_from_checkpoint(Own, path)
+    assert vars(Own)["on_load_checkpoint"] is hook
+
+
+class Scale:
+    """An object as many modules keep among their hyperparameters."""
+
+    def __init__(self, by: float) -> None:
+        self.by = by
+
+
+class Scaled(Classifier):
+    def __init__(self, scale: Scale) -> None:
+        super().__init__()
+        self.save_hyperparameters({"scale": scale})
+        self.by = scale.by
+
+
+@pytest.mark.parametrize("give", ["class", "instance"])
+def test_a_file_with_objects_loads_where_it_is_trusted(tmp_path, give):
+    module, path = trained_file(tmp_path, Scaled, scale=Scale(3))
+    target = Scaled if give == "class" else new(Scaled, scale=Scale(3))
+    with pytest.raises(ValueError, match=r"Scale was not an allowed global by default\).*weights_only=False"):
+        load_from_checkpoint(target, path)
+    loaded = load_from_checkpoint(target, path, weights_only=False)
+    assert loaded.by == 3
+    assert_same_state(module, loaded)
+
+
+def test_an_object_whose_class_is_gone_is_named(tmp_path):
+    _, path = trained_file(tmp_path, Scaled, scale=Scale(3))
+    own = globals().pop("Scale")
+    try:
+        with pytest.raises(ValueError, match=r"class cannot be imported here.*Scale"):
+            load_from_checkpoint(Scaled, path, weights_only=False)
+    finally:
+        globals()["Scale"] = own

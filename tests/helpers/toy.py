@@ -1,6 +1,7 @@
-"""A technique that exists for tests only: it narrows one hidden layer mid-run and swaps a layer's class.
+"""Techniques that exist for tests only. They use the plan as channel removal and quantization do, and nothing else.
 
-It uses the plan as channel removal and quantization do, and nothing else.
+``Narrow`` narrows one hidden layer mid-run and swaps a layer's class; ``Factorize`` makes two parameters of one;
+``RemoveBlocks`` removes blocks of a stack.
 """
 
 import torch
@@ -62,6 +63,66 @@ class Narrow(CompressionCallback):
 
     def last_line(self, pl_module):
         return "Narrow: done."
+
+    def __getstate__(self):
+        return {**super().__getstate__(), "_pl_module": None}
+
+
+@layer_class
+class LowRank(nn.Linear):
+    """A Linear whose weight is the product of two thin ones."""
+
+    def forward(self, x):
+        return nn.functional.linear(nn.functional.linear(x, self.v), self.u, self.bias)
+
+
+def factorize(root: nn.Module, name: str, rank: int) -> None:
+    """Make a Linear a LowRank: the plan is told, and then the module is changed."""
+    plan_of(root).track(name)
+    layer = root.get_submodule(name)
+    u, s, v = torch.linalg.svd(layer.weight.detach(), full_matrices=False)
+    del layer._parameters["weight"]
+    contiguous = {"memory_format": torch.contiguous_format}  # as after loading: products add up in the same order
+    layer.u = nn.Parameter((u[:, :rank] * s[:rank]).clone(**contiguous))
+    layer.v = nn.Parameter(v[:rank].clone(**contiguous))
+    layer.__class__ = LowRank
+
+
+def remove_blocks(root: nn.Module, name: str, places: set[int]) -> None:
+    """Remove blocks of a ModuleList or Sequential."""
+    plan_of(root).track(name)
+    stack = root.get_submodule(name)
+    left = [block for place, block in enumerate(stack) if place not in places]
+    stack._modules.clear()
+    stack._modules.update({str(place): block for place, block in enumerate(left)})
+
+
+class Once(CompressionCallback):
+    """Change the module's structure once, at a step; optimizers keep the state of parameters that stay."""
+
+    def __init__(self, change, start: int = 10, **options):
+        super().__init__(Window(start, start), **options)
+        self.change = change
+
+    def target_parameters(self):
+        return dict(self._pl_module.named_parameters())
+
+    def start(self, trainer, pl_module, *, fresh):
+        self._pl_module = pl_module
+
+    def apply_event(self, trainer, pl_module):
+        self.change(pl_module)
+        (optimizer,) = trainer.optimizers
+        (group,) = optimizer.param_groups
+        group["params"] = list(pl_module.parameters())
+        for gone in optimizer.state.keys() - set(group["params"]):
+            del optimizer.state[gone]
+
+    def plan_entry(self):
+        return {"technique": "Once"}
+
+    def last_line(self, pl_module):
+        return "Once: done."
 
     def __getstate__(self):
         return {**super().__getstate__(), "_pl_module": None}

@@ -1,7 +1,7 @@
 """Writes this folder's checkpoints with the installed lightning_optim: run once per release, from ``tests/``.
 
-``python -m released.write`` writes, for each technique, a file from the middle of its run and one from the end, with the
-outputs that the finished model gives, to a folder named after the version.
+``python -m released.write`` writes, for each technique, a file from the middle of its run and one from the end, with
+the outputs that the finished model gives, to a folder named after the version.
 """
 
 import tempfile
