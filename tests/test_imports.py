@@ -11,7 +11,7 @@ import lightning_optim
 
 PACKAGE = Path(lightning_optim.__file__).parent
 LAYERS = [
-    {"functional", "registry", "_version", "tables", "sharding", "provenance", "checks"},
+    {"functional", "registry", "_version", "tables", "sharding", "provenance", "checks", "outputs"},
     {"structured", "quantization", "measure", "export", "checkpoint", "target", "window"},
     {"report", "callbacks", "strategies", "distillation", "recipe", "demo", "cli", "__main__"},
     {"__init__"},
