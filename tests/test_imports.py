@@ -11,7 +11,18 @@ import lightning_optim
 
 PACKAGE = Path(lightning_optim.__file__).parent
 LAYERS = [
-    {"functional", "registry", "_version", "tables", "sharding", "provenance", "checks", "structure", "plan"},
+    {
+        "functional",
+        "registry",
+        "_version",
+        "tables",
+        "sharding",
+        "provenance",
+        "checks",
+        "outputs",
+        "structure",
+        "plan",
+    },
     {"structured", "quantization", "measure", "export", "checkpoint", "target", "window"},
     {"report", "callbacks", "strategies", "distillation", "recipe", "demo", "cli", "__main__"},
     {"__init__"},

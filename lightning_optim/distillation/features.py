@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from lightning_optim.functional.losses import FEATURE_LOSSES, FeatureLoss
+from lightning_optim.outputs import output_tensors
 from lightning_optim.structured.groups import Removal, copy_for_tracing
 from lightning_optim.structured.removal import apply_removal
 from lightning_optim.target import ForwardInputs
@@ -190,10 +190,8 @@ def tensor_of(output: Any) -> Tensor:
     Raises:
         TypeError: If there is none.
     """
-    leaves = output.values() if isinstance(output, Mapping) else tree_leaves(output)
-    for leaf in leaves:
-        if isinstance(leaf, Tensor):
-            return leaf
+    for tensor in output_tensors(output):
+        return tensor
     raise TypeError(f"a layer whose feature is used must give out a tensor, got {type(output).__name__}.")
 
 

@@ -45,6 +45,7 @@ from lightning_optim.distillation.ramp import Ramp, RampState
 from lightning_optim.distillation.student import KEY, student_hyperparameters
 from lightning_optim.distillation.teacher import Teacher, shared_parameters
 from lightning_optim.functional.losses import Loss
+from lightning_optim.outputs import output_tensors
 from lightning_optim.provenance import as_plain
 from lightning_optim.sharding import is_sharded
 from lightning_optim.strategies.common import check_supported
@@ -243,7 +244,8 @@ class DistillationModule(pl.LightningModule):
     def get_logits(self, output: Any) -> Tensor:
         """Return the logits ``[rows, ..., classes]`` in an output of student or teacher.
 
-        A tensor itself, ``.logits``, the entry ``"logits"``, or the first tensor of a tuple or dict.
+        A tensor itself, ``.logits``, the entry ``"logits"``, or the first tensor of a tuple, dict, dataclass or
+        other object.
 
         Raises:
             TypeError: If there is none.
@@ -253,10 +255,8 @@ class DistillationModule(pl.LightningModule):
         named = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
         if isinstance(named, Tensor):
             return named
-        values = output.values() if isinstance(output, Mapping) else output if isinstance(output, (tuple, list)) else ()
-        for value in values:
-            if isinstance(value, Tensor):
-                return value
+        for tensor in output_tensors(output):
+            return tensor
         raise TypeError(f"no logits in an output of type {type(output).__name__}. Override `get_logits(output)`.")
 
     def teacher_inputs(self, batch: Any) -> Any:

@@ -24,6 +24,7 @@ from lightning_optim.export.integer import convert, rounds, rounds_output
 from lightning_optim.export.report import ExportReport, Kernels, describe_layers, notes_on
 from lightning_optim.export.verify import RUNTIMES, Comparison, Runtime, compare, compare_latency, missing_package
 from lightning_optim.measure.latency import LatencyResult
+from lightning_optim.outputs import output_fields, output_tensors
 from lightning_optim.quantization.graph import export_failure, read_graph, without_fast_path
 from lightning_optim.quantization.layers import QuantizedLayer
 from lightning_optim.structured.groups import FAILURES, copy_for_tracing
@@ -195,11 +196,10 @@ class _Flat(nn.Module):
 
 
 def _named(output: Any) -> list[tuple[str, Tensor]]:
-    """Return an output's tensors: by key where it is a dict or a model's output, else "output"."""
-    parts = output.items() if isinstance(output, Mapping) else [("output", output)]
+    """Return an output's tensors: by name where its parts have names (a dict, a dataclass, ...), else "output"."""
     named = []
-    for key, part in parts:
-        tensors = [leaf for leaf in tree_leaves(part) if isinstance(leaf, Tensor)]
+    for key, part in (output_fields(output) or {"output": output}).items():
+        tensors = output_tensors(part)
         suffixes = [""] if len(tensors) == 1 else [f"_{index}" for index in range(len(tensors))]
         named += [(f"{key}{suffix}", tensor) for suffix, tensor in zip(suffixes, tensors, strict=True)]
     return named

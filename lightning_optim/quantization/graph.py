@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_optim.outputs import output_tensors
 from lightning_optim.structured.groups import FAILURES, copy_for_tracing
 from lightning_optim.target import ForwardInputs
 
@@ -78,6 +79,7 @@ def read_graph(
 
 def _exported_nodes(module: nn.Module, inputs: ForwardInputs) -> list[Any]:
     copy = copy_for_tracing(module, rounded=False)
+    copy.register_forward_hook(lambda layer, args, output: tuple(output_tensors(output)))  # export knows no others
     try:
         with without_fast_path(), torch.no_grad(), torch.random.fork_rng(devices=[]):
             program = torch.export.export(copy, inputs.args, inputs.kwargs or {}, strict=False)

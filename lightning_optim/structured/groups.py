@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
+from lightning_optim.outputs import output_tensors
 from lightning_optim.target import ForwardInputs
 
 __all__ = ["FAILURES", "ChannelGroup", "Member", "Removal", "TracedModel", "copy_for_tracing"]
@@ -142,7 +142,7 @@ def _shared_values(module: nn.Module) -> dict[int, Any]:
     memo: dict[int, Any] = {}
     for layer in module.modules():
         for value in vars(layer).values():
-            leaves = [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor) and not leaf.is_leaf]
+            leaves = [leaf for leaf in output_tensors(value, objects=False) if not leaf.is_leaf]
             memo.update({id(leaf): leaf.detach().clone() for leaf in leaves})
             if type(value).__module__ in ("_thread", "threading", "_io", "socket"):
                 memo[id(value)] = value
@@ -526,7 +526,5 @@ def _opaque_recurrent_layers(module: nn.Module):  # type: ignore[no-untyped-def]
 
 def _tensors_of(output: Any) -> list[Tensor]:
     """Return the outputs to trace from; torch-pruning takes dimension 1 as theirs, so there must be one."""
-    from torch.utils._pytree import tree_leaves
-
-    leaves = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.requires_grad]
+    leaves = [leaf for leaf in output_tensors(output) if leaf.requires_grad]
     return [leaf if leaf.ndim > 1 else leaf.reshape(-1, 1) for leaf in leaves]

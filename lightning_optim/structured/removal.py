@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_leaves
 
 from lightning_optim.checkpoint import inherit
+from lightning_optim.outputs import output_tensors
 from lightning_optim.structured.groups import FAILURES, Removal, copy_for_tracing
 from lightning_optim.target import ForwardInputs
 
@@ -194,7 +194,7 @@ def _breaks_training(whole: nn.Module, removed: nn.Module, inputs: ForwardInputs
 
 def _outputs(module: nn.Module, inputs: ForwardInputs) -> list[Tensor]:
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        return [leaf for leaf in tree_leaves(inputs.call(module)) if isinstance(leaf, Tensor)]
+        return output_tensors(inputs.call(module))
 
 
 def _zero_removed(module: nn.Module, removal: Removal) -> None:
