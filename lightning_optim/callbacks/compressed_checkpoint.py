@@ -3,12 +3,14 @@
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_optim.callbacks.base import compressions
+from lightning_optim.callbacks.logged import MetricsSince
 
 __all__ = ["CompressedCheckpoint"]
 
@@ -18,7 +20,10 @@ class CompressedCheckpoint(ModelCheckpoint):
 
     A plain ModelCheckpoint that monitors accuracy keeps the best of the dense epochs. This one takes the same
     arguments, writes ``last.ckpt`` as usual (so a killed run resumes), and leaves the top-k alone until the model is
-    as compressed as was asked. Without a compression callback in the Trainer it is a plain ModelCheckpoint.
+    as compressed as was asked. Without a compression callback in the Trainer every epoch counts.
+
+    A model is never kept for a value of the monitored metric that belongs to an earlier one: the metric must have been
+    logged in this epoch, since the last time that a model could be kept, and must not be NaN. A warning says so once.
 
     Raises:
         ValueError: For ``save_last="link"``: before the end there is no top-k file to link to.
@@ -35,6 +40,8 @@ class CompressedCheckpoint(ModelCheckpoint):
                 "save_last='link' needs a top-k file at every save, and CompressedCheckpoint keeps none before the "
                 "compression ends. Pass save_last=True."
             )
+        self._logged = MetricsSince()
+        self._passed_over = False
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuse a Trainer that would not treat it as a checkpoint callback."""
@@ -45,19 +52,47 @@ class CompressedCheckpoint(ModelCheckpoint):
             )
         super().setup(trainer, pl_module, stage)
 
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """From here on a metric must be logged anew."""
+        super().on_train_epoch_start(trainer, pl_module)
+        self._logged.begin(trainer)
+
     def _save_topk_checkpoint(self, trainer: pl.Trainer, monitor_candidates: dict[str, Tensor]) -> None:
-        if _compressed(trainer):
+        problem = self._problem(trainer, monitor_candidates)
+        self._logged.begin(trainer)
+        if problem is not None and _compressed(trainer):
+            self._passed_over = True
+            rank_zero_warn(
+                f"CompressedCheckpoint keeps no model where {self.monitor!r} {problem}. Log it in every validation, or "
+                "monitor a metric that is."
+            )
+        if problem is None and _compressed(trainer):
             super()._save_topk_checkpoint(trainer, monitor_candidates)
         elif self.save_last:
             self._last_global_step_saved = trainer.global_step  # ModelCheckpoint writes "last" only beside a save
 
+    def _problem(self, trainer: pl.Trainer, candidates: dict[str, Tensor]) -> str | None:
+        """Return why the monitored value says nothing about this model, None where it does."""
+        if self.monitor is None or self.monitor not in candidates:  # ModelCheckpoint raises for an unknown name
+            return None
+        if self.monitor in trainer.callback_metrics and self.monitor not in self._logged.read(trainer):
+            return "was last logged for an earlier model"
+        return "is NaN" if bool(torch.isnan(torch.as_tensor(candidates[self.monitor])).any()) else None
+
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Say so when no model was ever as compressed as asked."""
+        """Warn when the run kept no model."""
         super().on_train_end(trainer, pl_module)
-        if self.save_top_k != 0 and not _compressed(trainer) and not getattr(trainer, "fast_dev_run", False):
+        if self.save_top_k == 0 or getattr(trainer, "fast_dev_run", False):
+            return
+        if not _compressed(trainer):
             rank_zero_warn(
                 "CompressedCheckpoint kept no model: the run ended before every compression callback reached its end. "
                 "Train longer, or lower `end`."
+            )
+        elif self._passed_over and not self.best_model_path:
+            rank_zero_warn(
+                f"CompressedCheckpoint kept no model: {self.monitor!r} had no value of its own in any epoch after the "
+                "compression ended."
             )
 
 

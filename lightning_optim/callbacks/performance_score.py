@@ -18,6 +18,7 @@ from torch import nn
 from lightning_optim import checkpoint
 from lightning_optim.callbacks.base import callbacks_of, compressions, mro_names
 from lightning_optim.callbacks.example_inputs import InputSource
+from lightning_optim.callbacks.logged import MetricsSince
 from lightning_optim.checks import check_choice, check_count, check_fraction, check_names
 from lightning_optim.functional.score import Terms, checked_weights, guarded, performance_score
 from lightning_optim.measure.latency import interleaved_latency
@@ -57,7 +58,8 @@ class PerformanceScore(pl.Callback):
     ``min_accuracy`` and choose by ``P``, never by ``P/unguarded``.
 
     Args:
-        accuracy: Name of the held-out metric, as the LightningModule logs it in validation.
+        accuracy: Name of the held-out metric, as the LightningModule logs it in validation. Only the value of this
+            epoch's validation counts: an epoch whose validation does not log it has no P (NaN, infeasible).
         mode: ``"max"``: the metric is an accuracy in [0, 1]; ``"loss"``: it stands for 1 - A.
         weights: Of ``size``, ``train_time``, ``inference_time``, ``accuracy``: non-negative numbers, used as they
             are; what is missing is 0 and not measured. None is the source's example for a recommender (0.4, 0, 0.6,
@@ -79,7 +81,8 @@ class PerformanceScore(pl.Callback):
 
     Logged: ``P`` (an infeasible model's is ``1000 * (P + 1)``), ``P/unguarded``, ``P/feasible``, the ratios
     ``P/size``, ``P/train_time``, ``P/inference_time`` and ``P/error``, and ``P/raw/size``, ``P/raw/train_time_s``,
-    ``P/raw/inference_time_ms``, ``P/raw/accuracy``. An epoch without validation has no P.
+    ``P/raw/inference_time_ms``, ``P/raw/accuracy``. An epoch without validation has no P. Where P is NaN (a term with
+    weight, or the accuracy, is missing or NaN) the model is infeasible.
 
     How it is measured: training time is the wall time of the epoch without validation, without this callback's own
     work and without the events of the compression callbacks. Inference time is the ratio over interleaved calls of the
@@ -142,6 +145,7 @@ class PerformanceScore(pl.Callback):
         self._last: _Row | None = None
         self._epochs = 0
         self._event_seconds = 0.0
+        self._accuracy_logged = False
         self._drop_measurements()
 
     def _drop_measurements(self) -> None:
@@ -152,6 +156,8 @@ class PerformanceScore(pl.Callback):
         self._not_training = 0.0
         self._events_before = 0.0
         self._validated = False
+        self._logged = MetricsSince()
+        self._validation: dict[str, torch.Tensor] = {}
 
     # Checks before the first step.
 
@@ -260,13 +266,14 @@ class PerformanceScore(pl.Callback):
         """Check the accuracy's name before the first step, where the sanity check logged anything."""
         logged = trainer.callback_metrics
         if logged and self.accuracy not in logged:
-            raise MisconfigurationException(self._unknown_name(trainer))
+            raise MisconfigurationException(self._unknown_name(logged))
+        self._accuracy_logged = self._accuracy_logged or self.accuracy in logged
 
-    def _unknown_name(self, trainer: pl.Trainer) -> str:
+    def _unknown_name(self, logged: Mapping[str, Any]) -> str:
+        names = ", ".join(sorted(logged)) or "nothing"
         return (
-            f"PerformanceScore(accuracy={self.accuracy!r}): validation logged "
-            f"{', '.join(sorted(trainer.callback_metrics)) or 'nothing'}. Log the held-out accuracy in "
-            "validation_step with self.log, or name one that is logged."
+            f"PerformanceScore(accuracy={self.accuracy!r}): validation logged {names}. "
+            "Log the held-out accuracy in validation_step with self.log, or name one that is logged."
         )
 
     # Times.
@@ -276,6 +283,7 @@ class PerformanceScore(pl.Callback):
         self._began = time.perf_counter()
         self._not_training = 0.0
         self._validated = False
+        self._validation = {}
         self._events_before = _event_seconds(trainer)
 
     def on_train_batch_start(
@@ -292,14 +300,16 @@ class PerformanceScore(pl.Callback):
         self._inputs.end_batch(pl_module)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Stop the clock."""
+        """Stop the clock; what was logged before is not of this validation."""
         self._validation_began = time.perf_counter()
+        self._logged.begin(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Go on with the clock; this epoch has an accuracy."""
+        """Go on with the clock; note what this validation logged."""
         if not trainer.sanity_checking:
             self._not_training += time.perf_counter() - self._validation_began
             self._validated = True
+            self._validation = self._logged.read(trainer)
 
     # The score.
 
@@ -310,7 +320,7 @@ class PerformanceScore(pl.Callback):
         self._take_train_reference(trainer, train_seconds)
         if not self._validated or (trainer.current_epoch + 1) % self.every_n_epochs:
             return
-        accuracy = self._read_accuracy(trainer)
+        accuracy = self._read_accuracy()
         reshard(pl_module)
         raw = {
             "size": self.size(find_target(pl_module)[1]) if self.weights["size"] > 0 else None,
@@ -319,13 +329,13 @@ class PerformanceScore(pl.Callback):
         ratios = {name: self._ratio(name, value) for name, value in raw.items()}
         ratios["inference_time"], raw["inference_time"] = self._inference_time(trainer, pl_module, train_seconds)
         terms = Terms(**ratios, error=1.0 - accuracy)
-        score = performance_score(terms, self.weights)
-        if not math.isfinite(score):
+        score = math.nan if math.isnan(accuracy) else performance_score(terms, self.weights)
+        if not math.isfinite(score) and self.accuracy in self._validation:
             rank_zero_warn(
                 f"P is {score} at epoch {trainer.current_epoch} ({terms}): a term that has weight could not be "
-                "measured. EarlyStopping on P stops here unless check_finite=False."
+                "measured, or the accuracy is NaN. EarlyStopping on P stops here unless check_finite=False."
             )
-        feasible = self._is_feasible(trainer, accuracy)
+        feasible = self._is_feasible(trainer, accuracy) and math.isfinite(score)
         self._last = _Row(trainer.current_epoch, score, feasible, **asdict(terms))
         if feasible and (self._best is None or score < self._best.score):
             self._best = self._last
@@ -349,10 +359,19 @@ class PerformanceScore(pl.Callback):
             self._references["train_time"] = seconds
             self._train_reference_is_warm_up = False
 
-    def _read_accuracy(self, trainer: pl.Trainer) -> float:
-        if self.accuracy not in trainer.callback_metrics:
-            raise MisconfigurationException(self._unknown_name(trainer))
-        value = float(trainer.callback_metrics[self.accuracy])
+    def _read_accuracy(self) -> float:
+        """Return the accuracy that this epoch's validation logged, NaN where only earlier ones logged it."""
+        if self.accuracy not in self._validation:
+            if not self._accuracy_logged:
+                raise MisconfigurationException(self._unknown_name(self._validation))
+            rank_zero_warn(
+                f"PerformanceScore(accuracy={self.accuracy!r}): validation does not log it in every epoch. Epochs "
+                "without it have no P: it is logged as NaN and infeasible, and EarlyStopping on P stops there unless "
+                "check_finite=False. Log it in every validation, or validate every n epochs (check_val_every_n_epoch)."
+            )
+            return math.nan
+        self._accuracy_logged = True
+        value = float(self._validation[self.accuracy])
         if self.mode == "loss":
             return 1.0 - value
         if not math.isnan(value) and not 0.0 <= value <= 1.0:
@@ -484,6 +503,7 @@ class PerformanceScore(pl.Callback):
             "best": None if self._best is None else asdict(self._best),
             "last": None if self._last is None else asdict(self._last),
             "epochs": self._epochs,
+            "accuracy_logged": self._accuracy_logged,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -495,6 +515,7 @@ class PerformanceScore(pl.Callback):
         self._best = None if state_dict["best"] is None else _Row(**state_dict["best"])
         self._last = None if state_dict["last"] is None else _Row(**state_dict["last"])
         self._epochs = state_dict["epochs"]
+        self._accuracy_logged = state_dict.get("accuracy_logged", self._last is not None)  # not in files of 0.1
         self._restored = bool(self._references) or self.reference == "raw"
 
     def __getstate__(self) -> dict[str, Any]:

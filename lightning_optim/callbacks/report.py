@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 
 from lightning_optim.callbacks.base import CompressionCallback, compressions
+from lightning_optim.callbacks.logged import MetricsSince
 from lightning_optim.checks import check_flags, check_folder, check_name, check_path
 from lightning_optim.export.verify import missing_package
 from lightning_optim.measure.size import SIZES
@@ -58,8 +59,9 @@ class ReportCallback(pl.Callback):
             have no place for them).
 
     State: the metrics of every epoch, the events and the facts of the first fit start, so a resumed run's report is
-    that of the whole run. A metric that an epoch did not log shows its last value. Rank zero writes; under a strategy
-    that divides the model, all ranks count. Nothing is written by ``fast_dev_run`` or after an exception. The state is
+    that of the whole run. An epoch has the metrics that it logged itself; what a compression callback logged at its
+    last event describes the model until the next one. Rank zero writes; under a strategy that divides the model, all
+    ranks count. Nothing is written by ``fast_dev_run`` or after an exception. The state is
     kept under the folder, so several instances with folders of their own can run together; a run that is resumed into
     another folder takes the state of the file's one report (Lightning warns that the file's callback is missing).
 
@@ -95,6 +97,7 @@ class ReportCallback(pl.Callback):
         self._seen: dict[str, str] = {}
         self._last: dict[str, float] = {}
         self._start: dict[str, Any] = {}
+        self._logged = MetricsSince()
         self._open = False
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -124,8 +127,9 @@ class ReportCallback(pl.Callback):
         self._note_events(trainer)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Complete the epoch before by what callbacks behind this one logged at its end."""
+        """Complete the epoch before by what callbacks behind this one logged at its end, and begin a new one."""
         self._close_epoch(trainer)
+        self._logged.begin(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Note the metrics of the epoch."""
@@ -144,9 +148,11 @@ class ReportCallback(pl.Callback):
 
     def _refresh(self, trainer: pl.Trainer) -> None:
         self._note_events(trainer)
-        self._last.update(_numbers(trainer.callback_metrics))  # which a resumed Trainer begins without
+        logged = _numbers(self._logged.read(trainer))
+        self._last.update(logged)
         if self._open:
-            self._epochs[-1].update(self._last)
+            state = tuple(EVENTS.values())
+            self._epochs[-1].update({k: v for k, v in self._last.items() if k.startswith(state)} | logged)
 
     def _note_events(self, trainer: pl.Trainer) -> None:
         for callback in compressions(trainer):

@@ -5,7 +5,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from helpers.models import Classifier, assert_same_state, fit, new, trainer, val_loader
-from lightning_optim import CompressedCheckpoint, WeightPruning
+from lightning_optim import CompressedCheckpoint, PerformanceScore, WeightPruning
 
 
 def kept(folder):
@@ -52,6 +52,71 @@ def test_the_kept_file_scores_again_what_was_monitored(tmp_path):
 def test_without_compression_it_is_a_model_checkpoint(tmp_path):
     fit(tmp_path, new(), CompressedCheckpoint(tmp_path / "best", "{epoch}", save_top_k=-1))
     assert kept(tmp_path / "best") == ["epoch=0.ckpt", "epoch=1.ckpt", "epoch=2.ckpt"]
+
+
+class Sometimes(Classifier):
+    """Logs ``val_acc`` in the validations that ``when`` names, counted from 0, and ``value`` as it is."""
+
+    def __init__(self, when, value=None):
+        super().__init__()
+        self.when, self.value, self.count = when, value, 0
+
+    def on_validation_epoch_start(self):
+        self.now, self.count = self.count in self.when, self.count + 1
+
+    def validation_step(self, batch, batch_idx):
+        if self.now and self.value is None:
+            super().validation_step(batch, batch_idx)
+        elif self.now:
+            self.log("val_acc", self.value)
+
+
+STALE = "ignore:CompressedCheckpoint keeps no model where 'val_acc':UserWarning"
+
+
+def keep(tmp_path, module, *callbacks, epochs=5, **words):
+    best = CompressedCheckpoint(tmp_path / "best", "{epoch}", mode="max", **{"save_top_k": -1, **words})
+    fit(tmp_path, module, *callbacks, best, max_epochs=epochs)
+    return kept(tmp_path / "best")
+
+
+@pytest.mark.filterwarnings(STALE)
+def test_a_model_is_not_kept_for_the_metric_of_an_earlier_epoch(tmp_path):
+    pruning = WeightPruning(0.8, start=2, end=12, every_n_steps=4)
+    files = keep(tmp_path, new(Sometimes, when={0, 2, 4}), pruning, monitor="val_acc", save_last=True)
+    assert files == ["epoch=2.ckpt", "epoch=4.ckpt", "last.ckpt"]
+    assert torch.load(tmp_path / "best" / "last.ckpt", weights_only=True)["epoch"] == 4
+
+
+@pytest.mark.filterwarnings(STALE)
+def test_a_run_whose_metric_is_old_says_that_it_kept_nothing(tmp_path):
+    pruning = WeightPruning(0.8, start=2, end=12, every_n_steps=4)
+    with pytest.warns(UserWarning, match="kept no model: 'val_acc' had no value of its own"):
+        assert keep(tmp_path, new(Sometimes, when={0}), pruning, monitor="val_acc") == []
+
+
+@pytest.mark.filterwarnings("ignore:CompressedCheckpoint kept no model:UserWarning")
+def test_a_model_whose_metric_is_nan_is_not_kept(tmp_path):
+    with pytest.warns(UserWarning, match="keeps no model where 'val_acc' is NaN"):
+        assert keep(tmp_path, new(Sometimes, when={0, 1}, value=float("nan")), monitor="val_acc", epochs=2) == []
+
+
+@pytest.mark.filterwarnings(STALE)
+def test_a_validation_that_does_not_log_the_metric_keeps_no_model_in_the_same_epoch(tmp_path):
+    best = CompressedCheckpoint(tmp_path / "best", "{step}", monitor="val_acc", mode="max", save_top_k=-1)
+    fit(tmp_path, new(Sometimes, when={0, 3}), best, max_epochs=2, val_check_interval=0.5)
+    assert kept(tmp_path / "best") == ["step=16.ckpt", "step=4.ckpt"]
+
+
+@pytest.mark.parametrize("monitor", ["train_loss", "epoch", None])
+def test_other_monitors_keep_every_epoch(tmp_path, monitor):
+    assert len(keep(tmp_path, new(), monitor=monitor, epochs=2)) == 2
+
+
+@pytest.mark.filterwarnings(STALE.replace("val_acc", "P"), "ignore:PerformanceScore.*not log it in every:UserWarning")
+def test_an_epoch_without_p_keeps_no_model(tmp_path):
+    score = PerformanceScore(weights={"size": 1.0, "accuracy": 1.0})
+    assert keep(tmp_path, new(Sometimes, when={0, 2}), score, monitor="P", epochs=4) == ["epoch=0.ckpt", "epoch=2.ckpt"]
 
 
 def test_it_gets_no_warning_and_a_link_is_refused(tmp_path):

@@ -264,6 +264,56 @@ def test_an_epoch_without_validation_has_no_p(tmp_path):
     assert score.logs == 2
 
 
+class Expensive(Classifier):
+    """Logs its accuracy in the validation of some epochs only."""
+
+    every = 2
+
+    def validation_step(self, batch, batch_idx):
+        if self.current_epoch % self.every == 0:
+            super().validation_step(batch, batch_idx)
+
+
+@pytest.mark.filterwarnings("ignore:PerformanceScore.*does not log it in every epoch:UserWarning")
+@pytest.mark.parametrize("weights", [{"size": 1.0}, {"size": 1.0, "accuracy": 1.0}])
+def test_an_accuracy_of_an_earlier_epoch_gives_no_p_and_no_feasibility(tmp_path, weights):
+    rows = scored(tmp_path, module=new(Expensive), weights=weights, options={"max_epochs": 4})
+    assert [row["P/feasible"] for row in rows] == [1, 0, 1, 0]
+    for name in ("P", "P/unguarded", "P/raw/accuracy", "P/error"):
+        assert [math.isnan(row[name]) for row in rows] == [False, True, False, True]
+    assert rows[1]["val_acc"] == rows[0]["val_acc"]  # Lightning still shows the old value
+
+
+def test_an_accuracy_that_is_not_logged_in_every_validation_is_said(tmp_path):
+    with pytest.warns(UserWarning, match="does not log it in every epoch.*Log it in every validation"):
+        scored(tmp_path, module=new(Expensive), options={"max_epochs": 2})
+
+
+@pytest.mark.filterwarnings("ignore:PerformanceScore.*does not log it in every epoch:UserWarning")
+def test_a_run_resumed_at_an_epoch_without_accuracy_goes_on(tmp_path):
+    words = {"weights": {"size": 1.0, "accuracy": 1.0}}
+    fit(tmp_path, new(Expensive), PerformanceScore(**words), Files(tmp_path / "files"), max_epochs=1)
+    history = History()
+    resumed = tmp_path / "files" / "0.ckpt"
+    fit(tmp_path, new(Expensive), PerformanceScore(**words), history, ckpt_path=resumed, max_epochs=3)
+    assert [row["P/feasible"] for row in history.rows] == [0, 1]
+
+
+def test_a_metric_that_only_training_logs_is_no_held_out_accuracy(tmp_path):
+    with pytest.raises(MisconfigurationException, match=r"validation logged val_acc, val_loss\."):
+        scored(tmp_path, accuracy="train_loss", mode="loss")
+
+
+def test_a_model_whose_p_is_nan_is_infeasible(tmp_path):
+    class Diverges(Classifier):
+        def validation_step(self, batch, batch_idx):
+            self.log("val_loss", float("inf"))
+
+    with pytest.warns(UserWarning, match="P is inf at epoch 0"):
+        rows = scored(tmp_path, accuracy="val_loss", mode="loss", module=new(Diverges), options={"max_epochs": 1})
+    assert rows[0]["P/feasible"] == 0
+
+
 @pytest.mark.parametrize("first", [True, False])
 def test_monitors_see_this_epochs_p_in_any_order(tmp_path, first):
     seen = []

@@ -131,6 +131,18 @@ def test_alone_and_without_validation_it_tells_what_it_can(tmp_path):
     assert (tmp_path / "report" / "report.html").is_file()
 
 
+def test_an_epoch_has_the_metrics_that_it_logged_itself(tmp_path):
+    class Expensive(Classifier):
+        def validation_step(self, batch, batch_idx):
+            if self.current_epoch != 1:
+                super().validation_step(batch, batch_idx)
+
+    fit(tmp_path, new(Expensive), ReportCallback(tmp_path / "report"), WeightPruning(0.5, start=2, end=6))
+    epochs = read(tmp_path / "report")["epochs"]
+    assert ["val_acc" in epoch for epoch in epochs] == [True, False, True]
+    assert [epoch["pruning/asked"] for epoch in epochs] == [0.5] * 3  # of the event in the first: it still holds
+
+
 def test_a_technique_it_does_not_know_is_told_too(tmp_path):
     fit(tmp_path, new(), Narrow(start=4), ReportCallback(tmp_path / "report"))
     found = read(tmp_path / "report")
