@@ -396,9 +396,9 @@ def _to_integer(layer: nn.Module, store: _Store, norm: nn.Module | None = None) 
     writes = _quantizer(writer, "output") if rounds_output(writer) else None
     stored = store.of(layer, factor) if rounds(layer) and weight is not None else None
     stored_bias = None if bias is None or stored is None or reads is None else _integer_bias(bias, stored, reads)
-    if isinstance(layer, nn.Linear) and stored is not None and reads is not None:
-        if not stored.grouped and not store.shares(layer):
-            stored.transpose()
+    alone = stored is not None and not stored.grouped and not store.shares(layer)
+    if stored is not None and alone and reads is not None and isinstance(layer, nn.Linear):
+        stored.transpose()
     if factor is not None and weight is not None:
         weight.data = layer.quantized_weight()  # for others that read it: the stored one has the BatchNorm in it
     layer.output_relu = writer.output_relu

@@ -285,8 +285,8 @@ class QuantizedEmbeddingBag(QuantizedLayer, nn.EmbeddingBag):
         """Look up and reduce bags, as ``nn.EmbeddingBag`` does."""
         if not self._rounds_weight:
             return nn.EmbeddingBag.forward(self, input, offsets, per_sample_weights)
-        places, table, padding = input, self._parameters["weight"], self.padding_idx
-        assert table is not None  # noqa: S101 - a table has one
+        table: Tensor = self._parameters["weight"]  # type: ignore[assignment]
+        places, padding = input, self.padding_idx
         if input.numel() < self.num_embeddings:
             flat = input.reshape(-1)
             table = F.embedding(flat, table, None, self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse)
