@@ -292,7 +292,7 @@ class QuantizationAwareTraining(CompressionCallback):
 
     def _prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> QuantizedLayers:
         prefix, target = self.find_target(pl_module)
-        selection = select_layers(target, prefix, include=self.include, exclude=self.exclude)
+        selection = select_layers(target, prefix, include=self.include, exclude=self.exclude, root=pl_module)
         self.scheme.check_patterns(selection.chosen, prefix)
         for module in (pl_module, *averaged_copies(trainer)):
             if self.scheme.activation_bits is None:

@@ -4,6 +4,7 @@ Two operators of our own stand for ONNX's QuantizeLinear and DequantizeLinear. T
 fake quantization takes neither the symmetric range (-127, 127) nor int8 weights in the file.
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -97,9 +98,7 @@ class _Weight(nn.Module):
     scale: Tensor
     zero_point: Tensor
 
-    def __init__(
-        self, weight: Tensor, bits: int, granularity: str, factor: Tensor | None = None, *, plain: bool = False
-    ) -> None:
+    def __init__(self, weight: Tensor, bits: int, granularity: str, factor: Tensor | None = None) -> None:
         """Take a weight.
 
         Args:
@@ -107,13 +106,9 @@ class _Weight(nn.Module):
             bits: 2 to 8.
             granularity: What shares a scale.
             factor: ``[out]``, multiplies the rows after the rounding, as a BatchNorm does.
-            plain: Whether the weight is cast and multiplied instead of dequantized, for a layer that is computed in
-                float. Engines do that once, when the file is loaded. ONNX Runtime 1.32 makes of DequantizeLinear
-                before a MatMul one that rounds the activations too (differences of 0.05 where there are 1e-6), and
-                repeats it at each call before a convolution (2.0x the time of float).
         """
         super().__init__()
-        self.plain = plain
+        self.transposed, self.folded = False, factor is not None
         groups = grouped(weight.detach().float(), granularity)
         scale = symmetric_scale(weight, bits, granularity)
         integers = torch.div(groups, scale).round()
@@ -148,6 +143,7 @@ class _Weight(nn.Module):
         """Store ``[in, out]``: engines find the integer kernel of a MatMul with a constant on its right."""
         self._hold(self.integers.t(), self.scale)
         self.axis = 1 if self.axis == 0 else -1
+        self.transposed = True
 
     def rows(self, index: Tensor) -> Tensor:
         """Look up int8 rows, then scale them: ``[...] -> [..., size]``."""
@@ -161,14 +157,26 @@ class _Weight(nn.Module):
         groups = found.reshape(*index.shape, *self.integers.shape[1:]) * scales.unsqueeze(-1)
         return groups.flatten(-2)[..., : self.shape[1]]
 
+    def matrix(self) -> Tensor:
+        """Return the weight as it came, cast and multiplied, for a product that is computed in float.
+
+        Engines do that once, when the file is loaded. ONNX Runtime 1.32 makes of DequantizeLinear before a MatMul one
+        that rounds the activations too (differences of 0.05 where there are 1e-6), and repeats it at each call before a
+        convolution (2.0x the time of float).
+        """
+        if self.grouped:
+            whole = (self.integers.float() * self.scale.unsqueeze(-1)).flatten(1)
+            return whole[:, : self.shape[1:].numel()].reshape(self.shape)
+        if self.transposed:
+            return (self.integers.float() * self.scale).t()
+        return self.integers.float() * self.scale.view(-1, *[1] * (self.integers.ndim - 1))
+
     def forward(self) -> Tensor:
-        if not self.grouped and not self.plain:
-            weight: Tensor = dequantize(self.integers, self.scale, self.zero_point, self.axis)
-            return weight
-        if not self.grouped:
-            return self.integers.float() * self.scale.view(-1, *[1] * (self.integers.ndim - 1))
-        whole = (self.integers.float() * self.scale.unsqueeze(-1)).flatten(1)
-        return whole[:, : self.shape[1:].numel()].reshape(self.shape)
+        """Return the weight dequantized, as it is stored, for an integer kernel."""
+        if self.grouped:
+            return self.matrix()
+        weight: Tensor = dequantize(self.integers, self.scale, self.zero_point, self.axis)
+        return weight
 
 
 class _Bias(nn.Module):
@@ -196,6 +204,12 @@ class _Integer(nn.Module):
     writes: _Quantizer | None
     output_relu: bool
 
+    def _read_weight(self) -> Any:
+        return self._parameters["weight"] if self.stored is None or self.stored.folded else self.stored.matrix()
+
+    weight: Any = property(_read_weight)
+    """What another module reads (``hidden @ table.weight.T``): the integers, so that the file holds them once."""
+
     def written(self, y: Tensor) -> Tensor:
         """Round the output where it is rounded; a ReLU that follows comes first, and is then repeated in vain."""
         if self.writes is None:
@@ -204,7 +218,6 @@ class _Integer(nn.Module):
 
 
 class _IntegerConv(_Integer):
-    weight: Any
     bias: Any
     stride: Any
     padding: Any
@@ -214,7 +227,7 @@ class _IntegerConv(_Integer):
     _reversed_padding_repeated_twice: Any
 
     def forward(self, input: Tensor) -> Tensor:
-        weight = self.weight if self.stored is None else self.stored()
+        weight = self.weight if self.stored is None else self.stored.matrix() if self.reads is None else self.stored()
         bias = self.bias if self.stored_bias is None else self.stored_bias()
         x = input if self.reads is None else self.reads(input)
         padding = self.padding
@@ -244,9 +257,10 @@ class _IntegerLinear(_Integer, nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         assert self.stored is not None  # noqa: S101 - a Linear without rounded weight stays what it is
         x = input if self.reads is None else self.reads(input)
-        if self.stored.grouped or self.stored.plain:
-            return F.linear(x, self.stored(), self.bias)
-        y: Tensor = torch.matmul(x, self.stored())
+        if self.stored.grouped or self.reads is None:
+            return F.linear(x, self.stored.matrix(), self.bias)
+        # A weight that a table shares is stored as the table's rows: engines transpose it when the file is loaded.
+        y: Tensor = torch.matmul(x, self.stored() if self.stored.transposed else self.stored().t())
         if self.bias is None:
             return y
         # ONNX Runtime makes one integer Gemm of a matrix product and an int32 bias, and an integer product with a
@@ -316,16 +330,48 @@ def convert(module: nn.Module, batch_norms: Mapping[str, str]) -> None:
     """
     layers = dict(module.named_modules())
     _renormalise(module)
+    store = _Store(module)
     followers = {layers[name]: layers[follower] for name, follower in batch_norms.items() if rounds(layers[name])}
     for layer, norm in followers.items():
-        _to_integer(layer, norm)
+        _to_integer(layer, store, norm)
         norm.__class__ = nn.Identity
     for layer in layers.values():
         if isinstance(layer, QuantizedLayer) and (rounds(layer) or rounds_output(layer)):
-            _to_integer(layer)
+            _to_integer(layer, store)
         elif isinstance(layer, nn.EmbeddingBag) and not isinstance(layer, _Integer):
             layer.stored = None  # type: ignore[assignment]
             layer.__class__ = _GatheredBag
+
+
+class _Store:
+    """The integers of each weight: those that layers share are stored once."""
+
+    def __init__(self, module: nn.Module) -> None:
+        weights = [layer._parameters["weight"] for layer in module.modules() if rounds(layer)]
+        counts = Counter(id(weight) for weight in weights)
+        self._shared = {weight for weight, count in counts.items() if count > 1}
+        self._stored: dict[tuple[int, int, str], _Weight] = {}
+
+    def of(self, layer: QuantizedLayer, factor: Tensor | None) -> _Weight:
+        """Return a layer's weight.
+
+        Args:
+            layer: Whose weight is rounded.
+            factor: ``[out]``, of the BatchNorm that is folded into it.
+        """
+        weight, bits, granularity = layer._parameters["weight"], layer.weight_bits or 8, layer.weight_granularity
+        assert weight is not None  # noqa: S101 - it is rounded
+        key = (id(weight), bits, granularity)
+        if factor is None and key in self._stored:
+            return self._stored[key]
+        stored = _Weight(weight, bits, granularity, factor)
+        if factor is None and self.shares(layer):
+            self._stored[key] = stored
+        return stored
+
+    def shares(self, layer: nn.Module) -> bool:
+        """Tell whether other layers have this one's weight."""
+        return id(layer._parameters["weight"]) in self._shared
 
 
 def _renormalise(module: nn.Module) -> None:
@@ -337,7 +383,7 @@ def _renormalise(module: nn.Module) -> None:
             layer.max_norm = None
 
 
-def _to_integer(layer: nn.Module, norm: nn.Module | None = None) -> None:
+def _to_integer(layer: nn.Module, store: _Store, norm: nn.Module | None = None) -> None:
     assert isinstance(layer, QuantizedLayer)  # noqa: S101 - the callers ask
     weight, bias, factor = layer._parameters.get("weight"), layer._parameters.get("bias"), None
     writer = layer if norm is None or not rounds_output(norm) else norm
@@ -348,12 +394,13 @@ def _to_integer(layer: nn.Module, norm: nn.Module | None = None) -> None:
         bias = layer.bias
     reads = _quantizer(layer, "input") if rounds(layer) and "input" in layer.watched else None
     writes = _quantizer(writer, "output") if rounds_output(writer) else None
-    stored = None
-    if rounds(layer) and weight is not None:
-        stored = _Weight(weight, layer.weight_bits or 8, layer.weight_granularity, factor, plain=reads is None)
+    stored = store.of(layer, factor) if rounds(layer) and weight is not None else None
     stored_bias = None if bias is None or stored is None or reads is None else _integer_bias(bias, stored, reads)
-    if isinstance(layer, nn.Linear) and stored is not None and not stored.grouped and reads is not None:
+    alone = stored is not None and not stored.grouped and not store.shares(layer)
+    if stored is not None and alone and reads is not None and isinstance(layer, nn.Linear):
         stored.transpose()
+    if factor is not None and weight is not None:
+        weight.data = layer.quantized_weight()  # for others that read it: the stored one has the BatchNorm in it
     layer.output_relu = writer.output_relu
     layer.__class__ = next(integer for cls, integer in _INTEGER if isinstance(layer, cls))  # type: ignore[assignment]
     for name, value in {"stored": stored, "stored_bias": stored_bias, "reads": reads, "writes": writes}.items():

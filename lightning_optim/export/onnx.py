@@ -3,11 +3,9 @@
 import importlib.util
 import inspect
 import json
-import logging
 import os
-import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,26 +19,20 @@ from torch.utils._pytree import tree_flatten, tree_flatten_with_path, tree_leave
 from lightning_optim._version import __version__
 from lightning_optim.checkpoint import plain_plan
 from lightning_optim.export.integer import convert, rounds, rounds_output
+from lightning_optim.export.program import OPSET, Program, export_program
 from lightning_optim.export.report import ExportReport, Kernels, describe_layers, notes_on
 from lightning_optim.export.verify import RUNTIMES, Comparison, Runtime, compare, compare_latency, missing_package
 from lightning_optim.measure.latency import LatencyResult
 from lightning_optim.outputs import output_fields, output_tensors
-from lightning_optim.quantization.graph import export_failure, read_graph, without_fast_path
+from lightning_optim.quantization.graph import read_graph, without_fast_path
 from lightning_optim.quantization.layers import QuantizedLayer
 from lightning_optim.structured.groups import FAILURES, copy_for_tracing
 from lightning_optim.target import ForwardInputs, as_forward_inputs, first_rows, map_inputs
 
 __all__ = ["export_onnx"]
 
-OPSET = 21
-"""The first one whose DequantizeLinear knows all that is written here."""
-
 LARGEST_FILE = 2**31 - 2**20
 """Bytes of weights that fit into one ONNX file."""
-
-_FIXED_BATCH = (
-    "Where code fixes the batch size (`len(x)` does, `x.shape[0]` does not), change it or pass dynamic_batch=False."
-)
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -76,7 +68,8 @@ def export_onnx(
         example_inputs: A tensor, a tuple of arguments, or a dict of keyword arguments of ``forward``.
         dynamic_batch: Whether dimension 0 of all inputs is free in the file; else the shapes are the examples'.
         dynamic_dims: Other free dimensions: input name -> dimension -> its name; those of one name have one size. For a
-            text model ``{"input_ids": {1: "length"}, "attention_mask": {1: "length"}}``.
+            text model ``{"input_ids": {1: "length"}, "attention_mask": {1: "length"}}``. Limits that the module's code
+            sets (a table of 512 positions) are found, and are among the report's notes.
         verify: Whether the file is run and compared.
         runtime: "onnxruntime" or "openvino": where it is run, on one thread of the CPU.
         inputs: What to compare on, like ``example_inputs``, or a list of such; default the example inputs. Better are
@@ -110,15 +103,16 @@ def export_onnx(
         folded = _batch_norms(source.module, source.inputs)
         convert(source.module, folded)
         with _beside(path) as temporary:
-            source.write(temporary, _metadata(module, metric))
+            program = source.write(temporary, _metadata(module, metric))
+            held = program.held(source.flat())
             report = ExportReport(
                 path,
                 None,
                 OPSET,
                 source.shapes(),
                 tuple(source.output_names),
-                describe_layers(module, folded),
-                notes_on(module),
+                describe_layers(module, source.module, folded, held),
+                [*_limits(program), *notes_on(module, source.module, held)],
                 temporary.stat().st_size,
             )
             if verify:
@@ -126,6 +120,10 @@ def export_onnx(
                 report = _verified(report, module, source, temporary, calls, runtime, least_agreement)
             os.replace(temporary, path)
     return report
+
+
+def _limits(program: Program) -> list[str]:
+    return [f"{name} is at most {size} in this file, as in the module." for name, size in program.largest.items()]
 
 
 def _check_packages() -> None:
@@ -282,72 +280,23 @@ class _Source:
             raise ValueError("`inputs` is an empty list: there is nothing to compare on.")
         return [*calls, first_rows(calls[0], 1)] if self.dynamic_batch else calls
 
-    def write(self, path: Path, metadata: Mapping[str, str]) -> None:
-        """Write the file."""
+    def write(self, path: Path, metadata: Mapping[str, str]) -> Program:
+        """Write the file, and return the graph that is in it."""
         flat = self.flat()
         tensors = flat.tensors(self.inputs)
         flat(*tensors)  # says what cannot be exported more plainly than a traced call does
-        dims = {name: torch.export.Dim(name, min=1) for places in self.free.values() for name in places.values()}
-        shapes = tuple({place: dims[dim] for place, dim in self.free[name].items()} for name in self.input_names)
-        try:
-            with _quiet_exporter():
-                program = torch.export.export(flat, tensors, dynamic_shapes=(shapes,) if dims else None, strict=False)
-                exported = torch.onnx.export(
-                    program,
-                    dynamo=True,
-                    opset_version=OPSET,
-                    input_names=self.input_names,
-                    output_names=self.output_names,
-                    custom_translation_table=_translations(),
-                    verbose=False,
-                )
-        except FAILURES as error:
-            hint = f" {_FIXED_BATCH}" if self.dynamic_batch else ""
-            raise ValueError(f"{export_failure(self.module, error)}{hint}") from error
-        assert exported is not None  # noqa: S101 - with dynamo=True
+        program = export_program(flat, tensors, self.module, self.input_names, self.free)
+        exported = program.to_onnx(self.module, self.input_names, self.output_names, self.free)
         _check_size(exported.model)
-        _drop_traces(exported.model)
         exported.model.metadata_props.update(metadata)
         exported.save(path, external_data=False)
-
-
-_TALKATIVE = (
-    "torch.onnx._internal.exporter._registration",  # torch 2.13: "torchvision is not installed"
-    "onnxscript.optimizer._constant_folding",  # onnxscript 0.7: "Evaluation failed", and the node stays as it is
-)
-
-
-@contextmanager
-def _quiet_exporter() -> Iterator[None]:
-    """Keep from the log what the exporter says of itself."""
-    levels = {name: logging.getLogger(name).level for name in _TALKATIVE}
-    try:
-        for name in levels:
-            logging.getLogger(name).setLevel(logging.ERROR)
-        with warnings.catch_warnings():
-            # torch 2.13's own call of what it deprecates
-            warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
-            yield
-    finally:
-        for name, level in levels.items():
-            logging.getLogger(name).setLevel(level)
+        return program
 
 
 def _check_size(model: Any) -> None:
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values())
     if size > LARGEST_FILE:
         raise ValueError(f"{size / 2**30:.1f} GiB of weights do not fit into one ONNX file, which holds 2 GiB.")
-
-
-def _drop_traces(model: Any) -> None:
-    """Drop the Python stack and the signature that the exporter writes: they were half of a small model's file."""
-    model.graph.metadata_props.clear()
-    for node in model.graph.all_nodes():
-        node.metadata_props.clear()
-        for value in node.outputs:
-            value.metadata_props.clear()
-    for value in (*model.graph.inputs, *model.graph.initializers.values()):
-        value.metadata_props.clear()
 
 
 def _at_least_two_rows(examples: ForwardInputs) -> ForwardInputs:
@@ -407,20 +356,6 @@ def _argument_names(module: nn.Module, inputs: ForwardInputs) -> list[str]:
                 keys[0] = positional[keys[0]] if keys[0] < len(positional) else f"input_{keys[0]}"
             names.append("_".join(map(str, keys)))
     return names
-
-
-def _translations() -> dict[Any, Callable[..., Any]]:
-    from onnxscript import opset21
-
-    def quantize(x: Any, scale: Any, zero_point: Any) -> Any:
-        return opset21.QuantizeLinear(x, scale, zero_point)
-
-    def dequantize(integers: Any, scale: Any, zero_point: Any = None, axis: int = -1) -> Any:
-        attributes = {} if axis < 0 else {"axis": axis}
-        return opset21.DequantizeLinear(integers, scale, zero_point, **attributes)
-
-    own = torch.ops.lightning_optim
-    return {own.quantize.default: quantize, own.dequantize.default: dequantize}
 
 
 def _batch_norms(module: nn.Module, inputs: ForwardInputs) -> dict[str, str]:

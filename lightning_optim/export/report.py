@@ -1,6 +1,6 @@
 """What was exported, how far its answers are from the module's, and what it costs."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -118,22 +118,48 @@ def _kilobytes(size: int) -> str:
     return f"{size / 1e3:.1f} kB" if size < 1e6 else f"{size / 1e6:.2f} MB"
 
 
-def describe_layers(module: nn.Module, batch_norms: Mapping[str, str]) -> dict[str, str]:
-    """Return how each layer with parameters of its own is exported.
+def describe_layers(
+    module: nn.Module, exported: nn.Module, batch_norms: Mapping[str, str], held: Collection[int]
+) -> dict[str, str]:
+    """Return how each layer with parameters of its own is exported, as the exported graph has it.
 
     Args:
         module: The module as it was quantized.
+        exported: The copy of it that was exported.
         batch_norms: Convolution -> BatchNorm that is folded into it.
+        held: Identities of the tensors of ``exported`` that the graph computes with.
     """
-    layers = dict(module.named_modules())
+    layers, copies = dict(module.named_modules()), dict(exported.named_modules())
     folded = {norm: convolution for convolution, norm in batch_norms.items() if rounds(layers[convolution])}
     words: dict[str, str] = {}
     for name, layer in layers.items():
         if name in folded:
             words[name] = f"folded into {folded[name]}"
         elif any(True for _ in layer.parameters(recurse=False)):
-            words[name] = _words_of(layer, layers[batch_norms[name]] if name in batch_norms else layer)
+            writer = layers[batch_norms[name]] if name in batch_norms else layer
+            words[name] = _words_as_held(layer, writer, copies[name], held)
     return words
+
+
+NOT_HELD = "not in the file: forward does not use it"
+
+
+def _words_as_held(layer: nn.Module, writer: nn.Module, copy: nn.Module, held: Collection[int]) -> str:
+    if not _is_held(copy, held):
+        return NOT_HELD
+    if rounds(layer) and not _stored_is_held(copy, held):
+        return "float: forward reads the Parameter by another name"
+    return _words_of(layer, writer)
+
+
+def _is_held(copy: nn.Module, held: Collection[int]) -> bool:
+    """Tell whether the graph computes with what a layer itself holds, as integers or as it is."""
+    return _stored_is_held(copy, held) or any(id(parameter) in held for parameter in copy.parameters(recurse=False))
+
+
+def _stored_is_held(copy: nn.Module, held: Collection[int]) -> bool:
+    stored = getattr(copy, "stored", None)
+    return isinstance(stored, nn.Module) and id(stored.integers) in held
 
 
 def _words_of(layer: nn.Module, writer: nn.Module) -> str:
@@ -148,12 +174,26 @@ def _words_of(layer: nn.Module, writer: nn.Module) -> str:
     return ", ".join(parts) or "float"
 
 
-def notes_on(module: nn.Module) -> list[str]:
-    """Return what a user should know about how the layers run."""
-    layers = [layer for layer in module.modules() if isinstance(layer, QuantizedLayer) and rounds(layer)]
+def notes_on(module: nn.Module, exported: nn.Module, held: Collection[int]) -> list[str]:
+    """Return what a user should know about how the layers run.
+
+    Args:
+        module: The module as it was quantized.
+        exported: The copy of it that was exported.
+        held: Identities of the tensors of ``exported`` that the graph computes with.
+    """
+    copies = dict(exported.named_modules())
+    rounded = {n: x for n, x in module.named_modules() if isinstance(x, QuantizedLayer) and rounds(x)}
+    layers = [layer for name, layer in rounded.items() if _is_held(copies[name], held)]
     if not layers:
-        return ["Nothing in this module is quantized: the file is its float32 export."]
+        return ["Nothing in this file is quantized: it is the float32 export of the module."]
     notes = []
+    twice = [n for n in rounded if _stored_is_held(copies[n], held) and id(copies[n]._parameters["weight"]) in held]
+    if twice:
+        notes.append(
+            f"{', '.join(twice)}: stored twice, as integers and as float32, since forward also reads the Parameter by "
+            "another name, in float."
+        )
     if any((layer.weight_bits or 8) < 8 for layer in layers):
         notes.append("Weights of fewer than 8 bits are stored as int8: they are no smaller and no faster than 8 bits.")
     if any(layer.weight_granularity.startswith("per_group") and not _is_table(layer) for layer in layers):

@@ -78,7 +78,7 @@ def quantize_post_training(
     """
     scheme = QuantizationScheme(weight_bits, activation_bits, weight_granularity, observer, dict(bits or {}))
     prefix, target = find_target(model, module)
-    selection = select_layers(target, prefix, include=include, exclude=exclude)
+    selection = select_layers(target, prefix, include=include, exclude=exclude, root=model)
     scheme.check_patterns(selection.chosen, prefix)
     before = plain_plan(model)
     ranges = {name: buffer.clone() for name, buffer in _range_buffers(model).items()}

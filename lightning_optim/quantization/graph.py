@@ -16,10 +16,11 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_optim.outputs import output_tensors
+from lightning_optim.quantization.failures import export_failure, quiet_export
 from lightning_optim.structured.groups import FAILURES, copy_for_tracing
 from lightning_optim.target import ForwardInputs
 
-__all__ = ["GraphFacts", "export_failure", "read_graph", "without_fast_path"]
+__all__ = ["GraphFacts", "read_graph", "without_fast_path"]
 
 _CONVOLUTION, _BATCH_NORM, _RELU = ("aten::conv1d", "aten::conv2d", "aten::conv3d"), "aten::batch_norm", "aten::relu"
 
@@ -81,12 +82,12 @@ def _exported_nodes(module: nn.Module, inputs: ForwardInputs) -> list[Any]:
     copy = copy_for_tracing(module, rounded=False)
     copy.register_forward_hook(lambda layer, args, output: tuple(output_tensors(output)))  # export knows no others
     try:
-        with without_fast_path(), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with quiet_export() as printed, without_fast_path(), torch.no_grad(), torch.random.fork_rng(devices=[]):
             program = torch.export.export(copy, inputs.args, inputs.kwargs or {}, strict=False)
     except FAILURES as error:
         raise ValueError(
-            f"{export_failure(module, error)} Without the graph it is not known which outputs of convolutions need a "
-            "range, and which BatchNorms fold into them."
+            f"{export_failure(module, error, printed.getvalue())} Without the graph it is not known which outputs of "
+            "convolutions need a range, and which BatchNorms fold into them."
         ) from error
     return list(program.graph.nodes)
 
@@ -100,13 +101,6 @@ def without_fast_path() -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(enabled)
-
-
-def export_failure(module: nn.Module, error: Exception) -> str:
-    """Return the sentence that says that a module cannot be exported, and why."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [repr(error)]
-    reason = next((line for line in lines if line.startswith("- ")), lines[0])  # below a heading that says nothing
-    return f"{type(module).__name__} cannot be exported by torch.export ({reason.removeprefix('- ').rstrip('.')})."
 
 
 def _use_first_names(module: nn.Module, nodes: Sequence[Any]) -> None:

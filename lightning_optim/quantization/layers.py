@@ -9,10 +9,14 @@ Each is a subclass that is swapped in by ``__class__``: Parameters, their names 
 
 Weights are symmetric, with scales from their own largest magnitude; inputs (and outputs, where an addition or another
 float operation follows a convolution) are affine, one scale per tensor.
+
+A weight that another module reads (``hidden @ table.weight.T``) is rounded there as well: the file holds it once.
 """
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 import torch
@@ -64,6 +68,25 @@ ATTRIBUTES = (
 STATE = ("statistic", "batches", "scale", "zero_point")
 """Buffers of one watched tensor, named ``input_scale``, ``output_scale`` and so on."""
 
+_CALL = nn.Module.__call__.__code__
+_STEPS = ("training_step", "validation_step", "test_step", "predict_step")
+
+
+def _computing() -> bool:
+    """Tell whether the code that reads an attribute runs inside a forward pass or a step of a LightningModule.
+
+    Only there may ``layer.weight`` be the rounded weight. Elsewhere it must be the Parameter: for the optimizer that
+    ``configure_optimizers`` builds, and for code that changes weights in place.
+    """
+    if torch.compiler.is_compiling():
+        return True
+    frame: FrameType | None = sys._getframe(2)  # the code that reads the attribute
+    while frame is not None:
+        if frame.f_code is _CALL or frame.f_code.co_name in _STEPS:
+            return True
+        frame = frame.f_back
+    return False
+
 
 class QuantizedLayer(nn.Module):
     """What the quantized layers share; it is never instantiated, only swapped in.
@@ -92,6 +115,18 @@ class QuantizedLayer(nn.Module):
     seen_input: Tensor | None = None
     seen_output: Tensor | None = None
 
+    def _read_weight(self) -> Any:
+        if "weight" not in self._parameters:
+            raise AttributeError(f"{type(self).__name__} has no weight.")
+        return self.quantized_weight() if self._rounds_weight and _computing() else self._parameters["weight"]
+
+    weight: Any = property(_read_weight)
+    """The Parameter; inside a forward pass, in the phases that round, the rounded weight."""
+
+    @property
+    def _rounds_weight(self) -> bool:
+        return self.quantization_phase in ("fake_quantize", "frozen") and self.weight_bits is not None
+
     @property
     def watched(self) -> tuple[str, ...]:
         """The tensors that have a range: of "input" and "output"."""
@@ -116,13 +151,13 @@ class QuantizedLayer(nn.Module):
 
     def parameter_bits(self, name: str) -> float | None:
         """Return the bits of a parameter as it is deployed, None where it stays as it is stored."""
-        rounded = self.quantization_phase in ("fake_quantize", "frozen")
-        return self.weight_bits if name == "weight" and rounded else None
+        return self.weight_bits if name == "weight" and self._rounds_weight else None
 
     def quantized_weight(self) -> Tensor:
         """Return the weight as the phase has it."""
-        weight: Tensor = self.weight  # type: ignore[assignment]
-        if self.quantization_phase in ("off", "observe") or self.weight_bits is None:
+        weight = self._parameters["weight"]
+        assert weight is not None  # noqa: S101 - layers without one are not asked
+        if not self._rounds_weight or self.weight_bits is None:
             return weight
         return _rounded_weight(weight, self.weight_bits, self.weight_granularity)
 
@@ -199,7 +234,7 @@ class _QuantizedConv(QuantizedLayer):
 
     def forward(self, input: Tensor) -> Tensor:
         """Compute as the convolution does."""
-        weight = self.weight if self.quantization_phase == "off" else self.quantized_weight()
+        weight = self.quantized_weight()
         x = input if self.quantization_phase == "off" else self.quantized_input(input)
         return self.quantized_output(self._conv_forward(x, weight, self.bias))
 
@@ -225,9 +260,17 @@ class QuantizedEmbedding(QuantizedLayer, nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:
         """Look up ``[...] -> [..., embedding_dim]``."""
-        rows = nn.Embedding.forward(self, input)
-        if self.quantization_phase in ("off", "observe") or self.weight_bits is None:
-            return rows
+        if not self._rounds_weight:
+            return nn.Embedding.forward(self, input)
+        rows = F.embedding(
+            input,
+            self._parameters["weight"],  # type: ignore[arg-type]
+            self.padding_idx,
+            self.max_norm,
+            self.norm_type,
+            self.scale_grad_by_freq,
+            self.sparse,
+        )
         return _rounded_rows(self, rows.reshape(-1, self.embedding_dim)).view_as(rows)
 
 
@@ -240,9 +283,10 @@ class QuantizedEmbeddingBag(QuantizedLayer, nn.EmbeddingBag):
 
     def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
         """Look up and reduce bags, as ``nn.EmbeddingBag`` does."""
-        if self.quantization_phase in ("off", "observe") or self.weight_bits is None:
+        if not self._rounds_weight:
             return nn.EmbeddingBag.forward(self, input, offsets, per_sample_weights)
-        places, table, padding = input, self.weight, self.padding_idx
+        table: Tensor = self._parameters["weight"]  # type: ignore[assignment]
+        places, padding = input, self.padding_idx
         if input.numel() < self.num_embeddings:
             flat = input.reshape(-1)
             table = F.embedding(flat, table, None, self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse)
@@ -268,7 +312,9 @@ class QuantizedEmbeddingBag(QuantizedLayer, nn.EmbeddingBag):
 def _rounded_rows(layer: QuantizedEmbedding | QuantizedEmbeddingBag, rows: Tensor) -> Tensor:
     """Round rows of a table as the whole table would be rounded."""
     bits = layer.weight_bits or 8
-    largest = layer.weight.detach().abs().amax() if layer.weight_granularity == "per_tensor" else None
+    largest = None
+    if layer.weight_granularity == "per_tensor":
+        largest = layer._parameters["weight"].detach().abs().amax()  # type: ignore[union-attr]
     return fake_quantize_weight(rows, bits, layer.weight_granularity, largest=largest)
 
 

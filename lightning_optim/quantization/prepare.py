@@ -35,6 +35,8 @@ _FROM: dict[type[nn.Module], type[nn.Module]] = {
 }
 """Class of a layer, float or quantized -> its float class."""
 
+_NOT_INCLUDED = "not in include"
+
 # Layers with matrices that stay float, and why; the first that applies.
 _WHY_FLOAT: tuple[tuple[tuple[type[nn.Module], ...], str], ...] = (
     ((nn.MultiheadAttention,), "nn.MultiheadAttention computes in one fused call; its projections stay float"),
@@ -121,14 +123,18 @@ def select_layers(
     *,
     include: Sequence[Pattern] | None = None,
     exclude: Sequence[Pattern] | None = None,
+    root: nn.Module | None = None,
 ) -> QuantizedLayers:
     """Select the layers that are quantized: by default every one that can be, embeddings and the last one too.
+
+    A weight that several layers share is quantized in all of them or in none.
 
     Args:
         target: The module that is walked.
         prefix: What its names begin with in the LightningModule's ``state_dict()``.
         include: Exactly what is quantized: names, glob patterns, layer classes.
         exclude: What stays float; it wins.
+        root: The whole module, where other layers may hold the target's weights; default the target.
 
     Raises:
         ValueError: If a pattern matches nothing, a layer that is asked for by ``include`` cannot be quantized, or a
@@ -136,6 +142,7 @@ def select_layers(
     """
     chosen: dict[str, nn.Module] = {}
     left_out: dict[str, str] = {}
+    asked_for: set[str] = set()
     matched: set[Pattern] = set()
     names = []
     for name, layer in named_layers(target, prefix):
@@ -146,16 +153,16 @@ def select_layers(
         excluded = _those_that_match(exclude, name, layer, prefix)
         matched.update(asked, excluded)
         why_not = _why_float(layer)
+        if asked:
+            asked_for.add(name)
         if excluded:
             left_out[name] = f"excluded by {_word(excluded[0])}{_from_before(layer)}"
         elif include is not None and not asked:
-            left_out[name] = f"not in include{_from_before(layer)}"
+            left_out[name] = f"{_NOT_INCLUDED}{_from_before(layer)}"
         elif why_not is None:
             chosen[name] = layer
         elif (asked and _has_matrix(layer)) or why_not == "lazy":
-            raise ValueError(
-                f"{name} ({type(layer).__name__}) cannot be quantized: {_sentence(why_not)} Pass exclude=[{name!r}]."
-            )
+            raise _cannot(name, layer, why_not)
         else:
             left_out[name] = why_not
     for word, patterns in (("include", include), ("exclude", exclude)):
@@ -164,7 +171,48 @@ def select_layers(
                 raise ValueError(
                     f"{word}: {_word(pattern)} matches no layer with parameters. Layers: {', '.join(names[:8])}."
                 )
+    return _settle_shared(target if root is None else root, QuantizedLayers(chosen, left_out), asked_for)
+
+
+def _cannot(name: str, layer: nn.Module, why_not: str) -> ValueError:
+    return ValueError(
+        f"{name} ({type(layer).__name__}) cannot be quantized: {_sentence(why_not)} Pass exclude=[{name!r}]."
+    )
+
+
+def _settle_shared(root: nn.Module, selection: QuantizedLayers, asked_for: Collection[str]) -> QuantizedLayers:
+    """Quantize a weight that several layers share in all of them, or in none: a file holds it once.
+
+    Raises:
+        ValueError: If a layer that is asked for by ``include`` shares its weight with one that stays float.
+    """
+    chosen, left_out = dict(selection.chosen), dict(selection.left_out)
+    holders = _holders(root)
+    for name, layer in selection.chosen.items():
+        for holder, other in holders.get(id(layer._parameters["weight"]), ()):
+            if other is layer or other in chosen.values() or name not in chosen or _from_before(other):
+                continue
+            reason = _why_float(other) or left_out.get(holder, "it is outside of the module that is quantized")
+            if reason == _NOT_INCLUDED:
+                chosen[holder] = other
+                del left_out[holder]
+                continue
+            shared = f"shares its weight with {holder or type(other).__name__}, which stays float ({reason})"
+            if name in asked_for:
+                raise _cannot(name, layer, f"it {shared}")
+            del chosen[name]
+            left_out[name] = shared
     return QuantizedLayers(chosen, left_out)
+
+
+def _holders(root: nn.Module) -> dict[int, list[tuple[str, nn.Module]]]:
+    """Return the modules that hold each parameter, by the parameter's identity."""
+    holders: dict[int, list[tuple[str, nn.Module]]] = {}
+    for name, module in named_layers(root):
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                holders.setdefault(id(parameter), []).append((name, module))
+    return holders
 
 
 def _from_before(layer: nn.Module) -> str:

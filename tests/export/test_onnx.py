@@ -2,6 +2,7 @@ import copy
 import importlib
 import json
 import sys
+import tempfile
 
 import numpy as np
 import pytest
@@ -226,7 +227,7 @@ def test_names_come_from_forward_and_from_what_it_returns(tmp_path):
     assert report.outputs == ("logits", "parts_0", "parts_1")
     assert report.float_bytes is None
     assert report.latency is None
-    assert any("Nothing in this module is quantized" in note for note in report.notes)
+    assert any("Nothing in this file is quantized" in note for note in report.notes)
     report = export_onnx(
         NETS["mlp"][0](), tmp_path / "net.onnx", torch.randn(2, 12), input_names=["features"], output_names=["scores"]
     )
@@ -358,12 +359,26 @@ class FixedBatch(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("module", "words"), [(Branching(), r"\(Could not guard"), (FixedBatch(), r"specialized .*`x.shape\[0\]` does not")]
+    ("module", "words"),
+    [
+        (
+            Branching(),
+            r"Branching cannot be exported by torch.export \(.*`return F.relu\(x\) if x.sum\(\) > 0 else x` in ",
+        ),
+        (FixedBatch(), r"FixedBatch fixes dimension 0 of 'x' \('batch'\) at 4.*`x.shape\[0\]` does not"),
+    ],
 )
-def test_the_exporters_failure_is_one_sentence(module, words, tmp_path):
-    with pytest.raises(ValueError, match=f"{type(module).__name__} cannot be exported by torch.export .*{words}"):
+def test_the_exporters_failure_is_one_sentence(module, words, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "details"))
+    (tmp_path / "details").mkdir()
+    with pytest.raises(ValueError, match=words) as raised:
         export_onnx(module, tmp_path / "net.onnx", torch.randn(4, 12))
-    assert not list(tmp_path.iterdir())
+    assert "\n" not in str(raised.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["details"]
+    assert "".join(capfd.readouterr()) == ""
+    for file in (tmp_path / "details").iterdir():
+        assert str(file) in str(raised.value)
+        assert "def forward" in file.read_text()  # the graph up to the failure
 
 
 def test_registering_the_operators_again_is_harmless(tmp_path):
