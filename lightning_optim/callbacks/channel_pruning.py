@@ -2,7 +2,7 @@
 
 import gc
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -23,8 +23,8 @@ from lightning_optim.measure.latency import interleaved_latency
 from lightning_optim.measure.macs import count_macs
 from lightning_optim.measure.size import SIZES
 from lightning_optim.sharding import is_sharded
+from lightning_optim.structured.allocation import Allocation, Pool, Shortfall, one_pool, shortfall
 from lightning_optim.structured.events import (
-    Allocation,
     ChannelReport,
     check_ratio,
     find_prunable,
@@ -60,9 +60,10 @@ class ChannelPruning(CompressionCallback):
     :func:`lightning_optim.load_from_checkpoint` rebuilds it in the user's class.
 
     Args:
-        pruning_ratio: Fraction of each group's channels that is gone at the end, in (0, 1), or by layer
-            ``{pattern: ratio}`` (the first match counts, what matches none is left alone). Removing half of the
-            channels of every layer removes about three quarters of the parameters between them.
+        pruning_ratio: Fraction of the channels that is gone at the end, in (0, 1), or by layer ``{pattern: ratio}``
+            (the first match counts, what matches none is left alone). It is reached within one unit of one group
+            (a channel, a multiple, a channel of each block, a head); a larger miss is a warning. Removing half of
+            the channels of every layer removes about three quarters of the parameters between them.
         target: Instead of ``pruning_ratio``: ``{"parameters": 0.3}``, ``{"macs": 0.5}`` or ``{"latency": 0.5}``: at
             most this fraction of the dense model's at the end. At each event the smallest ratio that reaches what the
             schedule asks is found by halving. Latency is measured as PerformanceScore measures it (rank 0 decides), so
@@ -70,12 +71,12 @@ class ChannelPruning(CompressionCallback):
         strict: Raise when ``target`` cannot be reached at the end of the window; else say so.
         criterion: Name in ``functional.channels.CHANNEL_CRITERIA`` or a callable ``(slices) -> [channels]``.
         scope: ``"global"`` ranks the channels of all groups together (none loses more than nine tenths),
-            ``"layer"`` takes the same fraction of each.
+            ``"layer"`` takes the same fraction of each, within one unit.
         schedule: Name in ``functional.schedules.SCHEDULES`` or a callable.
         start: Where the window opens: a step (int) or a fraction of the planned steps (float).
         end: The last event.
         events: How many events, spread evenly over the window.
-        round_to: Keep multiples of this. None: 8 on CUDA, no rounding on a CPU.
+        round_to: Keep multiples of this; the groups make up for what rounding keeps. None: 8 on CUDA, no rounding on a CPU.
         example_inputs: What the target's forward receives. Default: the module's ``example_input_array``, else caught
             from the first training batch.
         optimizer_state: ``"slice"`` keeps the state of the surviving weights, ``"reset"`` forgets it.
@@ -270,25 +271,33 @@ class ChannelPruning(CompressionCallback):
             self._squares.clear()
         self._say(trainer, pl_module)
 
-    def _asked(self, trainer: pl.Trainer, progress: float) -> float | dict[str, float]:
-        if self.target is not None:
-            due = 1.0 - self.schedule(progress, 0.0, 1.0 - self.target.fraction)
-            return self._ratio_for(trainer, self.target, due)
-        if not isinstance(self.pruning_ratio, dict):
-            return self.schedule(progress, 0.0, self.pruning_ratio)
-        return {name: self.schedule(progress, 0.0, ratio) for name, ratio in self._final_ratios().items()}
+    def _asked(self, trainer: pl.Trainer, progress: float) -> list[Pool]:
+        if self.target is None:
+            return self._pools(progress)
+        due = 1.0 - self.schedule(progress, 0.0, 1.0 - self.target.fraction)
+        ratio = self._ratio_for(trainer, self.target, due)
+        return [one_pool(ratio, self._known()[0].groups, self.allocation)]
 
-    def _remove(self, trainer: pl.Trainer, pl_module: pl.LightningModule, ratios: float | dict[str, float]) -> None:
+    def _pools(self, progress: float) -> list[Pool]:
+        """Return what `pruning_ratio` asks at a point of the window."""
+        report, _ = self._known()
+        if not isinstance(self.pruning_ratio, dict):
+            return [one_pool(self.schedule(progress, 0.0, self.pruning_ratio), report.groups, self.allocation)]
+        pools = report.pools(self.pruning_ratio, self._prefix)
+        return [replace(pool, ratio=self.schedule(progress, 0.0, pool.ratio)) for pool in pools]
+
+    def _remove(self, trainer: pl.Trainer, pl_module: pl.LightningModule, pools: list[Pool]) -> None:
         report, dense = self._known()
         removal, _, exact = plan_event(
             self._target,
             self._called_inputs(),
             report.groups,
             dense.channels,
-            ratios,
+            pools,
             self.allocation,
             self._gradients(),
             self._prefix,
+            last=self.window.closes_now,
         )
         if not removal.kept:
             return
@@ -322,7 +331,15 @@ class ChannelPruning(CompressionCallback):
         report, dense = self._known()
         goal, inputs = self.target, self._called_inputs()
         removal, _, _ = plan_event(
-            self._target, inputs, report.groups, dense.channels, ratio, self.allocation, self._gradients(), self._prefix
+            self._target,
+            inputs,
+            report.groups,
+            dense.channels,
+            ratio,
+            self.allocation,
+            self._gradients(),
+            self._prefix,
+            last=self.window.closes_now,
         )
         smaller = copy_for_tracing(self._target, rounded=False)
         apply_removal(smaller, removal)
@@ -452,12 +469,14 @@ class ChannelPruning(CompressionCallback):
         now = sum(_outputs(self._target.get_submodule(name)) for name in report.groups)
         multiple = self.allocation.round_to
         rounded = f" (kept in multiples of {multiple})" if multiple else ""
+        miss = None if self.target is not None else self._shortfall()
+        fewer = f", {miss.channels} fewer than asked" if miss is not None and miss.channels else ""
         rank_zero_info(
             f"{self._label()}: step {self.window.step}, asked {self._words_of_asked()}; {before - now} of {before} "
-            f"channels gone in {len(report.groups)} groups{rounded}; {left:.2%} of the parameters are left."
+            f"channels gone in {len(report.groups)} groups{rounded}{fewer}; {left:.2%} of the parameters are left."
         )
-        if self.window.closes_now and self.target is None:
-            self._check_reached(before, now)
+        if miss is not None and miss.exceeds and self.window.closes_now:
+            rank_zero_warn(f"{self._label()}: {miss.sentence()}")
         if trainer.barebones:
             return
         metrics = {"channels/parameters": left}
@@ -477,17 +496,11 @@ class ChannelPruning(CompressionCallback):
         gone = sum(dense.channels[name] * self.schedule(progress, 0.0, ratio) for name, ratio in ratios.items())
         return f"{gone / sum(dense.channels[name] for name in ratios):.2%} of the channels gone"
 
-    def _check_reached(self, before: int, now: int) -> None:
-        """Warn when floors kept the end further from what was asked than one block or multiple of each group."""
+    def _shortfall(self) -> Shortfall:
         report, dense = self._known()
-        asked = sum(dense.channels[name] * ratio for name, ratio in self._final_ratios().items())
-        units = sum(max(g.blocks * g.unit, self.allocation.round_to or 1) for g in report.groups.values())
-        if asked - (before - now) > units:
-            rank_zero_warn(
-                f"{self._label()}: asked {asked:.0f} of {before} channels gone, {before - now} are: groups are at "
-                "their floor (a block, two heads, or a tenth of the dense channels). Take more layers in, or ask "
-                "for less."
-            )
+        kept = {name: _outputs(self._target.get_submodule(name)) for name in report.groups}
+        pools = self._pools(self.window.progress())
+        return shortfall(report.groups, dense.channels, kept, pools, self.allocation.round_to)
 
     def _fraction_left(self) -> float:
         return SIZES["parameters"](self._target) / self._dense.parameters if self._dense else 1.0

@@ -1,6 +1,5 @@
 """Importance of coupled channels, and which of them leave."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from lightning_optim.registry import Registry
 
-__all__ = ["CHANNEL_CRITERIA", "ChannelCriterion", "Slices", "channels_to_remove", "group_scores", "kept_channels"]
+__all__ = ["CHANNEL_CRITERIA", "ChannelCriterion", "Slices", "channels_to_remove", "group_scores", "rising_scores"]
 
 
 _REDUCTIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
@@ -111,26 +110,6 @@ def group_scores(
     return combined / combined.mean().clamp_min(1e-12)
 
 
-def kept_channels(dense: int, ratio: float, *, blocks: int = 1, round_to: int | None = None) -> int:
-    """Return how many of a layer's channels stay.
-
-    Args:
-        dense: Channels of the dense layer.
-        ratio: Fraction to remove, in [0, 1).
-        blocks: Equal blocks that lose the same number each.
-        round_to: Keep a multiple of this, rounded up: never more removed than asked.
-
-    Examples:
-        >>> kept_channels(16, 0.3)
-        12
-        >>> kept_channels(16, 0.3, round_to=8)
-        16
-    """
-    unit = math.lcm(blocks, round_to or 1)
-    wanted = dense - math.floor(ratio * dense + 1e-9)
-    return min(dense, max(unit, math.ceil(wanted / unit) * unit))
-
-
 def channels_to_remove(scores: Tensor, keep: int, blocks: int = 1) -> list[int]:
     """Return the lowest channels, the same relative ones from each block; equal scores leave in order.
 
@@ -145,29 +124,15 @@ def channels_to_remove(scores: Tensor, keep: int, blocks: int = 1) -> list[int]:
     return sorted(block * by_block.shape[1] + index for block in range(blocks) for index in lowest)
 
 
-def global_ratios(
-    scores: Mapping[str, Tensor], ratio: float, most: float = 0.9, *, least: Mapping[str, int] | None = None
-) -> dict[str, float]:
-    """Return each group's ratio when all channels are ranked together.
+def rising_scores(scores: Tensor, blocks: int = 1) -> Tensor:
+    """Return the scores in the order in which :func:`channels_to_remove` takes channels.
 
     Args:
-        scores: Group name -> ``[channels]``, normalised.
-        ratio: Fraction of all channels to remove.
-        most: No group loses more than this fraction: no layer is starved.
-        least: Channels that every group keeps, by group; default none but what ``most`` leaves.
+        scores: ``[channels]``.
+        blocks: Equal blocks that lose the same relative channels: each counts with the mean over the blocks.
+
+    Returns:
+        ``[channels]``, rising.
     """
-    names = list(scores)
-    flat = torch.cat([scores[name] for name in names])
-    owner = torch.cat([torch.full((len(scores[name]),), index) for index, name in enumerate(names)])
-    order = flat.sort(stable=True).indices
-    fewest = {name: (least or {}).get(name, 0) for name in names}
-    limits = [max(0, min(math.floor(most * len(scores[name])), len(scores[name]) - fewest[name])) for name in names]
-    taken = [0] * len(names)
-    left = math.floor(ratio * len(flat) + 1e-9)
-    for group in owner[order].tolist():
-        if left == 0:
-            break
-        if taken[group] < limits[group]:
-            taken[group] += 1
-            left -= 1
-    return {name: taken[index] / len(scores[name]) for index, name in enumerate(names)}
+    rising: Tensor = scores.view(blocks, -1).mean(0).sort().values.repeat_interleave(blocks)
+    return rising

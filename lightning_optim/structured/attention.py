@@ -48,10 +48,11 @@ def as_heads(module: nn.Module, group: ChannelGroup) -> Iterator[ChannelGroup]:
         return
     width = group.channels // count
     counts = tuple((name, key, width) for key in heads)
-    yield replace(group, unit=width, counts=counts)
+    group = replace(group, unit=width, least=FEWEST_HEADS * width)
+    yield replace(group, counts=counts)
     wholes = tuple((name, key, 1) for key, value in numbers.items() if value == group.channels and key not in heads)
     if wholes:
-        yield replace(group, unit=width, counts=counts + wholes)
+        yield replace(group, counts=counts + wholes)
 
 
 def _attention(module: nn.Module, group: ChannelGroup) -> str | None:

@@ -5,28 +5,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import partial
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from lightning_optim.functional.channels import (
-    CHANNEL_CRITERIA,
-    ChannelCriterion,
-    Slices,
-    channels_to_remove,
-    global_ratios,
-    group_scores,
-    kept_channels,
-)
+from lightning_optim.functional.channels import Slices, channels_to_remove, group_scores
 from lightning_optim.functional.criteria import parameter_generator
-from lightning_optim.structured.attention import FEWEST_HEADS, as_heads, in_attention
+from lightning_optim.structured.allocation import Allocation, Pool, kept_channels, one_pool
+from lightning_optim.structured.attention import as_heads, in_attention
 from lightning_optim.structured.groups import FAILURES, ChannelGroup, Removal, TracedModel
 from lightning_optim.structured.removal import damage, trusted
 from lightning_optim.target import ForwardInputs
 
 __all__ = [
-    "Allocation",
     "ChannelReport",
     "check_ratio",
     "find_prunable",
@@ -38,48 +29,6 @@ __all__ = [
 _CHANNEL_DIM = {"out": 0, "in": 1}
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
 _SWAPPED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Embedding, nn.EmbeddingBag)
-
-
-@dataclass(frozen=True)
-class Allocation:
-    """How channels are chosen: what both the callback and :func:`prune_channels` ask for."""
-
-    criterion: ChannelCriterion
-    reduction: Literal["mean", "sum", "max"] = "mean"
-    scope: Literal["global", "layer"] = "global"
-    round_to: int | None = None
-
-    @classmethod
-    def of(
-        cls,
-        criterion: str | ChannelCriterion,
-        *,
-        scope: Literal["global", "layer"],
-        reduction: Literal["mean", "sum", "max"],
-        round_to: int | None,
-    ) -> "Allocation":
-        """Read the user's words.
-
-        Raises:
-            ValueError: If one of them is unknown or out of range.
-        """
-        if scope not in ("global", "layer"):
-            raise ValueError(f"`scope` must be 'global' or 'layer', got {scope!r}.")
-        if reduction not in ("mean", "sum", "max"):
-            raise ValueError(f"`reduction` must be 'mean', 'sum' or 'max', got {reduction!r}.")
-        if round_to is not None and (type(round_to) is not int or round_to < 1):
-            raise ValueError(f"`round_to` must be a whole number >= 1 or None, got {round_to!r}.")
-        return cls(CHANNEL_CRITERIA.resolve(criterion), reduction, scope, round_to)
-
-    @property
-    def needs(self) -> tuple[str, ...]:
-        """What the criterion asks for besides the weights."""
-        needs: tuple[str, ...] = getattr(self.criterion, "needs", ())
-        return needs
-
-    def rounded(self, multiple: int) -> "Allocation":
-        """Return the same with another multiple to keep."""
-        return replace(self, round_to=multiple)
 
 
 def check_ratio(ratio: float | dict[str, float]) -> float | dict[str, float]:
@@ -114,6 +63,16 @@ class ChannelReport:
         Raises:
             ValueError: If a pattern matches no group.
         """
+        pools = self.pools(by_pattern, prefix)
+        by_group = {name: pool.ratio for pool in pools for name in pool.names}
+        return {name: by_group.get(name, 0.0) for name in self.groups}
+
+    def pools(self, by_pattern: Mapping[str, float], prefix: str = "") -> list[Pool]:
+        """Return the groups of each pattern: the first that matches one of a group's outputs. Others are in no pool.
+
+        Raises:
+            ValueError: If a pattern matches no group.
+        """
         found = {
             name: next((p for p in by_pattern if _matches(p, group, prefix)), None)
             for name, group in self.groups.items()
@@ -121,7 +80,10 @@ class ChannelReport:
         for pattern in by_pattern:
             if pattern not in found.values():
                 raise ValueError(f"pruning_ratio: {pattern!r} matches no group; there are {', '.join(self.groups)}.")
-        return {name: 0.0 if pattern is None else by_pattern[pattern] for name, pattern in found.items()}
+        return [
+            Pool(ratio, tuple(name for name, first in found.items() if first == pattern), even=True)
+            for pattern, ratio in by_pattern.items()
+        ]
 
 
 def _matches(pattern: str, group: ChannelGroup, prefix: str) -> bool:
@@ -182,8 +144,9 @@ def _left_out(groups: Mapping[str, ChannelGroup], roots: set[str], left_alone: M
             left_out[name] = "not selected"
         elif group.problem:
             left_out[name] = group.problem
-        elif group.channels <= group.blocks:
-            left_out[name] = "one channel a block"
+        elif group.channels <= max(group.blocks, group.least):
+            a_block = group.channels // group.blocks
+            left_out[name] = "one channel a block" if a_block == 1 else f"{a_block} channels a block are its fewest"
     return left_out
 
 
@@ -254,10 +217,12 @@ def plan_event(
     inputs: ForwardInputs,
     names: Mapping[str, ChannelGroup],
     dense: Mapping[str, int],
-    ratios: float | Mapping[str, float],
+    ratios: float | Sequence[Pool],
     allocation: Allocation,
     gradients: Mapping[str, Tensor] | None = None,
     prefix: str = "",
+    *,
+    last: bool = True,
 ) -> tuple[Removal, dict[str, tuple[int, int]], bool]:
     """Choose what leaves the live model so that ``ratios`` of the dense channels are gone.
 
@@ -266,54 +231,28 @@ def plan_event(
         inputs: What its forward receives.
         names: The prunable groups by name, as :func:`find_prunable` gave them.
         dense: Channels of each group before anything left.
-        ratios: Fraction to be gone, of all groups or by group.
+        ratios: Fraction to be gone, of all groups or by pool of groups; groups in no pool stay as they are.
         allocation: How channels are chosen.
         gradients: Root-mean-square gradients by parameter name, where the criterion needs them.
         prefix: What the module's names begin with in the whole model; it seeds the random criterion.
+        last: Whether no event follows that could remove what does not fit into this one.
 
     Returns:
         The removal, (channels now, channels after) by group, and whether removing equals setting to zero.
     """
+    pools = [one_pool(ratios, names, allocation)] if isinstance(ratios, float) else ratios
     traced = TracedModel(module, inputs)
     now = {group.name: group for group in traced.groups() if group.name in names}
-    groups = {name: replace(group, unit=names[name].unit, counts=names[name].counts) for name, group in now.items()}
+    groups = {name: names[name].now(group) for name, group in now.items()}
     scores = {name: _scores(module, group, allocation, gradients or {}, prefix) for name, group in groups.items()}
-    by_group = _ratios(groups, scores, dense, ratios, allocation)
+    kept = kept_channels(groups, dense, scores, pools, allocation, last=last)
     leaving, counts, exact = {}, {}, True
     for name, group in groups.items():
-        keep = _keep(group, dense[name], by_group[name], allocation.round_to)
-        counts[name] = (group.channels, keep)
-        if keep < group.channels:
-            leaving[name] = channels_to_remove(scores[name], keep, group.blocks)
+        counts[name] = (group.channels, kept[name])
+        if kept[name] < group.channels:
+            leaving[name] = channels_to_remove(scores[name], kept[name], group.blocks)
             exact = exact and group.exact
     return _remove(traced, groups, leaving), counts, exact
-
-
-def _keep(group: ChannelGroup, dense: int, ratio: float, round_to: int | None) -> int:
-    """Return how many channels stay of those that are there."""
-    if group.unit == 1:
-        keep = kept_channels(dense, ratio, blocks=group.blocks, round_to=round_to)
-    else:  # the width of a head stays
-        keep = max(kept_channels(dense, ratio, blocks=group.unit), FEWEST_HEADS * group.unit)
-    return min(keep, group.channels)
-
-
-def _ratios(
-    groups: Mapping[str, ChannelGroup],
-    scores: Mapping[str, Tensor],
-    dense: Mapping[str, int],
-    ratios: float | Mapping[str, float],
-    allocation: Allocation,
-) -> dict[str, float]:
-    if isinstance(ratios, Mapping):
-        return {name: ratios[name] for name in groups}
-    if allocation.scope == "layer":
-        return dict.fromkeys(groups, ratios)
-    gone = {name: torch.full((dense[name] - group.channels,), -torch.inf) for name, group in groups.items()}
-    least = {
-        name: group.blocks * (1 if group.unit == 1 else FEWEST_HEADS * group.unit) for name, group in groups.items()
-    }
-    return global_ratios({name: torch.cat([gone[name], scores[name]]) for name in groups}, ratios, least=least)
 
 
 def _scores(

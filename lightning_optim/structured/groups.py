@@ -8,7 +8,7 @@ import copy
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from types import MethodType
 from typing import Any
@@ -76,6 +76,7 @@ class ChannelGroup:
             channels by a layer that has no scale or its own forward.
         members: The layers.
         unit: Consecutive channels that leave together, such as the width of an attention head.
+        least: Fewer are not kept.
         counts: Attributes that count these channels and that torch-pruning does not know: layer, attribute, and how
             many channels it counts as one (a number of heads: the width of a head).
         problem: Why it cannot be pruned, where that is known without trying.
@@ -87,6 +88,7 @@ class ChannelGroup:
     exact: bool
     members: tuple[Member, ...]
     unit: int = 1
+    least: int = 1
     counts: tuple[tuple[str, str, int], ...] = ()
     problem: str = ""
 
@@ -94,6 +96,10 @@ class ChannelGroup:
     def layers(self) -> set[str]:
         """Names of all layers that change."""
         return {member.layer for member in self.members}
+
+    def now(self, traced: "ChannelGroup") -> "ChannelGroup":
+        """Return the group as a later trace sees it, with what only the check could tell."""
+        return replace(traced, unit=self.unit, least=self.least, counts=self.counts)
 
 
 @dataclass(frozen=True)
@@ -206,7 +212,7 @@ class TracedModel:
 
     def _read(self, group: Any) -> ChannelGroup:
         root, channels = group[0].dep.target.module, len(group[0].idxs)
-        members, blocks, exact = [], self._taken_along(root), True
+        members, blocks, exact, fewest = [], self._taken_along(root), True, 1
         for item in group:
             layer = item.dep.target.module
             if layer not in self._names:  # an operation, or a parameter that no layer holds
@@ -214,9 +220,13 @@ class TracedModel:
             side = "out" if self._graph.is_out_channel_pruning_fn(item.dep.handler) else "in"
             members.append(Member(self._names[layer], side, tuple(item.idxs), tuple(item.root_idxs)))
             blocks = math.lcm(blocks, _blocks(layer))
+            if side == "out" and isinstance(layer, (*_CONVOLUTIONS, *_TRANSPOSED)) and _blocks(layer) > 1:
+                fewest = 2  # with one output a block it would be a depthwise convolution
             exact = exact and (not isinstance(layer, _NORMS_OVER_CHANNELS) or _has_known_forward(layer))
         problem = self._misaligned(members, channels, blocks)
-        return ChannelGroup(self._names[root], channels, blocks, exact, tuple(members), problem=problem)
+        return ChannelGroup(
+            self._names[root], channels, blocks, exact, tuple(members), least=fewest * blocks, problem=problem
+        )
 
     def _taken_along(self, root: nn.Module) -> int:
         """Return how many outputs of a layer leave with its first: two for a gate that is half of them."""

@@ -4,19 +4,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from lightning_optim.checkpoint import plain_plan, plan_of
 from lightning_optim.functional.channels import ChannelCriterion
 from lightning_optim.measure.size import SIZES
-from lightning_optim.structured.events import (
-    Allocation,
-    ChannelReport,
-    check_ratio,
-    find_prunable,
-    held_gradients,
-    plan_event,
-)
+from lightning_optim.structured.allocation import Allocation, one_pool, shortfall
+from lightning_optim.structured.events import ChannelReport, check_ratio, find_prunable, held_gradients, plan_event
 from lightning_optim.structured.groups import Removal
 from lightning_optim.structured.removal import apply_removal, damage
 from lightning_optim.structured.selection import refuse_shared, select_roots
@@ -81,7 +76,8 @@ def prune_channels(
     Args:
         model: Any module. It is unchanged when an error is raised.
         example_inputs: What the forward of the pruned module receives: a tensor, a tuple, or a dict of keywords.
-        pruning_ratio: Fraction of each group's channels that leaves, in (0, 1), or by layer ``{pattern: ratio}``.
+        pruning_ratio: Fraction of the channels to remove, in (0, 1), or by layer ``{pattern: ratio}``; reached within
+            one unit of one group, else a warning says what kept it.
         criterion: Name in ``functional.channels.CHANNEL_CRITERIA`` or a callable ``(slices) -> [channels]``.
             ``"taylor"`` reads the gradients that the parameters hold: call ``backward`` before.
         scope: ``"global"`` ranks the channels of all groups together, ``"layer"`` takes the same fraction of each.
@@ -133,13 +129,17 @@ def _planned(
     check: bool,
 ) -> tuple[Removal, dict[str, tuple[int, int]]]:
     dense = {name: group.channels for name, group in found.groups.items()}
-    ratios = found.ratios(ratio, prefix) if isinstance(ratio, Mapping) else ratio
+    pools = found.pools(ratio, prefix) if isinstance(ratio, Mapping) else [one_pool(ratio, dense, allocation)]
     removal, channels, exact = plan_event(
-        target, inputs, found.groups, dense, ratios, allocation, held_gradients(target), prefix
+        target, inputs, found.groups, dense, pools, allocation, held_gradients(target), prefix
     )
     problem = damage(target, inputs, removal, exact=exact) if check else None
     if problem is not None:
         raise RuntimeError(f"prune_channels changed nothing: {problem}.")
+    kept = {name: after for name, (_, after) in channels.items()}
+    miss = shortfall(found.groups, dense, kept, pools, allocation.round_to)
+    if miss.exceeds:
+        rank_zero_warn(f"prune_channels: {miss.sentence()}")
     return removal, channels
 
 

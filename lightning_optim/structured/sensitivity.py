@@ -12,14 +12,8 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from lightning_optim.functional.channels import ChannelCriterion
-from lightning_optim.structured.events import (
-    Allocation,
-    ChannelReport,
-    check_ratio,
-    find_prunable,
-    held_gradients,
-    plan_event,
-)
+from lightning_optim.structured.allocation import Allocation
+from lightning_optim.structured.events import ChannelReport, check_ratio, find_prunable, held_gradients, plan_event
 from lightning_optim.structured.groups import copy_for_tracing
 from lightning_optim.structured.removal import apply_removal
 from lightning_optim.structured.selection import refuse_shared, select_roots
@@ -191,7 +185,7 @@ def _smaller(
     target = smaller.get_submodule(prefix.rstrip("."))
     group = {name: found.groups[name]}
     removal, _, _ = plan_event(
-        target, inputs, group, {name: group[name].channels}, {name: ratio}, allocation, gradients, prefix
+        target, inputs, group, {name: group[name].channels}, ratio, allocation, gradients, prefix
     )
     apply_removal(target, removal)
     return smaller

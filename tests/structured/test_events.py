@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from helpers.nets import PRUNABLE, Attention, Block, images, sequences
-from lightning_optim.structured.events import Allocation, ChannelReport, check_ratio, find_prunable, plan_event
+from lightning_optim.structured.allocation import Allocation
+from lightning_optim.structured.events import ChannelReport, check_ratio, find_prunable, plan_event
 from lightning_optim.structured.removal import apply_removal
 from lightning_optim.structured.selection import select_roots
 from lightning_optim.target import as_forward_inputs
@@ -180,3 +181,11 @@ def test_words_of_the_allocation_are_checked(words, message):
         Allocation.of("magnitude", **{**WORDS, **words})
     with pytest.raises(ValueError, match="unknown criterion 'size'"):
         Allocation.of("size", **WORDS)
+
+
+def test_a_grouped_convolution_never_becomes_depthwise():
+    """With one output a block its group would have another name, and a run could not be resumed."""
+    module = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 1, groups=2), nn.ReLU(), nn.Conv2d(8, 2, 1))
+    groups = found(module, images()).groups
+    assert event(module, images(), groups, {"0": 8, "2": 8}, 0.99) == {"2": 4, "0": 2}
+    assert found(module, images()).left_out["2"] == "2 channels a block are its fewest"

@@ -119,3 +119,44 @@ def test_frozen_layers_stay_frozen_and_the_mode_stays():
     prune_channels(module, example)
     assert not any(p.requires_grad for p in module.parameters())
     assert module.training
+
+
+def blocks_of(groups, width=32):
+    """Residual blocks whose inner channels go through a GroupNorm."""
+
+    class NormBlock(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.norm = nn.Conv2d(width, width, 3, padding=1), nn.GroupNorm(groups, width)
+            self.b = nn.Conv2d(width, width, 3, padding=1)
+
+        def forward(self, x):
+            return x + self.b(self.norm(self.a(x)).relu())
+
+    return nn.Sequential(nn.Conv2d(3, width, 3), NormBlock(), NormBlock(), nn.Flatten(), nn.Linear(width * 36, 4))
+
+
+@pytest.mark.parametrize("scope", ["global", "layer"])
+@pytest.mark.parametrize(("groups", "round_to"), [(2, None), (8, None), (16, None), (1, 8), (2, 16)])
+@pytest.mark.parametrize("ratio", [0.25, 0.4])
+def test_the_ratio_is_reached_within_one_unit_of_one_group(scope, groups, round_to, ratio):
+    torch.manual_seed(0)
+    report = prune_channels(blocks_of(groups), images(), pruning_ratio=ratio, scope=scope, round_to=round_to)
+    before, after = (sum(pair[i] for pair in report.channels.values()) for i in (0, 1))
+    assert before == 96
+    assert 0 <= ratio * before - (before - after) < max(groups, round_to or 1)
+    assert len(set(report.channels.values())) > 1 or scope == "layer" or groups == 1
+
+
+def test_each_pattern_reaches_its_own_ratio():
+    torch.manual_seed(0)
+    module = nn.Sequential(*(layer for _ in range(4) for layer in (nn.Linear(32, 32), nn.ReLU())), nn.Linear(32, 4))
+    report = prune_channels(module, torch.zeros(1, 32), pruning_ratio={"[02]": 0.375, "4": 0.5}, round_to=8)
+    assert {name: after for name, (_, after) in report.channels.items()} == {"0": 24, "2": 16, "4": 16, "6": 32} or {
+        name: after for name, (_, after) in report.channels.items()
+    } == {"0": 16, "2": 24, "4": 16, "6": 32}
+
+
+def test_a_ratio_that_floors_keep_out_of_reach_is_said():
+    with pytest.warns(UserWarning, match=r"prune_channels: asked 43 channels gone, 32 are: groups are at their floor"):
+        prune_channels(mlp(), torch.zeros(1, 8), pruning_ratio=0.9, scope="layer", round_to=8)
