@@ -124,13 +124,17 @@ class Capture:
         root: The module.
         names: Dotted names of its layers.
         word: What the names are, for errors.
+        trains: Leave out calls without gradient, where the code around records gradients: a metric of the training
+            step, say, that calls the model again.
 
     Raises:
         ValueError: If there is no such layer.
         MisconfigurationException: If a layer lies inside a compiled one, where hooks do not fire.
     """
 
-    def __init__(self, root: nn.Module, names: Iterable[str], word: str = "feature") -> None:
+    def __init__(self, root: nn.Module, names: Iterable[str], word: str = "feature", *, trains: bool = False) -> None:
+        self.trains = trains and torch.is_grad_enabled()
+        self.without_gradient = 0
         self.layers = {name: find_layer(root, name, word) for name in names}
         for name in self.layers:
             _refuse_compiled(root, name)
@@ -152,17 +156,22 @@ class Capture:
             restore()
         self._restore = []
 
-    @staticmethod
-    def _hook(calls: list[tuple[ForwardInputs, Any]]) -> Callable[[nn.Module, Any, Any, Any], None]:
-        def note(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def _note(self, calls: list[tuple[ForwardInputs, Any]], args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        if self.trains and not torch.is_grad_enabled():
+            self.without_gradient += 1
+        else:
             calls.append((ForwardInputs(args, dict(kwargs)), output))
+
+    def _hook(self, calls: list[tuple[ForwardInputs, Any]]) -> Callable[[nn.Module, Any, Any, Any], None]:
+        def note(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            self._note(calls, args, kwargs, output)
 
         return note
 
     def _around(self, layer: Any, compiled: Callable[..., Any], calls: list[tuple[ForwardInputs, Any]]) -> None:
         def call(*args: Any, **kwargs: Any) -> Any:
             output = compiled(*args, **kwargs)
-            calls.append((ForwardInputs(args, dict(kwargs)), output))
+            self._note(calls, args, kwargs, output)
             return output
 
         layer._compiled_call_impl = call

@@ -8,7 +8,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-import torch.nn.functional as F
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -39,13 +38,23 @@ from lightning_optim.distillation.hooks import (
     of_student,
     student_view,
 )
-from lightning_optim.distillation.objective import LogitLosses, rows_of
+from lightning_optim.distillation.objective import LogitLosses
+from lightning_optim.distillation.positions import (
+    Positions,
+    find_labels,
+    find_logits,
+    find_loss,
+    find_mask,
+    fitting_mask,
+    named_inputs,
+    one_a_row,
+)
 from lightning_optim.distillation.projectors import Projectors, new_projector
 from lightning_optim.distillation.ramp import Ramp, RampState
 from lightning_optim.distillation.student import KEY, student_hyperparameters
 from lightning_optim.distillation.teacher import Teacher, shared_parameters
 from lightning_optim.functional.losses import Loss
-from lightning_optim.outputs import output_tensors
+from lightning_optim.functional.rows import task_cross_entropy
 from lightning_optim.provenance import as_plain
 from lightning_optim.sharding import is_sharded
 from lightning_optim.strategies.common import check_supported
@@ -56,7 +65,6 @@ from lightning_optim.window import planned_steps
 
 __all__ = ["DistillationModule"]
 
-_LABELS = ("labels", "label", "targets", "target", "y")
 _PASSED_ON = ("example_input_array", "allow_zero_length_dataloader_with_multiple_devices", "prepare_data_per_node")
 
 
@@ -77,6 +85,7 @@ class DistillationModule(pl.LightningModule):
             the log of their mean probability. It is frozen in place. None where nothing is trained. It may share no
             parameter with the student; for self-distillation give a deep copy.
         loss: Name in ``functional.losses.LOSSES``, a callable of the same signature, or ``{name: weight}`` for several.
+            None: ``"kd"``, and ``"bce"`` where a row has one logit.
         alpha: Weight of the distillation loss in [0, 1], or a :class:`Ramp`.
         temperature: > 0, or a :class:`Ramp`; None: the default of each loss, which is what its paper takes (kd 4,
             dkd 4, logit_std 2, dist 1). Losses without temperature do not get it.
@@ -92,10 +101,17 @@ class DistillationModule(pl.LightningModule):
             else the first training batch.
         optimizer: For a plain student: ``parameters -> optimizer``, such as ``partial(torch.optim.Adam, lr=1e-3)``.
         task_loss: For a plain student: ``(logits, targets) -> scalar``; default the ``loss`` in its output, where it
-            has one, else cross-entropy.
+            has one, else cross-entropy (binary of one logit a row).
+
+    Which rows are compared: logits are ``[rows, ..., classes]``, or ``[rows, classes, ...]`` where the labels have that
+    shape without dimension 1. Positions labelled -100 are left out; samples labelled -100 are not, since a teacher
+    needs no label, but losses that do skip them. A mask of the output's positions counts too: a decoder's, not its
+    encoder's. Where the model compares each position with the label after it, as causal language models of Hugging
+    Face do, so do the losses here. Calls of the student without gradient do not count.
 
     Subclass points: :meth:`get_logits`, :meth:`teacher_inputs`, :meth:`targets`, :meth:`padding_mask`,
-    :meth:`sample_index`, :meth:`kd_loss`, :meth:`task_loss`, ``configure_optimizers``.
+    :meth:`sample_index`, :meth:`kd_loss`, :meth:`task_loss`, ``configure_optimizers``; :attr:`class_dim` and
+    :attr:`shift_labels`.
 
     Logged: ``distillation/task``, ``distillation/kd`` (all losses of logits together; of several each as
     ``distillation/kd/<name>``), ``distillation/<student layer>``: means over the epoch, unweighted by ``alpha``.
@@ -118,7 +134,7 @@ class DistillationModule(pl.LightningModule):
         student: nn.Module,
         teacher: Any = None,
         *,
-        loss: str | Loss | Mapping[str, float] = "kd",
+        loss: str | Loss | Mapping[str, float] | None = None,
         alpha: float | Ramp | Mapping[str, Any] = 0.5,
         temperature: float | Ramp | Mapping[str, Any] | None = None,
         logits_from: str = "",
@@ -142,6 +158,7 @@ class DistillationModule(pl.LightningModule):
         self._alpha = RampState("alpha", alpha, 0.0, 1.0, "must be a weight in [0, 1]")
         self._temperature = _temperature(temperature)
         self._objective = LogitLosses.of(loss)
+        self._positions = Positions()
         if cache is not None:
             check_path("cache", cache)
         self._cache_path = None if cache is None else Path(cache)
@@ -196,6 +213,10 @@ class DistillationModule(pl.LightningModule):
 
     recipe: Mapping[str, Any] | None = None
     """The words of the recipe it was made from, for the checkpoint."""
+    class_dim: int | None = None
+    """Which dimension of the logits holds the classes, 1 or -1; None: as the labels' shape says."""
+    shift_labels: bool | None = None
+    """Whether each position predicts the label after it; None: as the student's own loss says, else its class."""
     lr = of_student("lr")
     learning_rate = of_student("learning_rate")
 
@@ -242,22 +263,18 @@ class DistillationModule(pl.LightningModule):
     # What a subclass may say differently.
 
     def get_logits(self, output: Any) -> Tensor:
-        """Return the logits ``[rows, ..., classes]`` in an output of student or teacher.
+        """Return the logits in an output of student or teacher: ``[rows, ..., classes]`` or ``[rows, classes, ...]``.
 
-        A tensor itself, ``.logits``, the entry ``"logits"``, or the first tensor of a tuple, dict, dataclass or
-        other object.
+        A tensor itself, ``.logits``, the entry ``"logits"``, both ends of a span, or the first tensor of a tuple, dict,
+        dataclass or other object that is neither a scalar nor integers.
 
         Raises:
             TypeError: If there is none.
         """
-        if isinstance(output, Tensor):
-            return output
-        named = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
-        if isinstance(named, Tensor):
-            return named
-        for tensor in output_tensors(output):
-            return tensor
-        raise TypeError(f"no logits in an output of type {type(output).__name__}. Override `get_logits(output)`.")
+        logits = find_logits(output)
+        if logits is None:
+            raise TypeError(f"no logits in an output of type {type(output).__name__}. Override `get_logits(output)`.")
+        return logits
 
     def teacher_inputs(self, batch: Any) -> Any:
         """Return what the teacher's forward receives, where it is not what the student's receives; else None.
@@ -270,26 +287,30 @@ class DistillationModule(pl.LightningModule):
     def targets(self, batch: Any) -> Any:
         """Return the labels in a batch: its second item, or the entry ``labels``, ``label``, ``targets`` or ``y``.
 
+        Unless a subclass says otherwise, labels that the student's forward received come first, and an item of the
+        batch that it received for something else is passed over. An override may return None: no labels.
+
         Raises:
             TypeError: If there are none.
         """
-        if isinstance(batch, Mapping):
-            for name in _LABELS:
-                if name in batch:
-                    return batch[name]
-        elif isinstance(batch, (tuple, list)) and len(batch) > 1:
-            return batch[1]
-        raise TypeError(f"no labels in a batch of type {type(batch).__name__}. Override `targets(batch)`.")
+        return _required(find_labels(batch, {}), batch)
 
     def padding_mask(self, batch: Any, inputs: ForwardInputs) -> Tensor | None:
-        """Return which positions of sequences ``[rows, positions]`` count, True or 1; None: all.
+        """Return which positions of the student's output count, ``[rows, positions]``, True or 1; None: all.
 
-        By default ``attention_mask`` of what the student's forward received.
+        By default the ``attention_mask`` of what the student's forward received; of a student with encoder and
+        decoder its ``decoder_attention_mask``.
         """
-        mask = (inputs.kwargs or {}).get("attention_mask")
-        if mask is None and isinstance(batch, Mapping):
-            mask = batch.get("attention_mask")
-        return mask if isinstance(mask, Tensor) else None
+        return find_mask(batch, self._received(inputs), self.student)
+
+    def _received(self, inputs: ForwardInputs) -> dict[str, Any]:
+        return named_inputs(find_layer(self.student, self.logits_from, "logits_from"), inputs)
+
+    def _labels(self, batch: Any, inputs: ForwardInputs, *, told: bool = True) -> Any:
+        """Return the labels of a batch, or None; a subclass's ``targets`` is asked where it is ``told`` to."""
+        if is_overridden("targets", self, DistillationModule):
+            return self.targets(batch) if told else None
+        return find_labels(batch, self._received(inputs))
 
     def sample_index(self, batch: Any) -> Any:
         """Return the samples' places in the training dataset, ``[rows]``, for the cache.
@@ -307,10 +328,14 @@ class DistillationModule(pl.LightningModule):
 
     def task_loss(self, output: Any, batch: Any) -> Tensor:
         """Return the loss of a plain student on its labels."""
-        own = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
-        if self._task_loss is None and isinstance(own, Tensor):
+        own = find_loss(output)
+        if self._task_loss is None and own is not None:
             return own
-        return (self._task_loss or F.cross_entropy)(self.get_logits(output), self.targets(batch))
+        logits, targets = self.get_logits(output), self.targets(batch)
+        if self._task_loss is not None:
+            return self._task_loss(logits, targets)
+        logits = one_a_row(logits)
+        return task_cross_entropy(logits, targets, self._positions.dim_of(logits, targets, told=self.class_dim))
 
     def kd_loss(self, student_logits: Tensor, teacher_logits: Tensor, **words: Any) -> dict[str, Tensor]:
         """Return each loss of the logits, unweighted, by name.
@@ -330,14 +355,14 @@ class DistillationModule(pl.LightningModule):
         alpha = self._alpha.value(self._step)
         teaches = alpha > 0.0 or bool(self.features)
         wanted = dict.fromkeys([self.logits_from, *(feature.student for feature in self.features)] if teaches else [])
-        with Capture(self.student, wanted) as caught:
+        with Capture(self.student, wanted, trains=True) as caught:
             result = self._student_step(item, batch_idx, alpha)
             if result is None or not teaches:
                 return result
             if not caught.calls[self.logits_from]:
-                raise RuntimeError(self._never_called())
+                raise RuntimeError(self._never_called(caught.without_gradient))
             task = result["loss"] if isinstance(result, Mapping) else result
-            parts = self._taught(caught, batch, item, batch_idx, alpha)
+            parts = self._taught(caught, batch, item, batch_idx, alpha, task)
             self._log_parts({"task": task, **parts}, self.get_logits(caught.calls[self.logits_from][0][1]).shape[0])
         loss = self._total(task, parts, alpha)
         return {**result, "loss": loss} if isinstance(result, Mapping) else loss
@@ -357,15 +382,19 @@ class DistillationModule(pl.LightningModule):
             return self.get_logits(output).new_zeros(())
         return self.task_loss(output, batch)
 
-    def _never_called(self) -> str:
+    def _never_called(self, without_gradient: int) -> str:
         names = [name for name, child in self.student.named_children() if any(True for _ in child.parameters())]
         called = f"its layer {self.logits_from!r}" if self.logits_from else "its own forward"
+        how = " with gradients (calls under no_grad teach nothing)" if without_gradient else ""
         return (
-            f"the training step of {type(self.student).__name__} never called {called}, so its logits are not seen. "
-            f"Set `logits_from` to the layer whose output are the logits; it has {', '.join(names) or 'no layers'}."
+            f"the training step of {type(self.student).__name__} never called {called}{how}, so its logits are not "
+            "seen. Set `logits_from` to the layer whose output are the logits; it has "
+            f"{', '.join(names) or 'no layers'}."
         )
 
-    def _taught(self, caught: Capture, batch: Any, item: Any, batch_idx: int, alpha: float) -> dict[str, Tensor]:
+    def _taught(
+        self, caught: Capture, batch: Any, item: Any, batch_idx: int, alpha: float, task: Tensor
+    ) -> dict[str, Tensor]:
         """Return the parts of the loss by metric name, each a mean over the calls of the student in this step."""
         calls = caught.calls[self.logits_from]
         parts: dict[str, Tensor] = {}
@@ -374,23 +403,25 @@ class DistillationModule(pl.LightningModule):
             answered, layers = self._ask_teacher(inputs, batch, item)
             found = self._feature_losses(caught, layers, turn)
             if alpha > 0.0:
-                logits = self.get_logits(output)
+                loss = find_loss(output)
+                loss = task if loss is None and len(calls) == 1 else loss
+                logits = one_a_row(self.get_logits(output))
                 with _no_autocast(logits):
-                    found |= self._logit_losses(logits, answered, inputs, item, batch_idx)
+                    found |= self._logit_losses(logits, answered, inputs, item, batch_idx, loss)
             for name, value in found.items():
                 parts[name] = parts.get(name, 0.0) + value / len(calls)
         return parts
 
-    def _ask_teacher(self, inputs: ForwardInputs, batch: Any, item: Any) -> tuple[Tensor | None, dict[str, Tensor]]:
-        """Return the teacher's logits and its layers' outputs; None where no loss asks for a teacher."""
+    def _ask_teacher(self, inputs: ForwardInputs, batch: Any, item: Any) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """Return each teacher's logits and the first one's layers' outputs; none where no loss asks for a teacher."""
         if self._cache is not None:
-            return self._cached(inputs, batch, item), {}
+            return [self._cached(inputs, batch, item)], {}
         if not self._needs_teacher:
-            return None, {}
+            return [], {}
         teacher = self._required_teacher()
         names = dict.fromkeys(feature.teacher for feature in self.features)
         with Capture(teacher.networks[0], names, "feature of the teacher") as caught:
-            logits = teacher.logits(self._inputs_of_teacher(inputs, item), self.get_logits)
+            logits = [self.get_logits(answer) for answer in teacher(self._inputs_of_teacher(inputs, item))]
         for name in names:
             if not caught.calls[name]:
                 raise RuntimeError(f"the teacher's layer {name!r} is never called by its forward. Name another layer.")
@@ -408,7 +439,7 @@ class DistillationModule(pl.LightningModule):
         logits = self._cache.read(self.sample_index(batch)).to(self.device)
         if self._unproven and self._teacher is not None:  # once: are these the inputs that were cached?
             self._unproven = False
-            live = self._teacher.logits(self._inputs_of_teacher(inputs, item), self.get_logits)
+            live = self._together(self._teacher, inputs, item)
             if live.shape != logits.shape or not torch.allclose(live.to(logits), logits, rtol=2e-2, atol=2e-2):
                 raise ValueError(
                     f"the cache {str(self._cache.path)!r} does not hold what the teacher says about this batch. The "
@@ -430,33 +461,45 @@ class DistillationModule(pl.LightningModule):
         return self._teacher
 
     def _logit_losses(
-        self, student: Tensor, teacher: Tensor | None, inputs: ForwardInputs, item: Any, batch_idx: int
+        self,
+        student: Tensor,
+        answers: Sequence[Tensor],
+        inputs: ForwardInputs,
+        item: Any,
+        batch_idx: int,
+        loss: Tensor | None,
     ) -> dict[str, Tensor]:
-        if teacher is None:
-            teacher = student.detach()
-        elif self.teacher_classes is not None:
-            teacher = teacher[..., self.teacher_classes]
+        needs_labels = "targets" in self._objective.needs
+        labels = self._labels(item, inputs, told=needs_labels or student.ndim > 2)
+        mask = self.padding_mask(item, inputs) if student.ndim > 2 else None
+        dim = self._positions.dim_of(student, labels, mask=mask, told=self.class_dim)
+        if not is_overridden("padding_mask", self, DistillationModule):
+            mask = fitting_mask(mask, student, labels, dim)
+        teacher = self._combined(answers, dim, student.shape[dim] == 1) if answers else student.detach()
         self._check_answer(student, teacher, batch_idx)
-        words: dict[str, Any] = {}
+        rows = self._positions.read(
+            student, labels, mask, student=self.student, dim=dim, loss=loss, shifts=self.shift_labels
+        )
+        ours, theirs = rows.of(student), rows.of(teacher)
+        if not len(ours):  # no position has a label: nothing to learn, and no mean of nothing
+            return {"kd": ours.float().sum()}
+        words: dict[str, Any] = {"targets": _required(rows.targets, item)} if needs_labels else {}
         if self._temperature is not None:
             words["temperature"] = self._temperature.value(self._step)
-        keep = self._counting(student, inputs, item)
-        if "targets" in self._objective.needs:
-            words["targets"] = rows_of(self.targets(item).unsqueeze(-1), keep).squeeze(-1)
-        losses = self.kd_loss(rows_of(student, keep), rows_of(teacher, keep), **words)
+        losses = self.kd_loss(ours, theirs, **words)
         each = {f"kd/{name}": value.detach() for name, value in losses.items()} if len(losses) > 1 else {}
         return {"kd": self._objective.total(losses), **each}
 
-    def _counting(self, logits: Tensor, inputs: ForwardInputs, item: Any) -> Tensor | None:
-        if logits.ndim < 3:
-            return None
-        mask = self.padding_mask(item, inputs)
-        if mask is not None and mask.shape != logits.shape[:-1]:
-            raise ValueError(
-                f"the padding mask {tuple(mask.shape)} does not fit logits {tuple(logits.shape)}: it says of each "
-                "position whether it counts. Override `padding_mask(batch, inputs)`."
-            )
-        return None if mask is None else mask.bool()
+    def _combined(self, answers: Sequence[Tensor], dim: int, one: bool) -> Tensor:
+        """Return the logits of all teachers together, those of the student's classes."""
+        answers = [one_a_row(answer) for answer in answers]
+        binary = one or self._objective.binary
+        together = answers[0]
+        if len(answers) > 1:
+            together = self._required_teacher().combine(answers, dim=dim, binary=binary)
+        if self.teacher_classes is not None:
+            together = together.movedim(dim, -1)[..., self.teacher_classes].movedim(-1, dim)
+        return together.float()
 
     def _check_answer(self, student: Tensor, teacher: Tensor, batch_idx: int) -> None:
         if student.shape != teacher.shape:
@@ -757,8 +800,22 @@ class DistillationModule(pl.LightningModule):
         index = self.sample_index(batch)
         item = batch.item if isinstance(batch, Indexed) else batch
         inputs = batch_inputs(find_layer(self.student, self.logits_from, "logits_from"), item)
-        inputs = map_inputs(lambda tensor: tensor.to(self.device), self._inputs_of_teacher(inputs, item))
-        return index, self._required_teacher().logits(inputs, self.get_logits)
+        inputs = map_inputs(lambda tensor: tensor.to(self.device), inputs)
+        return index, self._together(self._required_teacher(), inputs, item)
+
+    def _together(self, teacher: Teacher, inputs: ForwardInputs, item: Any) -> Tensor:
+        """Return the logits that are cached: all of one teacher's, or of several together."""
+        own = map_inputs(lambda tensor: tensor.to(self.device), self._inputs_of_teacher(inputs, item))
+        answers = [self.get_logits(answer) for answer in teacher(own)]
+        if len(answers) == 1:
+            return answers[0].float()
+        first = one_a_row(answers[0])
+        labels = self._labels(item, inputs, told=first.ndim > 2)
+        dim = self._positions.dim_of(first, labels, told=self.class_dim)
+        binary = first.shape[dim] == 1 or self._objective.binary
+        return teacher.combine([one_a_row(answer) for answer in answers], dim=dim, binary=binary).reshape(
+            answers[0].shape
+        )
 
     # Checkpoints.
 
@@ -801,6 +858,12 @@ class DistillationModule(pl.LightningModule):
             if ramp is not None and name in state["windows"]:
                 ramp.window.load_state_dict(state["windows"][name])
         self._restored = True
+
+
+def _required(labels: Any, batch: Any) -> Any:
+    if labels is None:
+        raise TypeError(f"no labels in a batch of type {type(batch).__name__}. Override `targets(batch)`.")
+    return labels
 
 
 _SEVERAL = (

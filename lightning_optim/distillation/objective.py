@@ -1,4 +1,4 @@
-"""The loss of the logits: one function or several with weights, and the rows they are computed on."""
+"""The loss of the logits: one function or several with weights, on the rows that each of them can use."""
 
 import inspect
 from collections.abc import Mapping
@@ -9,25 +9,39 @@ import torch
 from torch import Tensor
 
 from lightning_optim.functional.losses import LOSSES, Loss
+from lightning_optim.functional.rows import IGNORED
 
-__all__ = ["LogitLosses", "rows_of"]
+__all__ = ["LogitLosses"]
+
+DEFAULT = "kd"
+DEFAULT_OF_ONE = "bce"
+"""The default where a row has one logit, of which there is no softmax."""
 
 
 @dataclass(frozen=True)
 class LogitLosses:
-    """Losses of logits by name, with their weights."""
+    """Losses of logits by name, with their weights.
+
+    Attributes:
+        functions: The losses.
+        weights: Of each.
+        chosen: Whether the user named them; else one logit a row is compared by another default.
+    """
 
     functions: dict[str, Loss]
     weights: dict[str, float]
+    chosen: bool = True
 
     @classmethod
     def of(cls, given: Any) -> "LogitLosses":
-        """Read a name, a callable, or a mapping of them to weights.
+        """Read a name, a callable, a mapping of them to weights, or None for the default.
 
         Raises:
             TypeError: If it is none of these.
             ValueError: If a name is unknown, a weight negative, or there is none.
         """
+        if given is None:
+            return cls({DEFAULT: LOSSES[DEFAULT]}, {DEFAULT: 1.0}, chosen=False)
         if not isinstance(given, Mapping):
             LOSSES.resolve(given)  # says what is accepted
             given = {given: 1.0}
@@ -42,12 +56,35 @@ class LogitLosses:
             functions[name], weights[name] = function, float(weight)
         return cls(functions, weights)
 
+    def of_classes(self, classes: int) -> "LogitLosses":
+        """Return the losses that compare rows of a number of classes: the default depends on it."""
+        if self.chosen or classes > 1:
+            return self
+        return LogitLosses({DEFAULT_OF_ONE: LOSSES[DEFAULT_OF_ONE]}, {DEFAULT_OF_ONE: 1.0}, chosen=False)
+
     def __call__(self, student_logits: Tensor, teacher_logits: Tensor, **words: Any) -> dict[str, Tensor]:
-        """Return each loss, unweighted; a loss gets those of the words that it takes and has not been given."""
-        return {
-            name: function(student_logits, teacher_logits, **_accepted(function, words))
-            for name, function in self.functions.items()
-        }
+        """Return each loss, unweighted; a loss gets those of the words that it takes and has not been given.
+
+        A loss that needs labels is computed on the rows that have one, and is 0 where none has.
+        """
+        losses = self.of_classes(student_logits.shape[-1])
+        targets = words.get("targets")
+        labelled: Tensor | None = None
+        if isinstance(targets, Tensor) and targets.shape == student_logits.shape[:1]:
+            labelled = targets != IGNORED
+        found = {}
+        for name, function in losses.functions.items():
+            own, rows = words, (student_logits, teacher_logits)
+            if labelled is not None and "targets" in getattr(_unwrapped(function), "needs", ()):
+                rows, own = (
+                    (student_logits[labelled], teacher_logits[labelled]),
+                    {**words, "targets": words["targets"][labelled]},
+                )
+                if not len(rows[0]):
+                    found[name] = rows[0].float().sum()
+                    continue
+            found[name] = function(*rows, **_accepted(function, own))
+        return found
 
     def total(self, losses: Mapping[str, Tensor]) -> Tensor:
         """Return the weighted sum, float32; a loss that is not known here has weight 1."""
@@ -57,6 +94,11 @@ class LogitLosses:
     def needs(self) -> set[str]:
         """What the losses ask for besides the logits."""
         return {need for function in self.functions.values() for need in getattr(_unwrapped(function), "needs", ())}
+
+    @property
+    def binary(self) -> bool:
+        """Whether every loss takes each logit for an answer of its own."""
+        return all(getattr(_unwrapped(function), "binary", False) for function in self.functions.values())
 
     @property
     def teacher_free(self) -> bool:
@@ -72,15 +114,3 @@ def _unwrapped(function: Any) -> Any:
 def _accepted(function: Any, words: Mapping[str, Any]) -> dict[str, Any]:
     given = getattr(function, "keywords", {})
     return {w: value for w, value in words.items() if w in inspect.signature(function).parameters and w not in given}
-
-
-def rows_of(tensor: Tensor, keep: Tensor | None = None) -> Tensor:
-    """Return ``[rows, classes]``: a row a sample, or a position of a sequence that counts.
-
-    Args:
-        tensor: ``[rows]``, ``[rows, classes]`` or ``[rows, positions..., classes]``.
-        keep: Which positions count, ``[rows, positions...]``; None: all.
-    """
-    if keep is not None:
-        return tensor[keep]
-    return tensor.unsqueeze(-1) if tensor.ndim == 1 else tensor.flatten(0, -2)

@@ -74,13 +74,21 @@ class Teacher:
         """Return what each network answers."""
         return [self._answer(network, inputs) for network in self.networks]
 
-    def logits(self, inputs: ForwardInputs, get_logits: Callable[[Any], Tensor]) -> Tensor:
+    def logits(
+        self, inputs: ForwardInputs, get_logits: Callable[[Any], Tensor], *, dim: int = -1, binary: bool = False
+    ) -> Tensor:
         """Return the combined logits, float32: those of one teacher, or the log of the mean probability."""
-        return self.combine([get_logits(answer) for answer in self(inputs)])
+        return self.combine([get_logits(answer) for answer in self(inputs)], dim=dim, binary=binary)
 
-    def combine(self, logits: list[Tensor]) -> Tensor:
-        """Combine the teachers' logits by their weights."""
-        return ensemble_logits(logits, self.weights)
+    def combine(self, logits: list[Tensor], *, dim: int = -1, binary: bool = False) -> Tensor:
+        """Combine the teachers' logits by their weights.
+
+        Args:
+            logits: Of each teacher, all of one shape.
+            dim: Which dimension holds the classes.
+            binary: Each logit is an answer of its own: one logit a row, or several labels.
+        """
+        return ensemble_logits(logits, self.weights, dim=dim, binary=binary)
 
     def _answer(self, network: nn.Module, inputs: ForwardInputs) -> Any:
         if any(module.training for module in network.modules()):

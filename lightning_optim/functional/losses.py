@@ -58,7 +58,7 @@ def kd(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 4
         A float32 scalar >= 0; 0 when both say the same.
 
     Raises:
-        ValueError: If the shapes differ or ``temperature`` is not positive.
+        ValueError: If the shapes differ, ``temperature`` is not positive, or a row has fewer than 2 classes.
 
     Examples:
         >>> round(kd(torch.tensor([[0.0, 0.0]]), torch.tensor([[2.0, 0.0]]), temperature=1.0).item(), 4)
@@ -81,6 +81,7 @@ def logit_std(student_logits: Tensor, teacher_logits: Tensor, *, temperature: fl
     References:
         Sun et al. 2024, "Logit Standardization in Knowledge Distillation".
     """
+    _check_classes(student_logits)
     return kd(_standardised(student_logits), _standardised(teacher_logits), temperature=temperature)
 
 
@@ -111,7 +112,7 @@ def dkd(
         A float32 scalar >= 0, finite also where the softmax of a logit underflows.
 
     Raises:
-        ValueError: If the shapes differ or ``temperature`` is not positive.
+        ValueError: If the shapes differ, ``temperature`` is not positive, or a row has fewer than 2 classes.
 
     References:
         Zhao et al. 2022, "Decoupled Knowledge Distillation", equation 7.
@@ -213,7 +214,7 @@ def mse(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
 
 @LOSSES.register("bce")
 def bce(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
-    """For several labels a row: ``T**2`` times the KL divergence of each label's yes and no.
+    """For several labels a row, or one logit: ``T**2`` times the KL divergence of each label's yes and no.
 
     It differs from the binary cross-entropy with the teacher's probabilities by the teacher's entropy alone, so the
     gradient is the same and equal logits give 0. Reduction: mean over rows and labels, times T².
@@ -225,6 +226,9 @@ def bce(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 
     yes = F.logsigmoid(teacher).exp() * (F.logsigmoid(teacher) - F.logsigmoid(student))
     no = F.logsigmoid(-teacher).exp() * (F.logsigmoid(-teacher) - F.logsigmoid(-student))
     return (yes + no).mean() * temperature**2
+
+
+bce.binary = True  # type: ignore[attr-defined]
 
 
 @LOSSES.register("cosine")
@@ -241,9 +245,10 @@ def cosine(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
         A float32 scalar in [0, 2].
 
     Raises:
-        ValueError: If the shapes differ.
+        ValueError: If the shapes differ or a row has one entry.
     """
     student, teacher = _same_shape(student_logits, teacher_logits)
+    _check_classes(student)
     return 1.0 - F.cosine_similarity(student, teacher, dim=-1).mean()
 
 
@@ -301,13 +306,14 @@ def label_smoothing(
         A float32 scalar >= 0; unlike the other losses not 0 for equal logits.
 
     Raises:
-        ValueError: If ``smoothing`` is outside [0, 1].
+        ValueError: If ``smoothing`` is outside [0, 1], or a row has one class.
 
     References:
         Yuan et al. 2020, "Revisiting Knowledge Distillation via Label Smoothing Regularization".
     """
     if not 0.0 <= smoothing <= 1.0:
         raise ValueError(f"`smoothing` must be a fraction in [0, 1], got {smoothing}.")
+    _check_classes(student_logits)
     return F.cross_entropy(student_logits.float(), targets.long(), label_smoothing=smoothing)
 
 
@@ -418,15 +424,17 @@ def rkd(student_feature: Tensor, teacher_feature: Tensor) -> Tensor:
     return F.smooth_l1_loss(ours / ours.mean().clamp_min(1e-8), theirs / theirs.mean().clamp_min(1e-8))
 
 
-def ensemble_logits(logits: list[Tensor], weights: list[float]) -> Tensor:
+def ensemble_logits(logits: list[Tensor], weights: list[float], *, dim: int = -1, binary: bool = False) -> Tensor:
     """Combine several teachers: the log of the weighted mean of their probabilities.
 
     Args:
-        logits: ``[rows, classes]`` each.
+        logits: ``[rows, ..., classes]`` each.
         weights: > 0, one a teacher; they are divided by their sum.
+        dim: Which dimension holds the classes.
+        binary: Each logit is an answer of its own, as of one logit a row, or of several labels.
 
     Returns:
-        Log probabilities, float32; the logits themselves for one teacher.
+        Log probabilities (binary: log odds), float32; the logits themselves for one teacher.
 
     Raises:
         ValueError: If the shapes differ.
@@ -434,19 +442,28 @@ def ensemble_logits(logits: list[Tensor], weights: list[float]) -> Tensor:
     Examples:
         >>> ensemble_logits([torch.tensor([0.0, 0.0]), torch.tensor([99.0, 0.0])], [1.0, 1.0]).exp()
         tensor([0.7500, 0.2500])
+        >>> ensemble_logits([torch.tensor([0.0]), torch.tensor([99.0])], [1.0, 1.0], binary=True).sigmoid()
+        tensor([0.7500])
     """
     if len(logits) == 1:
         return logits[0].float()
     if len({tuple(each.shape) for each in logits}) > 1:
         raise ValueError(f"teachers must agree in shape, got {', '.join(str(tuple(x.shape)) for x in logits)}.")
-    total = sum(weights)
-    shifted = [each.float().log_softmax(-1) + math.log(w / total) for each, w in zip(logits, weights, strict=True)]
-    return torch.stack(shifted).logsumexp(0)
+    shares = [math.log(weight / sum(weights)) for weight in weights]
+
+    def mean(log_probabilities: list[Tensor]) -> Tensor:
+        shifted = [each + share for each, share in zip(log_probabilities, shares, strict=True)]
+        return torch.stack(shifted).logsumexp(0)
+
+    if binary:
+        return mean([F.logsigmoid(x.float()) for x in logits]) - mean([F.logsigmoid(-x.float()) for x in logits])
+    return mean([each.float().log_softmax(dim) for each in logits])
 
 
 def _log_softmax(student: Tensor, teacher: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     _check_temperature(temperature)
     student, teacher = _same_shape(student, teacher)
+    _check_classes(student)
     return (student / temperature).log_softmax(-1), (teacher / temperature).log_softmax(-1)
 
 
@@ -459,6 +476,15 @@ def _divergence(student: Tensor, teacher: Tensor) -> Tensor:
 def _standardised(logits: Tensor) -> Tensor:
     logits = logits.float()
     return (logits - logits.mean(-1, keepdim=True)) / (logits.std(-1, keepdim=True) + 1e-7)
+
+
+def _check_classes(logits: Tensor) -> None:
+    """Refuse one logit a row: its softmax is 1 whatever it is, so the teacher would not be heard."""
+    if logits.shape[-1] < 2:
+        raise ValueError(
+            f"the loss compares the classes of a row and needs at least 2, got logits {tuple(logits.shape)}. One logit "
+            "a row is a binary answer, which loss='bce' compares (loss='mse' for a number)."
+        )
 
 
 def _check_temperature(temperature: float) -> None:

@@ -1,0 +1,304 @@
+"""Which rows of a batch are distilled: logits and labels of all models, masks, and the shift of causal ones."""
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_optim.functional.rows import IGNORED, class_dims, labels_at, labels_of_next, rows_of, tells_shift
+from lightning_optim.outputs import output_tensors
+from lightning_optim.target import ForwardInputs
+
+__all__ = [
+    "Positions",
+    "Rows",
+    "find_labels",
+    "find_logits",
+    "find_loss",
+    "find_mask",
+    "fitting_mask",
+    "named_inputs",
+    "one_a_row",
+]
+
+_LABELS = ("labels", "label", "targets", "target", "y")
+_SPAN = ("start", "end")
+_ENCODER_DECODER = "is_encoder_decoder"
+_IGNORED_BY_MODEL = "semantic_loss_ignore_index"
+_CAUSAL = ("ForCausalLM", "LMHeadModel")
+
+Shape = Sequence[int]
+
+
+def find_logits(output: Any) -> Tensor | None:
+    """Return the logits in an output of student or teacher, or None.
+
+    A tensor itself, ``.logits``, the entry ``"logits"``, both ends of a span (``start_logits`` and ``end_logits``, as
+    ``[rows, 2, positions]``), or the first tensor of a tuple, dict, dataclass or other object that is neither a scalar
+    (a loss) nor integers.
+    """
+    if isinstance(output, Tensor):
+        return output
+    named = _entry(output, "logits")
+    if isinstance(named, Tensor):
+        return named
+    ends = [_entry(output, f"{end}_logits") for end in _SPAN]
+    if all(isinstance(end, Tensor) for end in ends):
+        return torch.stack(ends, 1)
+    return next((tensor for tensor in output_tensors(output) if tensor.ndim > 0 and tensor.is_floating_point()), None)
+
+
+def find_loss(output: Any) -> Tensor | None:
+    """Return the loss that a model put into its output, or None."""
+    loss = _entry(output, "loss")
+    return loss if isinstance(loss, Tensor) and loss.numel() == 1 else None
+
+
+def _entry(output: Any, name: str) -> Any:
+    return output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
+
+
+def named_inputs(called: nn.Module, inputs: ForwardInputs) -> dict[str, Any]:
+    """Return what a module's forward received, by argument name."""
+    keywords = inputs.kwargs or {}
+    try:
+        bound = inspect.signature(called.forward).bind_partial(*inputs.args, **keywords)
+    except (TypeError, ValueError):
+        return dict(keywords)
+    return {**bound.arguments, **keywords}
+
+
+def find_labels(batch: Any, received: Mapping[str, Any]) -> Any:
+    """Return the labels of a batch, or None.
+
+    What the forward received as labels; the entry ``labels``, ``label``, ``targets``, ``target`` or ``y`` of a dict, or
+    its ends of a span; of a tuple the first item after the first that is no input of the forward.
+
+    Args:
+        batch: The batch.
+        received: What the student's forward received, by argument name.
+    """
+    named = batch if isinstance(batch, Mapping) else {}
+    for source, names in ((received, _LABELS[:-1]), (named, _LABELS)):
+        labels = next((source[name] for name in names if source.get(name) is not None), None)
+        if labels is not None:
+            return labels
+    ends = [named.get(f"{end}_positions") for end in _SPAN]
+    if all(isinstance(end, Tensor) for end in ends):
+        return torch.stack(ends, 1)  # type: ignore[arg-type]
+    if isinstance(batch, (tuple, list)):
+        return next((item for item in batch[1:] if not any(item is each for each in received.values())), None)
+    return None
+
+
+def find_mask(batch: Any, received: Mapping[str, Any], student: nn.Module) -> Tensor | None:
+    """Return the mask of the positions of the student's output: a decoder's own, never its encoder's; None: all.
+
+    Args:
+        batch: The batch.
+        received: What the student's forward received, by argument name.
+        student: The student, which may say that it has an encoder and a decoder.
+    """
+    named = batch if isinstance(batch, Mapping) else {}
+    has_decoder = any(name.startswith("decoder_") for name in received) or _says(student, _ENCODER_DECODER, True)
+    name = "decoder_attention_mask" if has_decoder else "attention_mask"
+    mask = received.get(name)
+    mask = named.get(name) if mask is None else mask
+    return mask if isinstance(mask, Tensor) else None
+
+
+def _configs(student: nn.Module) -> list[Any]:
+    """Return the configurations that a Hugging Face model, or its parts, were made from."""
+    return [module.__dict__["config"] for module in student.modules() if "config" in module.__dict__]
+
+
+def _says(student: nn.Module, name: str, value: Any) -> bool:
+    return any(getattr(config, name, None) == value for config in _configs(student))
+
+
+def _predicts_next(student: nn.Module) -> bool:
+    """Whether a student is, or holds, a causal language model of Hugging Face."""
+    names = [type(module).__name__ for module in student.modules() if "config" in module.__dict__]
+    return any(name.endswith(_CAUSAL) for name in names) and not _says(student, _ENCODER_DECODER, True)
+
+
+def one_a_row(logits: Tensor) -> Tensor:
+    """Return ``[rows, 1]`` of one logit a row, and other logits as they are.
+
+    Raises:
+        ValueError: If it is a single number.
+    """
+    if logits.ndim == 0:
+        raise ValueError(
+            "the logits are a single number, as a loss is. Override `get_logits(output)`: [rows, ..., classes]."
+        )
+    return logits.unsqueeze(-1) if logits.ndim == 1 else logits
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of one call that are compared.
+
+    Attributes:
+        dim: Which dimension of the logits holds the classes.
+        keep: Which positions count, ``[rows, positions...]``; None: all.
+        targets: Labels of the rows that count; None where there are none.
+    """
+
+    dim: int
+    keep: Tensor | None = None
+    targets: Any = None
+
+    def of(self, logits: Tensor) -> Tensor:
+        """Return the rows ``[rows, classes]`` of logits."""
+        return rows_of(logits, self.keep, self.dim)
+
+
+class Positions:
+    """Finds the rows of each call, and remembers what earlier batches told.
+
+    Where there are as many positions as classes, both layouts fit the labels: an earlier batch decides, and without
+    one sequences have their classes last and images in dimension 1, as their losses take them.
+    """
+
+    def __init__(self) -> None:
+        self._dim: int | None = None
+        self._shifts: bool | None = None
+
+    def dim_of(self, logits: Tensor, labels: Any, *, mask: Tensor | None = None, told: int | None = None) -> int:
+        """Return which dimension of logits holds the classes.
+
+        Args:
+            logits: At least two dimensions.
+            labels: Labels of the batch; what is no tensor tells nothing.
+            mask: Which positions count, which tells as much where labels do not.
+            told: What the user says, 1 or -1; None: find out.
+
+        Raises:
+            ValueError: If neither the shapes nor an earlier batch tell.
+        """
+        last = logits.ndim - 1
+        if told is not None or last == 1:
+            return last if told == -1 else 1
+        shapes = [tuple(each.shape) for each in (labels, mask) if isinstance(each, Tensor)]
+        fitting = next((dims for shape in shapes if (dims := class_dims(logits.shape, shape))), [])
+        if len(fitting) == 1:
+            self._dim = 1 if fitting == [1] else -1
+            return fitting[0]
+        known = last if self._dim == -1 else self._dim
+        if known is not None and (known in fitting or not isinstance(labels, Tensor)):
+            return known
+        if not fitting and not isinstance(labels, Tensor):
+            fitting = class_dims(logits.shape, None)
+        if not fitting:
+            raise ValueError(_unknown(tuple(logits.shape), labels, mask))
+        return fitting[-1] if logits.ndim == 3 else fitting[0]
+
+    def read(
+        self,
+        logits: Tensor,
+        labels: Any,
+        mask: Tensor | None,
+        *,
+        student: nn.Module,
+        dim: int,
+        loss: Tensor | None = None,
+        shifts: bool | None = None,
+    ) -> Rows:
+        """Return the rows of one call that count, with their labels.
+
+        Args:
+            logits: At least two dimensions.
+            labels: Labels of the batch; None: not known.
+            mask: Which positions count, ``[rows, positions...]``.
+            student: The student.
+            dim: Which dimension holds the classes.
+            loss: What the model or its step computed from logits and labels, which tells whether it shifts.
+            shifts: What the user says of that; None: find out.
+
+        Raises:
+            ValueError: If the mask does not fit.
+        """
+        if logits.ndim == 2:
+            return _of_samples(logits, labels)
+        if mask is not None and not _is_of_positions(mask, logits.shape, dim):
+            raise ValueError(_unfit(mask, logits.shape))
+        keep = None if mask is None else mask.bool()
+        if not isinstance(labels, Tensor) or dim not in class_dims(logits.shape, labels.shape):
+            return Rows(dim, keep, labels)
+        labels = _ignoring(labels_at(labels, logits.shape, dim), student)
+        if self._shifted(logits, labels, dim, student, loss, shifts):
+            labels = labels_of_next(labels)
+        labelled = labels != IGNORED
+        keep = labelled if keep is None else keep & labelled
+        return Rows(dim, keep, labels[keep])
+
+    def _shifted(
+        self, logits: Tensor, labels: Tensor, dim: int, student: nn.Module, loss: Tensor | None, told: bool | None
+    ) -> bool:
+        """Tell whether each position predicts the label after it: as the loss itself says, else the model's name."""
+        if told is not None:
+            return told
+        if labels.ndim != 2 or dim != 2 or labels.is_floating_point() or labels.shape[1] < 2:
+            return False
+        if self._shifts is None and bool((labels != IGNORED).any()):
+            seen = None if loss is None else tells_shift(logits, labels, loss.detach())
+            self._shifts = _predicts_next(student) if seen is None else seen
+        return bool(self._shifts)
+
+
+def _of_samples(logits: Tensor, labels: Any) -> Rows:
+    """Rows that are samples all count, labelled or not; of positions that were flattened those with a label."""
+    if not isinstance(labels, Tensor) or labels.numel() != len(logits) or labels.ndim == 0:
+        return Rows(1, None, labels)
+    flat = labels.reshape(-1)
+    if len(labels) == len(logits):
+        return Rows(1, None, flat)
+    keep = flat != IGNORED
+    return Rows(1, keep, flat[keep])
+
+
+def _ignoring(labels: Tensor, student: nn.Module) -> Tensor:
+    """Mark labels that a segmentation model of Hugging Face leaves out as torch's losses do."""
+    for config in _configs(student):
+        ignored = getattr(config, _IGNORED_BY_MODEL, None)
+        if isinstance(ignored, int):
+            return labels.masked_fill(labels == ignored, IGNORED)
+    return labels
+
+
+def fitting_mask(mask: Tensor | None, logits: Tensor, labels: Any, dim: int) -> Tensor | None:
+    """Return a model's own mask where it is one of the output's positions, or has to be.
+
+    Without labels a mask that does not fit stays, to be refused; that of a span's two ends is one of their classes.
+    """
+    if mask is None or _is_of_positions(mask, logits.shape, dim):
+        return mask
+    of_classes = tuple(mask.shape) == (logits.shape[0], logits.shape[dim])
+    return None if isinstance(labels, Tensor) or of_classes else mask
+
+
+def _is_of_positions(mask: Tensor, logits: Shape, dim: int) -> bool:
+    return tuple(mask.shape) == (*logits[:dim], *logits[dim + 1 :])
+
+
+def _unfit(mask: Tensor, logits: Shape) -> str:
+    return (
+        f"the padding mask {tuple(mask.shape)} does not fit logits {tuple(logits)}: it says of each position whether "
+        "it counts. Override `padding_mask(batch, inputs)`."
+    )
+
+
+def _unknown(logits: tuple[int, ...], labels: Any, mask: Tensor | None) -> str:
+    if mask is not None:
+        return _unfit(mask, logits)
+    told = f"labels {tuple(labels.shape)} do not tell" if isinstance(labels, Tensor) else "no labels tell"
+    return (
+        f"logits {logits}: {told} which dimension holds the classes. Expected are logits [rows, ..., classes] or "
+        "[rows, classes, ...], and labels of the same shape without the classes. Set `class_dim` of the "
+        "DistillationModule to -1 or 1; where labels of another shape are no classes, let `targets(batch)` return "
+        "None; where every position has one logit, let `get_logits(output)` return `logits.unsqueeze(1)`."
+    )
