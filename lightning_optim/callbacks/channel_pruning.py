@@ -76,7 +76,8 @@ class ChannelPruning(CompressionCallback):
         start: Where the window opens: a step (int) or a fraction of the planned steps (float).
         end: The last event.
         events: How many events, spread evenly over the window.
-        round_to: Keep multiples of this; the groups make up for what rounding keeps. None: 8 on CUDA, no rounding on a CPU.
+        round_to: Keep multiples of this; the groups make up for what rounding keeps. None: 8 on CUDA, no rounding on
+            a CPU.
         example_inputs: What the target's forward receives. Default: the module's ``example_input_array``, else caught
             from the first training batch.
         optimizer_state: ``"slice"`` keeps the state of the surviving weights, ``"reset"`` forgets it.
