@@ -1,14 +1,22 @@
 """Squares gathered between two events, for criteria that look at training."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
 
+from lightning_optim.functional.criteria import Statistics
+from lightning_optim.sharding import full
 from lightning_optim.structured.removal import keep_channels
+from lightning_optim.target import Weight
 
-__all__ = ["Squares"]
+__all__ = ["GATHERED", "InputSquares", "Squares", "check_input_norms", "needs_of", "restore", "squared_inputs"]
+
+GATHERED = ("gradient", "input_norm")
+"""Statistics that are gathered while the model trains, each in sums of its own."""
 
 
 class Squares:
@@ -34,10 +42,18 @@ class Squares:
         """Forget everything: an event has used it."""
         self.sums, self.counts = {}, {}
 
-    def keep(self, name: str, indices: Tensor, shape: tuple[int, ...]) -> None:
-        """Follow channels that left."""
+    def keep(self, name: str, indices: Tensor, shape: tuple[int, ...], *, before: Sequence[int] | None = None) -> None:
+        """Follow channels that left.
+
+        Args:
+            name: Of the weight.
+            indices: Flat indices of its entries that stay.
+            shape: Of what stays.
+            before: Shape of the weight until now, where the sums only broadcast to it.
+        """
         if name in self.sums:
-            self.sums[name] = keep_channels(self.sums[name], indices, shape)
+            sums = self.sums[name] if before is None else self.sums[name].expand(*before)
+            self.sums[name] = keep_channels(sums, indices, shape)
 
     def to(self, devices: Mapping[str, torch.device]) -> None:
         """Move what was loaded to where the parameters are."""
@@ -50,3 +66,80 @@ class Squares:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned."""
         self.sums, self.counts = dict(state["sums"]), dict(state["counts"])
+
+
+def needs_of(criterion: Any) -> tuple[str, ...]:
+    """Return the statistics that a criterion asks for by its attribute ``needs``.
+
+    Raises:
+        TypeError: If ``needs`` is not a sequence of names.
+        ValueError: If it names a statistic that there is not.
+    """
+    while isinstance(criterion, partial):
+        criterion = criterion.func
+    needs = getattr(criterion, "needs", ())
+    if isinstance(needs, str) or not isinstance(needs, (tuple, list, set, frozenset)):
+        raise TypeError(f"a criterion's `needs` must be a tuple of names such as ('gradient',), got {needs!r}.")
+    known = tuple(Statistics.__dataclass_fields__)
+    unknown = [name for name in needs if name not in known]
+    if unknown:
+        raise ValueError(
+            f"a criterion's `needs` names {unknown[0]!r}, which nothing collects; known: {', '.join(known)}."
+        )
+    return tuple(needs)
+
+
+def restore(squares: Mapping[str, Squares], state: Mapping[str, Any]) -> None:
+    """Restore the sums of each statistic from its state by name.
+
+    Files of 0.1 hold one state for all statistics: it is taken where one was gathered, and two of them lay in one sum.
+    """
+    if "sums" in state:
+        state = dict.fromkeys(squares, state) if len(squares) == 1 else {}
+    for statistic, gathered in squares.items():
+        gathered.load_state_dict(state.get(statistic, {"sums": {}, "counts": {}}))
+
+
+class InputSquares:
+    """Forward pre-hook that adds up the squared inputs of one layer, per input feature."""
+
+    def __init__(self, squares: Squares, name: str) -> None:
+        self.squares = squares
+        self.name = name
+
+    def __call__(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
+        """Add the inputs of a training call."""
+        if layer.training:
+            self.squares.add(self.name, squared_inputs(layer, full(args[0].detach()).float()))
+
+
+def squared_inputs(layer: nn.Module, inputs: Tensor) -> Tensor:
+    """Return the summed squares of a layer's input per input feature, broadcastable to its weight.
+
+    Args:
+        layer: A Linear or Conv layer.
+        inputs: Linear ``[..., in]``; Conv ``[batch, in, *space]`` (the batch dimension may be missing).
+
+    Returns:
+        Linear ``[1, in]``; Conv ``[1, in, 1, ...]``, or ``[out, in / groups, 1, ...]`` for grouped convolutions.
+    """
+    if isinstance(layer, nn.Linear):
+        return inputs.flatten(0, -2).square().sum(0, keepdim=True) if inputs.ndim > 1 else inputs.square()[None]
+    if not isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        raise TypeError(f"input norms are known for Linear and Conv layers, got {type(layer).__name__}.")
+    space = layer.weight.ndim - 2
+    channel = inputs.ndim - space - 1
+    squares = inputs.square().sum([d for d in range(inputs.ndim) if d != channel])
+    per_group = squares.view(layer.groups, layer.in_channels // layer.groups)
+    per_output = per_group.repeat_interleave(layer.out_channels // layer.groups, 0) if layer.groups > 1 else per_group
+    return per_output.reshape(*per_output.shape, *[1] * space)
+
+
+def check_input_norms(weights: Mapping[str, Weight]) -> None:
+    """Raise where the layer's inputs have no norm that belongs to its weights."""
+    for name, weight in weights.items():
+        if not isinstance(weight.layer, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)) or not name.endswith("weight"):
+            raise MisconfigurationException(
+                f"the criterion needs input norms, which are known for Linear and Conv weights; {name} belongs to a "
+                f"{type(weight.layer).__name__}. Pass it in `exclude`, or take another criterion."
+            )

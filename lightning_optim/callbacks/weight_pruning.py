@@ -1,23 +1,31 @@
 """WeightPruning: zeros that grow by a schedule while the model trains, and stay zero."""
 
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 from torch.optim import Optimizer
 
 from lightning_optim.callbacks.base import CompressionCallback, compressions, ranks_per_batch
 from lightning_optim.callbacks.division import Division, divide
-from lightning_optim.callbacks.statistics import Squares
+from lightning_optim.callbacks.statistics import (
+    GATHERED,
+    InputSquares,
+    Squares,
+    check_input_norms,
+    needs_of,
+    restore,
+)
 from lightning_optim.functional.criteria import CRITERIA, Criterion, Statistics, parameter_generator, scores_of
 from lightning_optim.functional.masks import (
+    Granularity,
     apply_masks,
     global_masks,
     keep_bits,
@@ -66,8 +74,10 @@ class WeightPruning(CompressionCallback):
             ``1 - n/m`` for ``n:m``.
         granularity: What is removed together: ``"weight"``, ``"row"`` (all weights of an output), ``"column"`` (all
             weights of an input), blocks such as ``"4x4"``, or ``"n:m"`` such as ``"2:4"``, which keeps n of each m
-            consecutive weights along the input (for a convolution along input channel x kernel, the order of
-            ``torch.nn.functional.unfold``); along the schedule the number kept falls from m to n.
+            consecutive inputs (of a convolution: input channels at one place of the kernel), as sparse tensor cores
+            need it; ``"2:4@unfold"`` groups along input channel x kernel instead. Along the schedule the number kept
+            falls from m to n. Layers that cannot have it (transposed convolutions, vectors, for n:m a number of inputs
+            that is no multiple of m) are left out, and the table at fit start lists them.
         criterion: Name in ``functional.criteria.CRITERIA`` or a callable ``(weight, stats) -> scores``.
         scope: ``"global"`` ranks all selected weights (of one pattern) together, ``"layer"`` each layer by itself.
         schedule: Name in ``functional.schedules.SCHEDULES`` or a callable ``(u, initial, final) -> sparsity``.
@@ -84,7 +94,8 @@ class WeightPruning(CompressionCallback):
 
     State: window, masks at one bit per weight, and for a criterion that needs the gradient one float32 per selected
     weight. A resumed run continues bit for bit; the weights in a checkpoint are the masked ones, so it loads
-    everywhere. A new ``fit`` keeps the zeros that the module has.
+    everywhere. A new ``fit`` keeps the zeros that the module has. A run of 0.1 that is resumed keeps its order of n:m,
+    which was ``"n:m@unfold"``.
 
     Strategies: a single device, DDP, and all that divide the model (``optim_zero2``, ``optim_fsdp``, ``optim_hsdp``,
     ``optim_tp``, ``optim_2d``): the masks are those of one process, whatever the number of devices. Live masks cost the
@@ -121,20 +132,21 @@ class WeightPruning(CompressionCallback):
             Window(start, end, every_n_steps=every_n_steps), module=module, include=include, exclude=exclude
         )
         self.granularity = parse_granularity(granularity)
+        self._in_force = self.granularity  # another one in a resumed run of 0.1
         self.criterion = CRITERIA.resolve(criterion)
         self.schedule = SCHEDULES.resolve(schedule)
         if scope not in ("global", "layer"):
             raise ValueError(f"`scope` must be 'global' or 'layer', got {scope!r}.")
         self.scope = scope
         self.sparsity = _checked_sparsity(sparsity, self.granularity.final_sparsity)
-        self._needs: tuple[str, ...] = getattr(self.criterion, "needs", ())
+        self._needs = needs_of(self.criterion)
         self._weights: dict[str, Weight] = {}
         self._keeps: dict[str, Tensor] = {}
         self._removed = 0
         self._goals: list[_Goal] = []
         self._restored_masks: dict[str, tuple[Tensor, tuple[int, ...]]] = {}
         self._initial: dict[str, float] = {}
-        self._squares = Squares()
+        self._squares = {statistic: Squares() for statistic in GATHERED if statistic in self._needs}
         self._squares_whole = False
         self._to_reach_anew = False
         self._input_handles: list[Any] = []
@@ -176,20 +188,25 @@ class WeightPruning(CompressionCallback):
     def start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *, fresh: bool) -> None:
         """Select the weights, take up masks from state or from the zeros that are there, and set the goals."""
         prefix, target = self.find_target(pl_module)
-        selection = self._with_a_pattern(self._select(target, prefix), prefix)
+        self._in_force = self.granularity if fresh else self._in_force
+        selected_before = () if fresh else tuple(self._initial)
+        selection = self._that_fit(self._with_a_pattern(self._select(target, prefix), prefix), selected_before)
         self._weights = selection.chosen
         self._check_weights(selection)
         self._check_compiled(pl_module)
         self._check_peers(trainer)
         if fresh:
             self._keeps, self._restored_masks = {}, {}
-            self._squares.clear()
+            self._forget_statistics()
             self._take_up_zeros()
         elif self._restored_masks:
             self._take_up_state()
-        self._squares.to({name: weight.parameter.device for name, weight in self._weights.items()})
-        if "gradient" in self._needs and self._squares_whole:
-            self._squares.sums = {name: self._part(name, whole) for name, whole in self._squares.sums.items()}
+            self._say_the_order()
+        for gathered in self._squares.values():
+            gathered.to({name: weight.parameter.device for name, weight in self._weights.items()})
+        if "gradient" in self._squares and self._squares_whole:
+            gradients = self._squares["gradient"]
+            gradients.sums = {name: self._part(name, whole) for name, whole in gradients.sums.items()}
             self._squares_whole = False
         self._goals = self._make_goals(prefix)
         self._check_goals()
@@ -216,19 +233,23 @@ class WeightPruning(CompressionCallback):
         parameters = dict(pl_module.named_parameters())
         for name in self._weights.keys() & kept.keys():
             indices, shape = kept[name]
+            before = self._weights[name].parameter.shape
             self._weights[name] = replace(self._weights[name], parameter=parameters[name])
-            self._squares.keep(name, indices, shape)
+            for gathered in self._squares.values():
+                gathered.keep(name, indices, shape, before=before)
             if name in self._keeps:
                 self._keeps[name] = keep_channels(self._keeps[name], indices, shape)
         self._removed = sum(keep.numel() - int(torch.count_nonzero(keep)) for keep in self._keeps.values())
 
     def finish_batch(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Run the event that is due, or the last one again where channels left since."""
+        if self.sparsity == "hold":  # a resumed run has the window of the file, and no goals
+            return
         again, self._to_reach_anew = self._to_reach_anew and not self.window.due(), False
         super().finish_batch(trainer, pl_module)
         if not again:
             return
-        if {"gradient", "input_norm"} & set(self._needs):
+        if self._squares:
             rank_zero_info(
                 f"{self._label()}: channels left; {self._reached():.2%} of the selected weights are zero now."
             )
@@ -240,10 +261,18 @@ class WeightPruning(CompressionCallback):
     ) -> None:
         """Watch the layers' inputs in the batches that lead to an event, where the criterion needs them."""
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-        if "input_norm" in self._needs and not self._input_handles and self.window.due(self.window.step + 1):
+        leads_to_event = self.sparsity != "hold" and self.window.due(self.window.step + 1)
+        if "input_norm" in self._needs and not self._input_handles and leads_to_event:
             self._input_handles = [
-                weight.layer.register_forward_pre_hook(_InputNorm(self, weight)) for weight in self._weights.values()
+                weight.layer.register_forward_pre_hook(InputSquares(self._squares["input_norm"], name))
+                for name, weight in self._weights.items()
             ]
+
+    def _count(self, optimizer: Optimizer) -> None:
+        """Count the step; the one that leads to the event ends the watch, before other techniques call the model."""
+        super()._count(optimizer)
+        if self._input_handles and self.window.due():
+            self._stop_watching_inputs()
 
     def apply_event(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Prune to what the schedule asks now. A failed event leaves the model as it was."""
@@ -260,7 +289,7 @@ class WeightPruning(CompressionCallback):
         asked /= self._numel(self._weights)
         self._check_ranks_agree(trainer, keeps)
         self._keeps = keeps
-        self._squares.clear()
+        self._forget_statistics()
         self._apply(trainer, keeps)
         self._report(trainer, pl_module, asked)
 
@@ -269,6 +298,7 @@ class WeightPruning(CompressionCallback):
         masks = self._packed_masks()
         return {
             **super().state_dict(),
+            "granularity": str(self._in_force),
             "masks": {name: packed for name, (packed, _) in masks.items()},
             "shapes": {name: shape for name, (_, shape) in masks.items()},
             "initial": dict(self._initial),
@@ -276,10 +306,15 @@ class WeightPruning(CompressionCallback):
         }
 
     def _squares_state(self) -> dict[str, Any]:
-        state = self._squares.state_dict()
-        if "gradient" in self._needs:
-            state["sums"] = {name: self._whole(name, part) for name, part in state["sums"].items()}
+        state = {statistic: gathered.state_dict() for statistic, gathered in self._squares.items()}
+        if "gradient" in state:
+            parts = state["gradient"]["sums"]
+            state["gradient"]["sums"] = {name: self._whole(name, part) for name, part in parts.items()}
         return state
+
+    def _forget_statistics(self) -> None:
+        for gathered in self._squares.values():
+            gathered.clear()
 
     def _whole(self, name: str, part: Tensor) -> Tensor:
         """Return the whole of what this rank holds a part of, as it does of the weight of that name."""
@@ -305,9 +340,10 @@ class WeightPruning(CompressionCallback):
             name: (packed, tuple(state_dict["shapes"][name])) for name, packed in state_dict["masks"].items()
         }
         self._restored = self._restored or bool(self._restored_masks)
+        self._in_force = _granularity_of(state_dict, self.granularity)
         self._keeps = {}
         self._initial = dict(state_dict["initial"])
-        self._squares.load_state_dict(state_dict["squares"])
+        restore(self._squares, state_dict["squares"])
         self._squares_whole = True
 
     def plan_entry(self) -> dict[str, Any]:
@@ -367,6 +403,24 @@ class WeightPruning(CompressionCallback):
         unmatched = {name: "no pattern of sparsity" for name in selection.chosen if name not in chosen}
         return Selection(chosen, {**unmatched, **selection.left_out})
 
+    def _that_fit(self, selection: Selection, selected_before: Collection[str]) -> Selection:
+        """Leave out what the granularity does not fit; what an earlier part of this run selected stays in."""
+        if self.sparsity == "hold":
+            return selection
+        new = {name: weight for name, weight in selection.chosen.items() if name not in selected_before}
+        misfits = {name: reason for name, weight in new.items() if (reason := self._misfit(weight)) is not None}
+        chosen = {name: weight for name, weight in selection.chosen.items() if name not in misfits}
+        return Selection(chosen, {**misfits, **selection.left_out})
+
+    def _misfit(self, weight: Weight) -> str | None:
+        if str(self._in_force) == "weight" or isinstance(weight.parameter, UninitializedTensorMixin):
+            return None
+        if weight.parameter.ndim < 2:
+            return f"a vector, which has no {self._in_force}"
+        if isinstance(weight.layer, nn.modules.conv._ConvTransposeNd) or type(weight.layer).__name__ == "Conv1D":
+            return f"{type(weight.layer).__name__}, stored as [in, out, ...]: no {self._in_force}"
+        return self._in_force.misfit(weight.parameter.shape)
+
     def _check_weights(self, selection: Selection) -> None:
         if not selection.chosen:
             reasons = ", ".join(f"{name} ({reason})" for name, reason in list(selection.left_out.items())[:6])
@@ -375,14 +429,14 @@ class WeightPruning(CompressionCallback):
                 "Name what to prune with include=[...]."
             )
         for name, weight in selection.chosen.items():
-            problem = _problem(weight.parameter) or self._shape_problem(weight)
+            problem = _problem(weight.parameter)
             if problem:
                 layer = name.rpartition(".")[0]
                 raise MisconfigurationException(
                     f"WeightPruning cannot prune {name}: it is {problem}. Pass exclude=[{layer!r}]."
                 )
         if "input_norm" in self._needs:
-            _check_input_norms(selection.chosen)
+            check_input_norms(selection.chosen)
 
     def _check_compiled(self, pl_module: pl.LightningModule) -> None:
         """Inputs are read by hooks that come and go, and a compiled module does not see them come."""
@@ -393,17 +447,6 @@ class WeightPruning(CompressionCallback):
                 "the criterion needs the norms of the layers' inputs, which cannot be read inside a module that "
                 "torch.compile compiled. Take another criterion, or train without compiling."
             )
-
-    def _shape_problem(self, weight: Weight) -> str | None:
-        if str(self.granularity) == "weight":
-            return None
-        if weight.parameter.ndim < 2:
-            return f"a vector, which has no {self.granularity}"
-        if isinstance(weight.layer, nn.modules.conv._ConvTransposeNd):
-            return (
-                f"of a {type(weight.layer).__name__}, stored as [in, out, ...], which {self.granularity} does not fit"
-            )
-        return None
 
     def _check_peers(self, trainer: pl.Trainer) -> None:
         for peer in compressions(trainer):
@@ -458,6 +501,16 @@ class WeightPruning(CompressionCallback):
         }
         self._restored_masks = {}
 
+    def _say_the_order(self) -> None:
+        kernels = [name for name, weight in self._weights.items() if weight.parameter.ndim > 2]
+        if self._in_force != self.granularity and self.sparsity != "hold" and kernels:
+            rank_zero_warn(
+                f"{self._label()}: the file was written by 0.1, which grouped {self.granularity} along input channel x "
+                f"kernel. The run keeps its masks and goes on as {str(self._in_force)!r}, which sparse tensor cores do "
+                f"not take for kernels ({', '.join(kernels[:3])}). For {self.granularity} along input channels prune "
+                "the dense model anew."
+            )
+
     def _make_goals(self, prefix: str) -> list[_Goal]:
         if self.sparsity == "hold":
             return []
@@ -496,7 +549,7 @@ class WeightPruning(CompressionCallback):
 
     def _largest_unit(self, goal: _Goal) -> float:
         """Return how many weights one unit may hold: what was reached may be as far from what was asked."""
-        if str(self.granularity) == "weight":
+        if str(self._in_force) == "weight":
             return 1.0
         shapes = [self._weights[name].parameter.shape for name in goal.names]
         return max(shape.numel() / min(shape[:2]) for shape in shapes)
@@ -511,8 +564,8 @@ class WeightPruning(CompressionCallback):
         return divide(
             self.target_parameters(),
             trainer.strategy,
-            by_element=getattr(self.criterion, "elementwise", False),
-            by_row=str(self.granularity) == "weight" or self.granularity.final_sparsity is not None,
+            by_element=getattr(self.criterion, "elementwise", False) and set(self._needs) <= {"gradient"},
+            by_row=str(self._in_force) == "weight" or self._in_force.final_sparsity is not None,
         )
 
     def _new_masks(self, trainer: pl.Trainer, division: Division, goal: _Goal, due: float) -> dict[str, Tensor]:
@@ -521,7 +574,7 @@ class WeightPruning(CompressionCallback):
             return {name: self._mask(name) for name in goal.names}
         scores = {name: division.take(name, self._scores(trainer, division, name)) for name in goal.names}
         masks = global_masks(
-            scores, due, self.granularity, previous=self._previous(division, goal), shards=division.shards
+            scores, due, self._in_force, previous=self._previous(division, goal), shards=division.shards
         )
         return {name: division.give(name, mask) for name, mask in masks.items()}
 
@@ -548,23 +601,24 @@ class WeightPruning(CompressionCallback):
 
     def _rms(self, trainer: pl.Trainer, name: str, statistic: str) -> Tensor | None:
         """Return the root of the mean square gathered since the last event."""
-        if statistic not in self._needs:
+        if statistic not in self._squares:
             return None
-        if name not in self._squares:
+        gathered = self._squares[statistic]
+        if name not in gathered:
             raise MisconfigurationException(
                 f"the criterion needs the {statistic} of {name}, and none was seen before this event: the layer took "
                 "no part in training. Pass it in `exclude`, or start at step 1 or later."
             )
         if statistic == "input_norm":
-            squares: Tensor = trainer.strategy.reduce(self._squares.sums[name].clone(), reduce_op="sum")
+            squares: Tensor = trainer.strategy.reduce(gathered.sums[name].clone(), reduce_op="sum")
             return (squares / ranks_per_batch(trainer)).sqrt()
-        return self._squares.root_mean(name)
+        return gathered.root_mean(name)
 
     def _note_gradients(self, names: Sequence[str]) -> None:
         for name in names:
             gradient = self._weights[name].parameter.grad
             if gradient is not None:
-                self._squares.add(name, local(gradient.detach()).float().square())
+                self._squares["gradient"].add(name, local(gradient.detach()).float().square())
 
     def _stop_watching_inputs(self) -> None:
         for handle in self._input_handles:
@@ -649,7 +703,7 @@ class WeightPruning(CompressionCallback):
         finals = {name: goal.final for goal in self._goals for name in goal.names}
         asked = {name: f"{finals[name]:.2%}" if name in finals else "held" for name in selection.chosen}
         rows = [
-            (name, "x".join(map(str, weight.parameter.shape)), asked[name], f"{self.granularity}, {self.scope}")
+            (name, "x".join(map(str, weight.parameter.shape)), asked[name], f"{self._in_force}, {self.scope}")
             for name, weight in selection.chosen.items()
         ]
         rows += [(names, "", "-", reason) for names, reason in by_reason(selection.left_out)]
@@ -658,47 +712,11 @@ class WeightPruning(CompressionCallback):
         return render(title, ("parameter", "shape", "zeros asked", "how, or why not"), rows)
 
 
-class _InputNorm:
-    """Forward pre-hook that adds up the squared inputs of one layer, per input feature."""
-
-    def __init__(self, callback: WeightPruning, weight: Weight) -> None:
-        self.callback = callback
-        self.weight = weight
-
-    def __call__(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
-        if layer.training:
-            self.callback._squares.add(self.weight.name, squared_inputs(layer, full(args[0].detach()).float()))
-
-
-def squared_inputs(layer: nn.Module, inputs: Tensor) -> Tensor:
-    """Return the summed squares of a layer's input per input feature, broadcastable to its weight.
-
-    Args:
-        layer: A Linear or Conv layer.
-        inputs: Linear ``[..., in]``; Conv ``[batch, in, *space]`` (the batch dimension may be missing).
-
-    Returns:
-        Linear ``[1, in]``; Conv ``[1, in, 1, ...]``, or ``[out, in / groups, 1, ...]`` for grouped convolutions.
-    """
-    if isinstance(layer, nn.Linear):
-        return inputs.flatten(0, -2).square().sum(0, keepdim=True) if inputs.ndim > 1 else inputs.square()[None]
-    if not isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        raise TypeError(f"input norms are known for Linear and Conv layers, got {type(layer).__name__}.")
-    space = layer.weight.ndim - 2
-    channel = inputs.ndim - space - 1
-    squares = inputs.square().sum([d for d in range(inputs.ndim) if d != channel])
-    per_group = squares.view(layer.groups, layer.in_channels // layer.groups)
-    per_output = per_group.repeat_interleave(layer.out_channels // layer.groups, 0) if layer.groups > 1 else per_group
-    return per_output.reshape(*per_output.shape, *[1] * space)
-
-
-def _check_input_norms(weights: Mapping[str, Weight]) -> None:
-    for name, weight in weights.items():
-        if not isinstance(weight.layer, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)) or not name.endswith("weight"):
-            raise MisconfigurationException(
-                f"the criterion needs input norms, which are known for Linear and Conv weights; {name} belongs to a "
-                f"{type(weight.layer).__name__}. Pass it in `exclude`, or take another criterion."
-            )
+def _granularity_of(state_dict: Mapping[str, Any], asked: Granularity) -> Granularity:
+    """Return the granularity that a saved run goes on with; 0.1 wrote none, and its n:m ran along input x kernel."""
+    if "granularity" in state_dict or asked.final_sparsity is None or str(asked).endswith("@unfold"):
+        return asked
+    return parse_granularity(f"{asked}@unfold")
 
 
 def _checked_sparsity(

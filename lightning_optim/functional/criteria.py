@@ -251,7 +251,8 @@ def scores_of(criterion: Criterion, weight: Tensor, stats: Statistics) -> Tensor
 
     Args:
         criterion: A registered one or any callable of that signature; one with a true attribute ``elementwise`` must
-            give the same scores for a flat piece of the weight with the same piece of ``stats.gradient``.
+            give the same scores for a flat piece of the weight with the same piece of ``stats.gradient``. It is called
+            with the whole weight where it gets other statistics.
         weight: ``[out, in, ...]``; may require grad; not modified.
         stats: What the criterion needs.
 
@@ -263,7 +264,7 @@ def scores_of(criterion: Criterion, weight: Tensor, stats: Statistics) -> Tensor
         ValueError: If a statistic is missing, or the scores have another shape than the weight.
     """
     weight = _floating(weight).detach()
-    if getattr(criterion, "elementwise", False):
+    if getattr(criterion, "elementwise", False) and stats.input_norm is None and stats.generator is None:
         gradient = stats.gradient
         if gradient is not None:
             _check_gradient(gradient, weight)

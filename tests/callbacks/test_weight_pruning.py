@@ -3,6 +3,8 @@
 import copy
 import logging
 import pickle
+from functools import partial
+from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
@@ -23,6 +25,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from helpers.models import (
+    CLASSES,
     Classifier,
     ConvNet,
     Files,
@@ -37,8 +40,8 @@ from helpers.models import (
     trainer,
     val_loader,
 )
-from lightning_optim import WeightPruning, load_from_checkpoint
-from lightning_optim.callbacks.weight_pruning import squared_inputs
+from lightning_optim import ChannelPruning, WeightPruning, load_from_checkpoint
+from lightning_optim.callbacks.statistics import squared_inputs
 from lightning_optim.functional.criteria import CRITERIA
 from lightning_optim.functional.schedules import SCHEDULES
 
@@ -46,7 +49,7 @@ SELECTED = ("net.0.weight", "net.4.weight")  # 192 and 256 weights
 
 
 def zeros(module, names=SELECTED):
-    state = module.state_dict()
+    state = module.state_dict() if isinstance(module, nn.Module) else module
     return sum(int((state[name] == 0).sum()) for name in names)
 
 
@@ -97,7 +100,7 @@ def test_every_criterion_and_scope_reaches_what_is_asked(tmp_path, criterion, sc
 
 @pytest.mark.parametrize(
     ("granularity", "expected"),
-    [("row", 0.5), ("column", 0.5), ("4x4", 0.5), ("2:4", 0.5), ("1:4", 0.75), ("2:8", 0.75)],
+    [("row", 0.5), ("column", 0.5), ("4x4", 0.5), ("2:4", 0.5), ("1:4", 0.75), ("2:8@unfold", 0.75)],
 )
 def test_every_granularity_reaches_what_is_asked(tmp_path, granularity, expected):
     module = new()
@@ -110,6 +113,162 @@ def test_every_granularity_reaches_what_is_asked(tmp_path, granularity, expected
     if granularity == "row":
         rows = [(module.state_dict()[name] == 0).float().mean(1) for name in SELECTED]
         assert all(((row == 0) | (row == 1)).all() for row in rows)
+
+
+def noting(*needs, into, elementwise=False):
+    """A criterion of magnitude that notes, by statistic and shape of the weight, what it received at each event."""
+
+    def criterion(weight, stats):
+        for name in needs:
+            into.setdefault((name, tuple(weight.shape)), []).append(getattr(stats, name).clone())
+        return weight.abs()
+
+    criterion.needs, criterion.elementwise = needs, elementwise
+    return criterion
+
+
+@pytest.mark.parametrize("elementwise", [False, True])
+@pytest.mark.parametrize("module", [Classifier, ConvNet])
+def test_a_criterion_gets_each_statistic_by_itself(tmp_path, module, elementwise):
+    alone, together = {}, {}
+    words = {"start": 2, "end": 10, "every_n_steps": 4}
+    fit(tmp_path, new(module), pruning(0.5, criterion=noting("gradient", into=alone), **words))
+    fit(tmp_path, new(module), pruning(0.5, criterion=noting("input_norm", into=alone), **words))
+    both = noting("gradient", "input_norm", into=together, elementwise=elementwise)
+    fit(tmp_path, new(module), pruning(0.5, criterion=both, **words))
+    assert alone.keys() == together.keys()
+    assert len(alone) == 4
+    for key, received in alone.items():
+        assert len(received) == len(together[key]) == 2  # at step 2 there is nothing to rank
+        assert all(map(torch.equal, received, together[key])), key
+
+
+@pytest.mark.parametrize("needs", [("gradient", "input_norm"), ("input_norm",), ("gradient",)])
+def test_statistics_are_resumed_by_name(tmp_path, needs):
+    whole, again = {}, {}
+    words = {"start": 2, "end": 14, "every_n_steps": 6}
+    cut = pruning(0.5, criterion=noting(*needs, into=whole), **words)
+    fit(tmp_path, new(), cut, Files(tmp_path, every_n_steps=12), max_epochs=2)
+    assert torch.load(tmp_path / "step12.ckpt", weights_only=True)["callbacks"][cut.state_key]["squares"].keys() == {
+        *needs
+    }
+    cut = pruning(0.5, criterion=noting(*needs, into=again), **words)
+    torch.manual_seed(0)
+    trainer(tmp_path, cut, max_epochs=2).fit(new(), ResumableLoader(), val_loader(), ckpt_path=tmp_path / "0.ckpt")
+    assert whole.keys() == again.keys()
+    for key, received in whole.items():
+        assert received[-1].shape == again[key][-1].shape
+
+
+def test_input_norms_follow_channels_that_leave_in_the_same_batch(tmp_path):
+    received = {}
+    cut = pruning(0.5, criterion=noting("input_norm", "gradient", into=received), start=2, end=10)
+    module = new()
+    fit(tmp_path, module, ChannelPruning(0.5, start=6, end=6), cut)
+    assert ("input_norm", tuple(module.net[4].weight.shape)) in received
+    assert module.net[4].weight.shape[1] < 16
+    for (_, shape), statistics in received.items():
+        assert all(torch.broadcast_shapes(statistic.shape, shape) == shape for statistic in statistics)
+
+
+@pytest.mark.parametrize(
+    ("needs", "error", "message"),
+    [("gradient", TypeError, "tuple of names"), (("hessian",), ValueError, "'hessian', which nothing collects; known")],
+)
+def test_a_criterion_that_asks_for_what_there_is_not_is_refused(needs, error, message):
+    def criterion(weight, stats):
+        return weight.abs()
+
+    criterion.needs = needs
+    with pytest.raises(error, match=message):
+        WeightPruning(0.5, criterion=criterion)
+
+
+def test_a_partial_criterion_gets_what_its_function_needs(tmp_path):
+    module = new()
+    fit(tmp_path, module, pruning(0.5, criterion=partial(CRITERIA["taylor"])))
+    assert zeros(module) == 224
+
+
+class Decoder(Classifier):
+    """Layers of which some cannot be 2:4."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Unflatten(1, (3, 2, 2)),
+            nn.Conv2d(3, 8, 3, padding=1),
+            nn.ConvTranspose2d(8, 8, 1),
+            nn.Conv2d(8, 8, 3, padding=1, groups=8),
+            nn.Conv2d(8, 8, 3, padding=1),
+            nn.Flatten(),
+            nn.Linear(32, 10),
+            nn.Linear(10, CLASSES),
+        )
+
+
+def test_layers_that_cannot_be_2_of_4_are_left_out_and_listed(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    module = new(Decoder)
+    fit(tmp_path, module, WeightPruning(granularity="2:4", every_n_steps=4))
+    kernel = module.net[4].weight.flatten(2).movedim(1, 2).reshape(-1, 4)
+    assert ((kernel != 0).sum(1) == 2).all()  # of each four input channels at a place of the kernel
+    assert sparsity(module, ["net.4.weight", "net.6.weight"]) == 0.5
+    assert zeros(module, ["net.1.weight", "net.2.weight", "net.3.weight"]) == 0
+    table = next(record.message for record in caplog.records if "how, or why not" in record.message)
+    for reason in ("net.1.weight", "3 inputs, no", "1 inputs, no", "ConvTranspose2d, stored"):
+        assert reason in table
+
+
+def test_the_order_of_unfold_has_a_name(tmp_path):
+    module = new(ConvNet)
+    fit(tmp_path, module, WeightPruning(granularity="2:4@unfold", every_n_steps=4))
+    for name in CONVOLUTIONS:
+        rows = nn.functional.pad(module.state_dict()[name].flatten(1), (0, 1 if name == "net.1.weight" else 0))
+        assert ((rows.reshape(-1, 4) != 0).sum(1) == 2).all()
+
+
+CONVOLUTIONS = ["net.1.weight", "net.4.weight"]
+OF_0_1 = Path(__file__).parent / "files" / "two_of_four_0.1.0.ckpt"
+"""ConvNet under SGD, two epochs planned, after one; WeightPruning("2:4", taylor), steps 2 to 12, every 4."""
+
+
+class Sgd(ConvNet):
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.05)
+
+
+def resumed_from_0_1(tmp_path, pruning):
+    """Return the module after the file's run went on, having checked that no zero of the file came back."""
+    module = new(Sgd)
+    fit(tmp_path, module, pruning, ckpt_path=OF_0_1, max_epochs=2)
+    before = torch.load(OF_0_1, weights_only=True)["state_dict"]
+    assert zeros(before, CONVOLUTIONS) > 0
+    assert all((module.state_dict()[name][before[name] == 0] == 0).all() for name in CONVOLUTIONS)
+    return module
+
+
+def test_a_run_of_0_1_goes_on_with_its_masks_in_its_order(tmp_path):
+    cut = WeightPruning(granularity="2:4", criterion="taylor", start=2, end=12, every_n_steps=4)
+    with pytest.warns(UserWarning, match=r"written by 0\.1.*goes on as '2:4@unfold'"):
+        module = resumed_from_0_1(tmp_path, cut)
+    for name in CONVOLUTIONS:
+        rows = nn.functional.pad(module.state_dict()[name].flatten(1), (0, 1 if name == "net.1.weight" else 0))
+        assert ((rows.reshape(-1, 4) != 0).sum(1) == 2).all()
+    assert cut.state_dict()["granularity"] == "2:4@unfold"
+    fit(tmp_path, new(Sgd), cut)  # a new run has the order that was asked
+    assert cut.state_dict()["granularity"] == "2:4"
+    assert cut.masks.keys() == {"net.4.weight"}
+
+
+def test_a_model_of_0_1_is_held(tmp_path):
+    before = torch.load(OF_0_1, weights_only=True)["state_dict"]
+    held = resumed_from_0_1(tmp_path, WeightPruning("hold", granularity="2:4"))
+    assert zeros(held, CONVOLUTIONS) == zeros(before, CONVOLUTIONS)
+    module = new(Sgd)
+    module.load_state_dict(before)
+    fit(tmp_path, module, WeightPruning("hold", granularity="2:4"))
+    assert zeros(module, CONVOLUTIONS) == zeros(before, CONVOLUTIONS)
 
 
 def test_convolutions_are_pruned(tmp_path):
@@ -822,11 +981,7 @@ def test_bad_arguments_raise_at_once(words, error, message):
         ({"module": "net.6"}, MisconfigurationException, r"selects no layer: left out are net\.6\.weight \(last"),
         ({"sparsity": {"decoder": 0.5}}, MisconfigurationException, "selects no layer"),
         ({"sparsity": {"net": 0.5, "decoder": 0.5}}, MisconfigurationException, "'decoder' matches no selected layer"),
-        (
-            {"granularity": "4x4", "include": ["net.0", "*.bias"]},
-            MisconfigurationException,
-            "a vector, which has no 4x4",
-        ),
+        ({"granularity": "4x4", "include": ["*.bias"]}, MisconfigurationException, "a vector, which has no 4x4"),
         ({"sparsity": {"net": 0.5, "net.0": 0.6}}, MisconfigurationException, r"'net\.0' matches no selected layer"),
     ],
 )
@@ -978,7 +1133,7 @@ def test_a_transposed_convolution_has_no_rows(tmp_path):
                 nn.Unflatten(1, (12, 1)), nn.ConvTranspose1d(12, 8, 1), nn.Flatten(), nn.Linear(8, 3)
             )
 
-    with pytest.raises(MisconfigurationException, match=r"net\.1\.weight: it is of a ConvTranspose1d, stored as"):
+    with pytest.raises(MisconfigurationException, match=r"no layer: left out are net\.1\.weight \(ConvTranspose1d, st"):
         fit(tmp_path, new(Transposed), pruning(0.5, granularity="row"))
     fit(tmp_path, new(Transposed), pruning(0.5))
 

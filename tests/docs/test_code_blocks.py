@@ -172,6 +172,16 @@ def test_python_blocks_run(page, small_trainer):
         exec(code, names)
 
 
+def test_what_the_extending_page_registers_is_used_in_a_fit():
+    """A function that is only defined may ask for what it does not get: each is called by a fit in its own block."""
+    registering = [b.code for b in blocks(ROOT / "docs" / "extending.md", "python") if ".register(" in b.code]
+    assert len(registering) == 4
+    for code in registering:
+        (name,) = re.findall(r'\.register\("(\w+)"', code)
+        assert f'="{name}"' in code, name
+        assert ".fit(" in code, name
+
+
 @pytest.mark.parametrize(
     "block", [b for page in PAGES for b in blocks(page, "yaml")], ids=lambda b: f"{b.page.name}:{b.line}"
 )

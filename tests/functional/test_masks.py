@@ -25,7 +25,7 @@ from lightning_optim.functional.masks import (
 from lightning_optim.functional.thresholds import Shards
 
 INF, NAN = float("inf"), float("nan")
-GRANULARITIES = ["weight", "row", "column", "2x3", "4x4", "1x8", "2:4", "1:3", "3:8"]
+GRANULARITIES = ["weight", "row", "column", "2x3", "4x4", "1x8", "2:4", "1:3", "3:8", "2:4@unfold"]
 UNITS = ["row", "column", "2x3", "4x4"]
 SPARSITIES = st.floats(0, 0.99)
 
@@ -304,10 +304,38 @@ class TestNofM:
         patch = torch.arange(18.0).view(1, 2, 3, 3)
         columns = torch.nn.functional.unfold(patch, 3).flatten()
         scores = torch.rand(4, 2, 3, 3)
-        mask = global_masks({"w": scores}, 0.5, "2:4")["w"]
+        mask = global_masks({"w": scores}, 0.5, "2:4@unfold")["w"]
         order = columns.long()
         grouped = mask.flatten(1)[:, order][:, :16].reshape(4, 4, 4)
         assert (grouped.sum(2) == 2).all()
+
+    @pytest.mark.parametrize("kernel", [(), (3,), (3, 3), (2, 3, 2)])
+    def test_groups_of_a_convolution_run_along_its_input_channels(self, kernel):
+        """As sparse tensor-core kernels read it: NHWC, each place of the kernel a matrix ``[out, in]``."""
+        scores = torch.rand(5, 8, *kernel)
+        mask = global_masks({"w": scores}, 0.5, "2:4")["w"]
+        matrices = scores.flatten(2).unbind(-1) if kernel else [scores]
+        for place, matrix in enumerate(matrices):
+            alone = global_masks({"w": matrix.clone()}, 0.5, "2:4")["w"]
+            assert (alone.view(5, 2, 4).sum(2) == 2).all()
+            assert torch.equal(mask.flatten(2)[..., place] if kernel else mask, alone)
+
+    def test_a_1x1_convolution_has_one_order(self):
+        scores = {"w": torch.rand(6, 8, 1, 1), "v": torch.rand(6, 8)}
+        left, right = (global_masks(scores, 0.5, granularity) for granularity in ("2:4", "2:4@unfold"))
+        assert all(torch.equal(left[name], right[name]) for name in scores)
+
+    def test_a_number_of_inputs_that_sparse_kernels_do_not_take_is_told(self):
+        assert "3 inputs, no multiple of 4" in str(parse_granularity("2:4").misfit(torch.Size([8, 3, 3, 3])))
+        assert parse_granularity("2:4").misfit(torch.Size([8, 4, 3, 3])) is None
+        assert parse_granularity("2:4@unfold").misfit(torch.Size([8, 3, 3, 3])) is None
+        assert parse_granularity("row").misfit(torch.Size([8, 3])) is None
+
+    def test_what_was_removed_from_a_kernel_counts_in_its_group(self):
+        scores = {"w": torch.tensor([[9.0, 8.0, 1.0, 2.0]]).view(1, 4, 1).repeat(1, 1, 2)}
+        previous = {"w": torch.tensor([[[False, True], [True, True], [True, True], [True, True]]])}
+        mask = global_masks(scores, 0.5, "2:4", previous=previous)["w"]
+        assert mask[0].T.int().tolist() == [[0, 1, 0, 1], [1, 1, 0, 0]]
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
     def test_a_2_of_4_linear_survives_torchs_semi_structured_format(self, dtype):
@@ -338,15 +366,19 @@ class TestNofM:
     def test_many_rows_are_done_in_parts(self, monkeypatch):
         scores = {"w": torch.rand(50, 6)}
         expected = global_masks(scores, 0.5, "2:4")["w"]
-        monkeypatch.setattr("lightning_optim.functional.masks._GROUPED_AT_ONCE", 40)
+        monkeypatch.setattr("lightning_optim.functional.granularity._GROUPED_AT_ONCE", 40)
         assert torch.equal(global_masks(scores, 0.5, "2:4")["w"], expected)
 
-    @pytest.mark.parametrize(("granularity", "final"), [("2:4", 0.5), ("1:4", 0.75), ("weight", None), ("4x4", None)])
+    @pytest.mark.parametrize(
+        ("granularity", "final"), [("2:4", 0.5), ("1:4@unfold", 0.75), ("weight", None), ("4x4", None)]
+    )
     def test_the_sparsity_that_the_granularity_fixes(self, granularity, final):
         assert parse_granularity(granularity).final_sparsity == final
 
 
-@pytest.mark.parametrize("text", ["2:5:1", "foo", "", "2:", "4x", "-1x4", "2.5:4", "Weight", "weights", "2:4 "])
+@pytest.mark.parametrize(
+    "text", ["2:5:1", "foo", "", "2:", "4x", "-1x4", "2.5:4", "Weight", "weights", "2:4 ", "2:4@", "2:4@channels"]
+)
 def test_a_granularity_that_is_none_is_refused(text):
     with pytest.raises(ValueError, match="`granularity` must be 'weight', 'row', 'column', 'RxC' such as"):
         parse_granularity(text)
