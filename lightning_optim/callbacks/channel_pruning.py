@@ -27,13 +27,14 @@ from lightning_optim.structured.allocation import Allocation, Pool, Shortfall, o
 from lightning_optim.structured.events import (
     ChannelReport,
     check_ratio,
+    event_damage,
     find_prunable,
     known_groups,
     plan_event,
 )
 from lightning_optim.structured.goal import Goal, smallest_ratio
 from lightning_optim.structured.groups import Removal, copy_for_tracing
-from lightning_optim.structured.removal import apply_removal, damage, slice_optimizer
+from lightning_optim.structured.removal import apply_removal, slice_optimizer
 from lightning_optim.structured.selection import refuse_shared, select_roots
 from lightning_optim.tables import by_reason, render
 from lightning_optim.target import ForwardInputs, Pattern, averaged_copies
@@ -289,7 +290,7 @@ class ChannelPruning(CompressionCallback):
 
     def _remove(self, trainer: pl.Trainer, pl_module: pl.LightningModule, pools: list[Pool]) -> None:
         report, dense = self._known()
-        removal, _, exact = plan_event(
+        event = plan_event(
             self._target,
             self._called_inputs(),
             report.groups,
@@ -300,12 +301,12 @@ class ChannelPruning(CompressionCallback):
             self._prefix,
             last=self.window.closes_now,
         )
-        if not removal.kept:
+        if not event.removal.kept:
             return
-        problem = damage(self._target, self._called_inputs(), removal, exact=exact) if self.check else None
+        problem = event_damage(self._target, self._called_inputs(), report.groups, event) if self.check else None
         if problem is not None:
             raise RuntimeError(f"ChannelPruning at step {self.window.step} changed nothing: {problem}.")
-        self._commit(trainer, pl_module, removal)
+        self._commit(trainer, pl_module, event.removal)
         self._removed_at, self._batches_since = self.window.step, 0
 
     def _ratio_for(self, trainer: pl.Trainer, goal: Goal, due: float) -> float:
@@ -331,7 +332,7 @@ class ChannelPruning(CompressionCallback):
         """Return the figure, as a fraction of the dense model's, if channels were removed at a ratio."""
         report, dense = self._known()
         goal, inputs = self.target, self._called_inputs()
-        removal, _, _ = plan_event(
+        event = plan_event(
             self._target,
             inputs,
             report.groups,
@@ -343,7 +344,7 @@ class ChannelPruning(CompressionCallback):
             last=self.window.closes_now,
         )
         smaller = copy_for_tracing(self._target, rounded=False)
-        apply_removal(smaller, removal)
+        apply_removal(smaller, event.removal)
         if goal is None or goal.figure == "parameters":
             return SIZES["parameters"](smaller) / dense.parameters
         if goal.figure == "macs":

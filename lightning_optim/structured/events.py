@@ -13,13 +13,15 @@ from lightning_optim.functional.channels import Slices, channels_to_remove, grou
 from lightning_optim.functional.criteria import parameter_generator
 from lightning_optim.structured.allocation import Allocation, Pool, kept_channels, one_pool
 from lightning_optim.structured.attention import as_heads, in_attention
+from lightning_optim.structured.check import Damage, damage, trusted
 from lightning_optim.structured.groups import FAILURES, ChannelGroup, Removal, TracedModel
-from lightning_optim.structured.removal import damage, trusted
 from lightning_optim.target import ForwardInputs
 
 __all__ = [
     "ChannelReport",
+    "Event",
     "check_ratio",
+    "event_damage",
     "find_prunable",
     "held_gradients",
     "known_groups",
@@ -159,10 +161,8 @@ def _checked(
     for turn in range(max((len(each) for each in ways.values()), default=0)):
         heads = {name: each[turn] for name, each in ways.items() if turn < len(each) and name not in good}
         good |= {name: heads[name] for name in trusted(heads, partial(_probe, module, inputs, heads))[0]}
-    bad: dict[str, str] = {}
-    for exact in (True, False):
-        names = [name for name, group in groups.items() if group.exact is exact and name not in good]
-        bad |= trusted(names, partial(_probe, module, inputs, groups))[1]
+    names = [name for name in groups if name not in good]
+    bad = trusted(names, partial(_probe, module, inputs, groups))[1]
     kept = {name: good.get(name, group) for name, group in groups.items() if name not in bad}
     reasons = {name: _reason(module, groups[name], reason) for name, reason in bad.items()}
     return ChannelReport(kept, {**left_out, **reasons})
@@ -176,22 +176,31 @@ def _reason(module: nn.Module, group: ChannelGroup, reason: str) -> str:
 
 def _probe(
     module: nn.Module, inputs: ForwardInputs, groups: Mapping[str, ChannelGroup], names: Sequence[str]
-) -> str | None:
+) -> Damage | None:
     """Remove some channels of some groups, on copies: others in each group, so that nothing lines up by chance."""
     leaving = {name: _some_channels(groups[name]) for name in names}
     try:
         removal = _remove(TracedModel(module, inputs), groups, leaving)
     except FAILURES as error:
-        return f"torch-pruning cannot remove its channels ({(str(error).splitlines() or [''])[0][:120]})"
-    return damage(module, inputs, removal, exact=all(groups[name].exact for name in names))
+        return Damage(f"torch-pruning cannot remove its channels ({(str(error).splitlines() or [''])[0][:120]})")
+    return damage(module, inputs, removal)
 
 
 def _some_channels(group: ChannelGroup) -> list[int]:
-    """Draw up to half of the channels, the same of each block, from the group's name."""
+    """Draw up to half of the channels, the same of each block, from the group's name.
+
+    No set that a flip or a shuffle in two halves would leave as it is: it would hide them.
+    """
     pieces = group.channels // group.blocks // group.unit
     generator = parameter_generator(group.name)
     number = int(torch.randint(1, pieces // 2 + 1, (), generator=generator)) if pieces > 1 else 0
-    drawn = torch.randperm(pieces, generator=generator)[:number].tolist()
+    order = list(range(pieces))
+    flipped, shuffled = order[::-1], [*order[::2], *order[1::2]] if pieces % 2 == 0 else order
+    while True:
+        drawn = torch.randperm(pieces, generator=generator)[:number].tolist()
+        moved = [sorted(permuted[piece] for piece in drawn) for permuted in (flipped, shuffled) if permuted != order]
+        if sorted(drawn) not in moved or number == 0:
+            break
     units = [block * pieces + piece for block in range(group.blocks) for piece in drawn]
     return sorted(unit * group.unit + offset for unit in units for offset in range(group.unit))
 
@@ -205,6 +214,21 @@ def _remove(traced: TracedModel, groups: Mapping[str, ChannelGroup], leaving: Ma
         for layer, attribute, per in groups[name].counts:
             attributes.setdefault(layer, {})[attribute] = left // per
     return replace(removal, attributes=attributes)
+
+
+@dataclass(frozen=True)
+class Event:
+    """What leaves the live model at once.
+
+    Attributes:
+        removal: What is left of the parameters and attributes.
+        channels: (now, after) of each group.
+        leaving: The channels that leave, by group; groups that lose none are not there.
+    """
+
+    removal: Removal
+    channels: dict[str, tuple[int, int]]
+    leaving: dict[str, list[int]]
 
 
 def held_gradients(module: nn.Module) -> dict[str, Tensor]:
@@ -223,7 +247,7 @@ def plan_event(
     prefix: str = "",
     *,
     last: bool = True,
-) -> tuple[Removal, dict[str, tuple[int, int]], bool]:
+) -> Event:
     """Choose what leaves the live model so that ``ratios`` of the dense channels are gone.
 
     Args:
@@ -236,9 +260,6 @@ def plan_event(
         gradients: Root-mean-square gradients by parameter name, where the criterion needs them.
         prefix: What the module's names begin with in the whole model; it seeds the random criterion.
         last: Whether no event follows that could remove what does not fit into this one.
-
-    Returns:
-        The removal, (channels now, channels after) by group, and whether removing equals setting to zero.
     """
     pools = [one_pool(ratios, names, allocation)] if isinstance(ratios, float) else ratios
     traced = TracedModel(module, inputs)
@@ -246,13 +267,41 @@ def plan_event(
     groups = {name: names[name].now(group) for name, group in now.items()}
     scores = {name: _scores(module, group, allocation, gradients or {}, prefix) for name, group in groups.items()}
     kept = kept_channels(groups, dense, scores, pools, allocation, last=last)
-    leaving, counts, exact = {}, {}, True
+    leaving, counts = {}, {}
     for name, group in groups.items():
         counts[name] = (group.channels, kept[name])
         if kept[name] < group.channels:
             leaving[name] = channels_to_remove(scores[name], kept[name], group.blocks)
-            exact = exact and group.exact
-    return _remove(traced, groups, leaving), counts, exact
+    return Event(_remove(traced, groups, leaving), counts, leaving)
+
+
+def event_damage(
+    module: nn.Module, inputs: ForwardInputs, names: Mapping[str, ChannelGroup], event: Event
+) -> str | None:
+    """Say what an event would break, on copies; None when it breaks nothing.
+
+    All groups are checked together. Where only values differ, the groups are checked in halves: one may need zeros
+    where another needs its channels not to count, and then each is proven by itself.
+
+    Args:
+        module: The model as it is.
+        inputs: What its forward receives.
+        names: The prunable groups by name, as :func:`find_prunable` gave them.
+        event: What would leave.
+    """
+    problem = damage(module, inputs, event.removal)
+    if problem is None:
+        return None
+    if not problem.only_values or len(event.leaving) == 1:
+        return f"{', '.join(event.leaving)}: {problem}"
+    groups = {name: replace(names[name], channels=event.channels[name][0]) for name in event.leaving}
+
+    def breaks(some: Sequence[str]) -> Damage | None:
+        leaving = {name: event.leaving[name] for name in some}
+        return damage(module, inputs, _remove(TracedModel(module, inputs), groups, leaving))
+
+    _, bad = trusted(event.leaving, breaks)
+    return "; ".join(f"{name}: {reason}" for name, reason in bad.items()) or None
 
 
 def _scores(

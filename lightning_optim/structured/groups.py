@@ -39,7 +39,6 @@ READS_PER_NODE = 4
 INDICES_PER_CHANNEL = 8
 """Of the widest layer; no walk that ends finds more in a step."""
 
-_NORMS_OVER_CHANNELS = (nn.LayerNorm, nn.GroupNorm)
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
@@ -72,8 +71,6 @@ class ChannelGroup:
         channels: How many there are now.
         blocks: Into how many equal blocks they fall from which the same relative channels must leave (grouped
             convolutions, GroupNorm, a gate that is half of the channels); 1 mostly.
-        exact: Whether it can be checked that removing equals setting to zero: not so where a norm is taken over the
-            channels by a layer that has no scale or its own forward.
         members: The layers.
         unit: Consecutive channels that leave together, such as the width of an attention head.
         least: Fewer are not kept.
@@ -85,7 +82,6 @@ class ChannelGroup:
     name: str
     channels: int
     blocks: int
-    exact: bool
     members: tuple[Member, ...]
     unit: int = 1
     least: int = 1
@@ -189,7 +185,7 @@ class TracedModel:
             group = self._group(layer)
             if isinstance(group, str):
                 name = self._names[layer]
-                found.append(ChannelGroup(name, _outputs_of(layer), 1, True, (), problem=group))
+                found.append(ChannelGroup(name, _outputs_of(layer), 1, (), problem=group))
                 continue
             for item in group:
                 if self._graph.is_out_channel_pruning_fn(item.dep.handler):
@@ -212,7 +208,7 @@ class TracedModel:
 
     def _read(self, group: Any) -> ChannelGroup:
         root, channels = group[0].dep.target.module, len(group[0].idxs)
-        members, blocks, exact, fewest = [], self._taken_along(root), True, 1
+        members, blocks, fewest = [], self._taken_along(root), 1
         for item in group:
             layer = item.dep.target.module
             if layer not in self._names:  # an operation, or a parameter that no layer holds
@@ -222,11 +218,8 @@ class TracedModel:
             blocks = math.lcm(blocks, _blocks(layer))
             if side == "out" and isinstance(layer, (*_CONVOLUTIONS, *_TRANSPOSED)) and _blocks(layer) > 1:
                 fewest = 2  # with one output a block it would be a depthwise convolution
-            exact = exact and (not isinstance(layer, _NORMS_OVER_CHANNELS) or _has_known_forward(layer))
         problem = self._misaligned(members, channels, blocks)
-        return ChannelGroup(
-            self._names[root], channels, blocks, exact, tuple(members), least=fewest * blocks, problem=problem
-        )
+        return ChannelGroup(self._names[root], channels, blocks, tuple(members), least=fewest * blocks, problem=problem)
 
     def _taken_along(self, root: nn.Module) -> int:
         """Return how many outputs of a layer leave with its first: two for a gate that is half of them."""
@@ -383,10 +376,6 @@ def _width(layer: Any, side: str) -> int:
 def _outputs_of(layer: Any) -> int:
     names = ("out_features", "out_channels", "embedding_dim")
     return next(int(getattr(layer, name)) for name in names if hasattr(layer, name))
-
-
-def _has_known_forward(layer: Any) -> bool:
-    return type(layer) in _NORMS_OVER_CHANNELS and layer.weight is not None
 
 
 def _first_line(error: Exception) -> str:

@@ -11,9 +11,16 @@ from lightning_optim.checkpoint import plain_plan, plan_of
 from lightning_optim.functional.channels import ChannelCriterion
 from lightning_optim.measure.size import SIZES
 from lightning_optim.structured.allocation import Allocation, one_pool, shortfall
-from lightning_optim.structured.events import ChannelReport, check_ratio, find_prunable, held_gradients, plan_event
+from lightning_optim.structured.events import (
+    ChannelReport,
+    check_ratio,
+    event_damage,
+    find_prunable,
+    held_gradients,
+    plan_event,
+)
 from lightning_optim.structured.groups import Removal
-from lightning_optim.structured.removal import apply_removal, damage
+from lightning_optim.structured.removal import apply_removal
 from lightning_optim.structured.selection import refuse_shared, select_roots
 from lightning_optim.tables import render
 from lightning_optim.target import ForwardInputs, Pattern, as_forward_inputs, find_target
@@ -130,17 +137,15 @@ def _planned(
 ) -> tuple[Removal, dict[str, tuple[int, int]]]:
     dense = {name: group.channels for name, group in found.groups.items()}
     pools = found.pools(ratio, prefix) if isinstance(ratio, Mapping) else [one_pool(ratio, dense, allocation)]
-    removal, channels, exact = plan_event(
-        target, inputs, found.groups, dense, pools, allocation, held_gradients(target), prefix
-    )
-    problem = damage(target, inputs, removal, exact=exact) if check else None
+    event = plan_event(target, inputs, found.groups, dense, pools, allocation, held_gradients(target), prefix)
+    problem = event_damage(target, inputs, found.groups, event) if check else None
     if problem is not None:
         raise RuntimeError(f"prune_channels changed nothing: {problem}.")
-    kept = {name: after for name, (_, after) in channels.items()}
+    kept = {name: after for name, (_, after) in event.channels.items()}
     miss = shortfall(found.groups, dense, kept, pools, allocation.round_to)
     if miss.exceeds:
         rank_zero_warn(f"prune_channels: {miss.sentence()}")
-    return removal, channels
+    return event.removal, event.channels
 
 
 def _commit(model: nn.Module, prefix: str, removal: Removal) -> None:

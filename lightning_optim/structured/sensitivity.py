@@ -184,10 +184,8 @@ def _smaller(
     smaller = copy_for_tracing(model)
     target = smaller.get_submodule(prefix.rstrip("."))
     group = {name: found.groups[name]}
-    removal, _, _ = plan_event(
-        target, inputs, group, {name: group[name].channels}, ratio, allocation, gradients, prefix
-    )
-    apply_removal(target, removal)
+    event = plan_event(target, inputs, group, {name: group[name].channels}, ratio, allocation, gradients, prefix)
+    apply_removal(target, event.removal)
     return smaller
 
 

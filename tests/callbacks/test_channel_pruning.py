@@ -433,7 +433,7 @@ def test_what_would_be_scrambled_is_left_out_with_its_reason(tmp_path, caplog):
 
 def test_a_failed_event_leaves_the_model_as_it_was(tmp_path, monkeypatch):
     module = new()
-    monkeypatch.setattr("lightning_optim.callbacks.channel_pruning.damage", lambda *a, **k: "it would break")
+    monkeypatch.setattr("lightning_optim.callbacks.channel_pruning.event_damage", lambda *a, **k: "it would break")
     with pytest.raises(RuntimeError, match="changed nothing: it would break"):
         fit(tmp_path, module, channels())
     assert widths(module) == [16, 16, 3]

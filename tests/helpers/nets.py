@@ -354,8 +354,8 @@ DAMAGED: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any], list[str], 
         ["a"],
         "differs from setting to zero",
     ),
-    "mean over the channels": (
-        lambda: Net(lambda s, x: s.b(s.a(x) - s.a(x).mean(-1, keepdim=True)), a=nn.Linear(32, 16), b=nn.Linear(16, 5)),
+    "a mean of the channels that is read as a value": (
+        lambda: Net(lambda s, x: s.b(s.a(x)) + s.a(x).mean(-1)[..., None], a=nn.Linear(32, 16), b=nn.Linear(16, 5)),
         sequences,
         ["a"],
         "differs from setting to zero",

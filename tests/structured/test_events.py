@@ -21,9 +21,9 @@ def found(module, inputs):
 def event(module, inputs, groups, dense, ratio, **words):
     """Plan an event, apply it, and return the channels left."""
     allocation = Allocation.of(words.pop("criterion", "magnitude"), **{**WORDS, **words})
-    removal, counts, _ = plan_event(module, as_forward_inputs(inputs), groups, dense, ratio, allocation)
-    apply_removal(module, removal)
-    return {name: after for name, (_, after) in counts.items()}
+    planned = plan_event(module, as_forward_inputs(inputs), groups, dense, ratio, allocation)
+    apply_removal(module, planned.removal)
+    return {name: after for name, (_, after) in planned.channels.items()}
 
 
 def residual():
@@ -48,12 +48,11 @@ def test_events_reach_the_ratio_of_the_dense_channels_in_any_number_of_steps(sco
 def test_an_event_that_is_reached_changes_nothing():
     module, inputs, groups, dense = residual()
     event(module, inputs, groups, dense, 0.5)
-    removal, counts, _ = plan_event(
-        module, as_forward_inputs(inputs), groups, dense, 0.25, Allocation.of("magnitude", **WORDS)
-    )
-    assert not removal.kept
-    assert not removal.attributes
-    assert all(now == after for now, after in counts.values())
+    planned = plan_event(module, as_forward_inputs(inputs), groups, dense, 0.25, Allocation.of("magnitude", **WORDS))
+    assert not planned.removal.kept
+    assert not planned.removal.attributes
+    assert not planned.leaving
+    assert all(now == after for now, after in planned.channels.values())
 
 
 @pytest.mark.parametrize("criterion", ["magnitude", "bn_scale", "random", lambda slices: slices.weight.abs().sum(1)])
@@ -82,8 +81,8 @@ def test_taylor_takes_the_gradients_by_name():
         "2.weight": torch.tensor([[9.0, 1, 5, 2]]),
     }
     allocation = Allocation.of("taylor", **WORDS)
-    removal, _, _ = plan_event(module, inputs, groups, {"0": 4}, 0.5, allocation, gradients)
-    assert removal.kept["2.weight"].tolist() == [0, 2]
+    planned = plan_event(module, inputs, groups, {"0": 4}, 0.5, allocation, gradients)
+    assert planned.removal.kept["2.weight"].tolist() == [0, 2]
     with pytest.raises(ValueError, match="group 0: the criterion taylor needs the gradient"):
         plan_event(module, inputs, groups, {"0": 4}, 0.5, allocation)
 
