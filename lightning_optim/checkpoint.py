@@ -25,6 +25,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
+from lightning_optim.optimizers import following
 from lightning_optim.plan import EMPTY, KEY, VERSION, Plan, check_version
 from lightning_optim.provenance import provenance
 from lightning_optim.structure import inherit, is_layer_class, layer_class
@@ -98,7 +99,8 @@ class _LoadHook(_Hook):
         trainer = getattr(self.module, "_trainer", None)
         _check_claims(plain, trainer)
         for module in (self.module, *(averaged_copies(trainer) if trainer is not None else ())):
-            plan_of(module).conform(plain)
+            with following(module):
+                plan_of(module).conform(plain)
         self.call_replaced(checkpoint)
 
 

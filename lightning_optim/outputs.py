@@ -6,7 +6,8 @@ from types import FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+
+from lightning_optim._upstream import tree_leaves
 
 __all__ = ["output_fields", "output_tensors"]
 

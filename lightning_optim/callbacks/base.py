@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_optim import checkpoint
+from lightning_optim.callbacks.monitors import check_score_is_logged
 from lightning_optim.checks import check_name
+from lightning_optim.optimizers import StepWatch, check_current, held_ids, replaced_parameters, unwrapped
 from lightning_optim.strategies.common import INSTEAD, check_supported
 from lightning_optim.target import Pattern, find_target
 from lightning_optim.window import Window, planned_steps
@@ -86,6 +88,7 @@ class CompressionCallback(pl.Callback):
         self._restored = False
         self._handles: list[Any] = []
         self._stepped = False
+        self._advance = _Advance()
         self._holders: list[Optimizer] = []
         self._fitted: tuple[Any, Any] | None = None
 
@@ -133,6 +136,7 @@ class CompressionCallback(pl.Callback):
         checkpoint.attach(pl_module)
         if stage == "fit":
             check_supported(type(self).__name__, trainer.strategy, self.instead)
+            check_score_is_logged(callbacks_of(trainer))
             self._warn_of_plain_monitors(trainer)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -152,6 +156,7 @@ class CompressionCallback(pl.Callback):
         self._register_hooks(trainer)
         if self.window.step == 0 and trainer.global_step > 0:  # joined a run that had begun without it
             self._resolve_window(trainer, pl_module, passed=trainer.global_step)
+        self._advance = _Advance(self.window.step)
         if compressions(trainer)[-1] is self:  # all are ready
             self._finish_all(trainer, pl_module)
 
@@ -171,7 +176,17 @@ class CompressionCallback(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Finish the batch for all techniques in their order; those that did it already have nothing left to do."""
+        self._advance.batches += 1
         self._finish_all(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Raise where the first epoch brought no step of an optimizer that holds a target parameter.
+
+        Raises:
+            MisconfigurationException: If there was none. Where the Trainer has optimizers for other parameters too,
+                theirs may begin later: that is a warning.
+        """
+        self._advance.check(type(self).__name__, self.window.step, self._holders, trainer.optimizers)
 
     def _finish_all(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         for callback in sorted(compressions(trainer), key=lambda callback: callback.order):
@@ -253,22 +268,26 @@ class CompressionCallback(pl.Callback):
         self.window.resolve(planned - passed, clamp=bool(getattr(trainer, "fast_dev_run", False)))
 
     def _register_hooks(self, trainer: pl.Trainer) -> None:
+        if any(replaced_parameters(optimizer) for optimizer in trainer.optimizers):
+            check_current("Restoring the checkpoint's structure", trainer.lightning_module, trainer.optimizers)
         targets = {id(parameter) for parameter in self.target_parameters().values()}
-        holders = [optimizer for optimizer in trainer.optimizers if targets & _parameter_ids(optimizer)]
+        holders = [optimizer for optimizer in trainer.optimizers if targets & held_ids(optimizer)]
         if not holders and not self.reached_end:
             raise MisconfigurationException(
                 f"no optimizer of the Trainer holds a parameter that {type(self).__name__} selected, so its window "
-                "would never advance. Give the parameters to an optimizer, or select others."
+                "would never advance. Give the parameters to an optimizer, or select others. An optimizer that was "
+                "built before the module's parameters were replaced (in `__init__`) holds the old ones: build it in "
+                "`configure_optimizers`."
             )
         self._holders = holders
-        self._handles = [optimizer.register_step_post_hook(self._after_step) for optimizer in holders]
+        self._handles = [StepWatch(optimizer, self._after_step) for optimizer in holders]
 
-    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def _after_step(self, optimizer: Optimizer) -> None:
         self._count(optimizer)
         self.after_step(optimizer)
 
     def _count(self, optimizer: Optimizer) -> None:
-        optimizer = getattr(optimizer, "optimizer", optimizer)  # LightningOptimizer
+        optimizer = unwrapped(optimizer)
         if not self._stepped and any(optimizer is holder for holder in self._holders):
             self._stepped = True
             self.window.count_step()
@@ -286,8 +305,29 @@ class CompressionCallback(pl.Callback):
         return find_target(pl_module, self.module)
 
 
-def _parameter_ids(optimizer: Optimizer) -> set[int]:
-    return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+class _Advance:
+    """Whether the window advanced in the first epoch that trained a batch."""
+
+    def __init__(self, first_step: int = 0) -> None:
+        self.first_step = first_step
+        self.batches = 0
+
+    def check(self, who: str, step: int, holders: Sequence[Optimizer], optimizers: Sequence[Optimizer]) -> None:
+        if not self.batches or not holders or step > self.first_step:
+            return
+        names = ", ".join(sorted({type(optimizer).__name__ for optimizer in holders}))
+        said = (
+            f"{who}: {self.batches} batches were trained, and no step of the optimizer that holds the selected "
+            f"parameters ({names}) was seen, so its window does not advance."
+        )
+        if len(holders) < len(optimizers):
+            rank_zero_warn(f"{said} It begins with the first such step.")
+            self.first_step = -1  # once
+            return
+        raise MisconfigurationException(
+            f"{said} Step the optimizer that `configure_optimizers` returned: under manual optimization "
+            "`self.optimizers().step()`."
+        )
 
 
 def _prefers_the_dense_model(callback: Any) -> bool:

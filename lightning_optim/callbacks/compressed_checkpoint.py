@@ -9,8 +9,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lightning_optim.callbacks.base import compressions
+from lightning_optim import _upstream
+from lightning_optim.callbacks.base import callbacks_of, compressions
 from lightning_optim.callbacks.logged import MetricsSince
+from lightning_optim.callbacks.monitors import check_score_is_logged
 
 __all__ = ["CompressedCheckpoint"]
 
@@ -35,6 +37,7 @@ class CompressedCheckpoint(ModelCheckpoint):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        _upstream.check(self)
         if self.save_last == "link":
             raise ValueError(
                 "save_last='link' needs a top-k file at every save, and CompressedCheckpoint keeps none before the "
@@ -44,12 +47,14 @@ class CompressedCheckpoint(ModelCheckpoint):
         self._passed_over = False
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Refuse a Trainer that would not treat it as a checkpoint callback."""
+        """Refuse a Trainer that would not treat it as a checkpoint callback, or that logs nothing to monitor."""
         if type(trainer).__module__.startswith("pytorch_lightning"):
             raise MisconfigurationException(
                 "CompressedCheckpoint is a ModelCheckpoint of `lightning`, which a Trainer of `pytorch_lightning` does "
                 "not know. Import the Trainer from lightning.pytorch."
             )
+        if stage == "fit":
+            check_score_is_logged(callbacks_of(trainer))
         super().setup(trainer, pl_module, stage)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

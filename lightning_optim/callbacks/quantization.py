@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_optim._upstream import BatchNorm
 from lightning_optim.callbacks.base import (
     CompressionCallback,
     callbacks_of,
@@ -461,7 +462,7 @@ class QuantizationAwareTraining(CompressionCallback):
 
 
 def _batch_norms(target: nn.Module) -> list[nn.Module]:
-    return [layer for layer in target.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
+    return [layer for layer in target.modules() if isinstance(layer, BatchNorm)]
 
 
 def _builds_later(pl_module: pl.LightningModule) -> bool:

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_optim._upstream import BatchNorm as _BatchNorm
 from lightning_optim.functional.fake_quantize import grouped, integer_range, symmetric_scale
 from lightning_optim.quantization.layers import QuantizedLayer
 
@@ -302,7 +302,7 @@ def _largest(rows: Tensor, kept: Tensor | None) -> Tensor:
     return torch.where(kept.any(1), torch.where(kept, rows, -torch.inf).amax(1), 0.0)
 
 
-class _RoundedBatchNorm(_Integer, _BatchNorm):
+class _RoundedBatchNorm(_Integer, nn.BatchNorm1d):  # of any dimension: only that check tells them apart
     def forward(self, input: Tensor) -> Tensor:
         return self.written(super().forward(input))
 

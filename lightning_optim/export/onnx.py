@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_flatten_with_path, tree_leaves, tree_unflatten
 
+from lightning_optim._upstream import tree_flatten, tree_flatten_with_path, tree_leaves, tree_unflatten
 from lightning_optim._version import __version__
 from lightning_optim.checkpoint import plain_plan
 from lightning_optim.export.integer import convert, rounds, rounds_output

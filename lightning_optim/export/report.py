@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_optim._upstream import BatchNorm as _BatchNorm
 from lightning_optim.export.integer import rounds, rounds_output
 from lightning_optim.measure.latency import LatencyResult
 from lightning_optim.quantization.layers import QuantizedLayer

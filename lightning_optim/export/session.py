@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten_with_path, tree_leaves
 
+from lightning_optim._upstream import tree_flatten_with_path, tree_leaves
 from lightning_optim.export.verify import RUNTIMES
 
 __all__ = ["ExportedModel", "as_fed"]

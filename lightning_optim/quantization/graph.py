@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_optim._upstream import BatchNorm as _BatchNorm
 from lightning_optim.outputs import output_tensors
 from lightning_optim.quantization.failures import export_failure, quiet_export
 from lightning_optim.structured.groups import FAILURES, copy_for_tracing

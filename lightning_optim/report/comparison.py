@@ -15,8 +15,8 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.seed import isolate_rng
 from rich.progress import track
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
+from lightning_optim._upstream import tree_leaves
 from lightning_optim.checks import check_count, check_mapping, check_names
 from lightning_optim.export.onnx import export_onnx
 from lightning_optim.export.report import ExportReport

@@ -8,12 +8,13 @@ import time
 from datetime import timedelta
 from typing import Any
 
-from lightning.fabric.utilities.distributed import _destroy_dist_connection
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
+
+from lightning_optim import _upstream
 
 __all__ = [
     "INSTEAD",
+    "SHARDED_PRECISIONS",
     "check_batchnorm_sync",
     "check_supported",
     "checked_timeout",
@@ -27,6 +28,8 @@ SUPPORTED = ("SingleDeviceStrategy", "DDPStrategy", "OptimFSDP2")
 """Names of the strategy classes that compression is correct under, with their subclasses."""
 REFUSED = ("DeepSpeedStrategy", "SingleDeviceXLAStrategy", "XLAStrategy")
 """Subclasses of those all the same, under which it is not."""
+SHARDED_PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
+"""What OptimFSDP2 trains in."""
 INSTEAD = "Take Trainer(strategy='optim_fsdp'), 'optim_ddp', or a single device."
 
 
@@ -80,12 +83,13 @@ def end_group_at_exit() -> None:
     ("terminate called without an active exception": one exit in five, torch 2.13 on Python 3.11), and the exit code
     then says that the run failed.
     """
+    _upstream.require("destroy_dist_connection", "SubprocessScriptLauncher")  # they are used while a run fails
     atexit.unregister(_end_group)
     atexit.register(_end_group)
 
 
 def _end_group() -> None:
-    _destroy_dist_connection()
+    _upstream.destroy_dist_connection()
     time.sleep(0.05)  # without the interpreter's lock, for which that thread may be waiting
 
 
@@ -106,7 +110,7 @@ def end_children(strategy: Any, exception: BaseException, grace_s: float = 10.0)
     KeyboardInterrupt, and where processes are forked, Lightning ends them.
     """
     launcher = strategy.launcher
-    if isinstance(exception, KeyboardInterrupt) or not isinstance(launcher, _SubprocessScriptLauncher):
+    if isinstance(exception, KeyboardInterrupt) or not isinstance(launcher, _upstream.SubprocessScriptLauncher):
         return
     until = time.monotonic() + grace_s
     for process in launcher.procs:

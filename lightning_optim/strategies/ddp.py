@@ -8,10 +8,10 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.distributed import GradBucket, group  # type: ignore[attr-defined]
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import _compress_hook
 from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
+from lightning_optim import _upstream
 from lightning_optim.checks import check_choice, check_flags
 from lightning_optim.strategies.common import (
     check_batchnorm_sync,
@@ -82,6 +82,7 @@ class OptimDDP(DDPStrategy):
             gradient_as_bucket_view=gradient_as_bucket_view,
         )
         self.compress = compress
+        _upstream.check(self)
 
     @override
     def setup_environment(self) -> None:
@@ -119,5 +120,5 @@ def averaged_in(dtype: torch.dtype, bucket: GradBucket) -> torch.futures.Future[
     torch's own bf16 hook is refused by its name wherever NCCL is missing (torch 2.13).
     """
     world: Any = group.WORLD
-    future: torch.futures.Future[torch.Tensor] = _compress_hook(dtype, world, bucket)
+    future: torch.futures.Future[torch.Tensor] = _upstream.compress_hook(dtype, world, bucket)
     return future

@@ -1,37 +1,39 @@
 """OptimFSDP2: fully sharded, hybrid, tensor parallel and 2-D training of unmodified LightningModules."""
 
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any, Literal, Protocol, TypeGuard, runtime_checkable
+from collections.abc import Generator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.fabric.utilities.imports import _IS_INTERACTIVE
-from lightning.fabric.utilities.init import _materialize_distributed_module
-from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.checkpoint import checkpoint as recomputed
 from typing_extensions import override
 
+from lightning_optim import _upstream
 from lightning_optim.checks import check_choice, check_flags, listed
+from lightning_optim.optimizers import check_current, following
 from lightning_optim.sharding import is_dtensor, is_sharded, local, reshard
 from lightning_optim.strategies import gradients
 from lightning_optim.strategies.common import (
+    SHARDED_PRECISIONS,
     check_batchnorm_sync,
     checked_timeout,
     end_children,
     end_group_at_exit,
     name_rank,
 )
+from lightning_optim.strategies.divide import Recomputed, divide, has_own_statistics, register_steps
+from lightning_optim.strategies.reads import Reads, mixed_said_plainly
 from lightning_optim.strategies.sharded_files import ShardedFiles
 from lightning_optim.strategies.tensor import find_pairs, given_pairs
-from lightning_optim.strategies.units import find_units
+from lightning_optim.strategies.units import NamedModules, find_units
+from lightning_optim.strategies.whole import average_gradients, broadcast_from_first
 from lightning_optim.target import averaged_copies
 
 __all__ = ["OptimFSDP2"]
@@ -39,7 +41,6 @@ __all__ = ["OptimFSDP2"]
 STEPS = ("training_step", "validation_step", "test_step", "predict_step")
 CLIPPING = {"clip_grad_by_norm": gradients.clip_by_norm, "clip_grad_by_value": gradients.clip_by_value}
 """Methods of the precision plugin that are replaced while the strategy is set up."""
-PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
 FULL_UNTIL = 1_000_000_000
 """Models of more parameters than this are saved as a folder of shards by default."""
 
@@ -81,6 +82,9 @@ class OptimFSDP2(ModelParallelStrategy):
         timeout_s: Seconds until a collective that a rank does not join raises on the others. Checkpoints, the
             preparation of data and the first compilation must fit in it.
         process_group_backend: ``"nccl"`` or ``"gloo"``; by default what the device takes.
+
+    A weight of a unit that is read outside of its forward (an item table that scores) is gathered for that read. 0-dim
+    parameters stay whole on every device; layers of another dtype than their unit are units of their own.
 
     Precision: ``"bf16-mixed"`` gathers parameters in bfloat16 and adds gradients up in float32;
     BatchNorm stays float32. BatchNorm statistics are averaged over the ranks after each training batch.
@@ -131,14 +135,17 @@ class OptimFSDP2(ModelParallelStrategy):
             raise ValueError("`shard=False` is tensor parallelism alone: it needs `tensor` > 1 and `replicate=1`.")
         if replicate != 1 and tensor != 1:
             raise ValueError("`replicate` and `tensor` are not offered together; leave one at 1.")
+        _upstream.check(self)
         self._files = ShardedFiles(self)
         self._averaged_norms: list[nn.Module] = []
+        self._reads = Reads()
+        self._whole: list[nn.Parameter] = []
 
     # Sizes and processes.
 
     @override
     def _configure_launcher(self) -> None:
-        if _IS_INTERACTIVE:
+        if _upstream.is_interactive():
             raise MisconfigurationException(
                 "sharded and tensor parallel training need processes that keep their part of the model, which a "
                 "notebook cannot start. Run a script, or take Trainer(strategy='optim_ddp_notebook')."
@@ -218,31 +225,37 @@ class OptimFSDP2(ModelParallelStrategy):
         fitting = trainer.state.fn == TrainerFn.FITTING
         module = self.lightning_module
         self._check(trainer, module)
-        if not is_sharded(module):
-            self._announce(trainer, module)
-            self.precision_plugin.convert_module(module)
-            if fitting and self._layer_sync is not None:
-                self._layer_sync.apply(module)
-            self._parallelize(module)
-        reshard(module)  # a root stays gathered after an evaluation
-        _materialize_distributed_module(module, self.root_device)
-        self.model_to_device()
+        with following(module):
+            is_whole = not is_sharded(module)
+            if is_whole:
+                self._announce(trainer, module)
+                self.precision_plugin.convert_module(module)
+                if fitting and self._layer_sync is not None:
+                    self._layer_sync.apply(module)
+                self._parallelize(module)
+            reshard(module)  # a root stays gathered after an evaluation
+            _upstream.materialize_distributed_module(module, self.root_device)
+            self.model_to_device()
+        self._reads, self._whole = Reads.of(module), self._parameters_left_whole(module)
+        if is_whole:
+            broadcast_from_first(self._whole)
         self._files.load_pending()
         self._save_distributed_checkpoint = self._saves_shards(module)
         self.barrier()
         if fitting:
             self.setup_optimizers(trainer)
+            check_current(type(self).__name__, module, self.optimizers)
         self.setup_precision_plugin()
         if fitting:
-            _optimizers_to_device(self.optimizers, self.root_device)
-            self._averaged_norms = [m for m in module.modules() if _has_own_statistics(m)]
+            _upstream.optimizers_to_device(self.optimizers, self.root_device)
+            self._averaged_norms = [m for m in module.modules() if has_own_statistics(m)]
         self.precision_plugin.__dict__.update(CLIPPING)
 
     def _check(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         precision = self.precision_plugin.precision
-        if precision not in PRECISIONS:
+        if precision not in SHARDED_PRECISIONS:
             raise MisconfigurationException(
-                f"{type(self).__name__} trains in {', '.join(PRECISIONS)}, got precision={precision!r}."
+                f"{type(self).__name__} trains in {', '.join(SHARDED_PRECISIONS)}, got precision={precision!r}."
             )
         if trainer.state.fn == TrainerFn.FITTING:
             check_batchnorm_sync(self)
@@ -276,11 +289,11 @@ class OptimFSDP2(ModelParallelStrategy):
         if self.activation_checkpointing:
             for _, unit in units.named:
                 if any(True for _ in unit.children()):
-                    unit.__dict__["forward"] = _Recomputed(unit)
+                    unit.__dict__["forward"] = Recomputed(unit)
         if self.shard:
             words.append(f"units {units}")
             self._warn_of_short(module)
-            self._shard(module, [unit for _, unit in units.named])
+            self._shard(module, units.named)
         rank_zero_info("; ".join(words) + ".")
 
     def _size_words(self) -> str:
@@ -311,24 +324,15 @@ class OptimFSDP2(ModelParallelStrategy):
         share = split / sum(parameter.numel() for parameter in module.parameters())
         return f"{len(plan)} layers with {share:.0%} of the parameters divided by features"
 
-    def _shard(self, module: pl.LightningModule, units: Sequence[nn.Module]) -> None:
-        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-
-        mixed = self.precision_plugin.precision == "bf16-mixed"
-        policy = MixedPrecisionPolicy(cast_forward_inputs=False)  # autocast does it, and targets stay as they are
-        if mixed:
-            reduce_dtype = getattr(torch, self.reduce_dtype)
-            policy = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype, cast_forward_inputs=False)
-            norms: list[nn.Module] = [part for part in module.modules() if _is_batchnorm(part) and part.affine]
-            if norms:  # PyTorch's kernels want float32 there, beside bfloat16 inputs
-                fully_shard(norms, mesh=self._data_mesh, reshard_after_forward=False)
-        for unit in units:
-            if _has_parameters_left(unit):
-                fully_shard(unit, mesh=self._data_mesh, reshard_after_forward=self.reshard, mp_policy=policy)
-        fully_shard(module, mesh=self._data_mesh, mp_policy=policy)
-        for step in STEPS:
-            if is_overridden(step, module):
-                register_fsdp_forward_method(module, step)
+    def _shard(self, module: pl.LightningModule, units: NamedModules) -> None:
+        reduce_dtype = getattr(torch, self.reduce_dtype)
+        compute_dtype = torch.bfloat16 if self.precision_plugin.precision == "bf16-mixed" else None
+        types = None if compute_dtype is None else (compute_dtype, reduce_dtype)
+        divided = divide(module, units, self._data_mesh, reshard=self.reshard, types=types)
+        reads = Reads.of(module)
+        for name, part in divided:
+            reads.watch(name, part, compute_dtype)
+        register_steps(module, [step for step in STEPS if is_overridden(step, module)], reads.in_step)
 
     def _warn_of_short(self, module: nn.Module) -> None:
         """Say which layers have fewer rows than there are shards: some devices hold nothing of them."""
@@ -360,10 +364,66 @@ class OptimFSDP2(ModelParallelStrategy):
                 part.set_requires_gradient_sync(True, recurse=False)
 
     @override
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        with self._mixed_said_plainly("`training_step`"):
+            return super().training_step(*args, **kwargs)
+
+    @override
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        with self._mixed_said_plainly("`validation_step`"):
+            return super().validation_step(*args, **kwargs)
+
+    @override
+    def test_step(self, *args: Any, **kwargs: Any) -> Any:
+        with self._mixed_said_plainly("`test_step`"):
+            return super().test_step(*args, **kwargs)
+
+    @override
+    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
+        with self._mixed_said_plainly("`predict_step`"):
+            return super().predict_step(*args, **kwargs)
+
+    def _mixed_said_plainly(self, where: str) -> AbstractContextManager[None]:
+        module = self.lightning_module
+        return mixed_said_plainly(type(self).__name__, module, where)
+
+    @override
+    def backward(self, *args: Any, **kwargs: Any) -> Tensor:
+        with self._reads.running():  # what is computed again reads again
+            return super().backward(*args, **kwargs)
+
+    @override
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
+        module = self.lightning_module
+        if module is not None and not module.automatic_optimization:  # `loss.backward()` comes by no `post_backward`
+            self._finish_gradients()
+        return super().optimizer_step(*args, **kwargs)
+
+    @override
     def post_backward(self, closure_loss: Tensor) -> None:
+        self._finish_gradients()
+        self._average_statistics()
+
+    def _finish_gradients(self) -> None:
+        """Give the processes the same gradients of what FSDP2 does not see: reads, and what is whole everywhere."""
+        self._reads.finish_backward()
+        average_gradients(self._whole, self._data_mesh)
+
+    def _parameters_left_whole(self, module: nn.Module) -> list[nn.Parameter]:
+        """Return those that every process holds whole and trains by its own batches, where the rest is divided."""
+        if self._data_mesh.size() == 1 or not is_sharded(module) or self._divides_itself(module):
+            return []
+        return [parameter for parameter in module.parameters() if not is_dtensor(parameter)]
+
+    def _divides_itself(self, module: nn.Module) -> bool:
+        from torch.distributed.fsdp import FSDPModule
+
+        return not isinstance(module, FSDPModule)
+
+    def _average_statistics(self) -> None:
         """Average BatchNorm's running statistics: unlike DDP, nothing else keeps them equal on all ranks.
 
-        Not before: the backward pass wants them as the forward pass left them.
+        Not before the backward pass, which wants them as the forward pass left them.
         """
         buffers = [b for norm in self._averaged_norms if norm.training for b in norm.buffers() if b.is_floating_point()]
         if not buffers or self.world_size == 1:
@@ -378,7 +438,7 @@ class OptimFSDP2(ModelParallelStrategy):
     def teardown(self) -> None:
         for name in CLIPPING:
             self.precision_plugin.__dict__.pop(name, None)
-        self._averaged_norms = []
+        self._averaged_norms, self._whole = [], []
         super().teardown()
 
     @override
@@ -412,37 +472,6 @@ class OptimFSDP2(ModelParallelStrategy):
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         self._files.load_optimizers(checkpoint)
-
-
-class _Recomputed:
-    """Stands in for a unit's forward: its activations are computed again in the backward pass."""
-
-    def __init__(self, unit: nn.Module) -> None:
-        self.unit = unit
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        forward: Callable[..., Any] = type(self.unit).forward
-        if not torch.is_grad_enabled():
-            return forward(self.unit, *args, **kwargs)
-        return recomputed(forward, self.unit, *args, use_reentrant=False, **kwargs)
-
-
-def _has_own_statistics(module: nn.Module) -> bool:
-    own = _is_batchnorm(module) and not isinstance(module, nn.SyncBatchNorm)
-    return own and module.running_mean is not None
-
-
-def _is_batchnorm(module: nn.Module) -> TypeGuard[nn.modules.batchnorm._BatchNorm]:
-    return isinstance(module, nn.modules.batchnorm._BatchNorm)
-
-
-def _has_parameters_left(unit: nn.Module) -> bool:
-    """Whether a unit holds a parameter that no unit inside it took already."""
-    return any(not is_dtensor(p) or _is_only_split(p) for p in unit.parameters())
-
-
-def _is_only_split(parameter: Tensor) -> bool:
-    return is_dtensor(parameter) and parameter.device_mesh.mesh_dim_names == ("tensor_parallel",)
 
 
 def _checked_size(name: str, value: Any, word: str) -> Any:

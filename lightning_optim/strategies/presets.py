@@ -1,14 +1,14 @@
-"""The presets: one table from which names, documentation and tests are derived."""
+"""The presets: one table from which names, documentation and tests are derived.
+
+The classes are imported when a preset is built, not when its name is registered.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 from lightning.pytorch.strategies import Strategy, StrategyRegistry
-
-from lightning_optim.strategies.ddp import OptimDDP
-from lightning_optim.strategies.fsdp2 import OptimFSDP2
-from lightning_optim.strategies.single import OptimSingle
 
 __all__ = ["PRESETS", "Preset", "build", "register"]
 
@@ -19,33 +19,49 @@ class Preset:
 
     Attributes:
         name: What ``Trainer(strategy=...)`` takes.
-        strategy: The class.
+        path: Import path of the class.
         options: Its arguments.
         use_when: When to pick it, in words.
     """
 
     name: str
-    strategy: type[Strategy]
+    path: str
     options: Mapping[str, Any]
     use_when: str
+
+    @property
+    def strategy(self) -> type[Strategy]:
+        """The class."""
+        module, _, name = self.path.rpartition(".")
+        cls: type[Strategy] = getattr(import_module(module), name)
+        return cls
+
+    @property
+    def sharded(self) -> bool:
+        """Whether it divides the parameters among devices."""
+        return self.path == _FSDP2
 
     def build(self, **overrides: Any) -> Strategy:
         """Return a new strategy object; ``overrides`` are arguments of its class."""
         return self.strategy(**{**self.options, **overrides})
 
 
+_SINGLE = "lightning_optim.strategies.single.OptimSingle"
+_DDP = "lightning_optim.strategies.ddp.OptimDDP"
+_FSDP2 = "lightning_optim.strategies.fsdp2.OptimFSDP2"
+
 _TABLE = (
-    Preset("optim_single", OptimSingle, {}, "one device holds weights, gradients, optimizer and activations"),
-    Preset("optim_ddp", OptimDDP, {}, "one device holds all of it, and sending gradients takes less than computing"),
-    Preset("optim_ddp_static", OptimDDP, {"static_graph": True}, "like optim_ddp, and no parameter is conditional"),
-    Preset("optim_ddp_notebook", OptimDDP, {"start_method": "fork"}, "like optim_ddp, in a notebook"),
-    Preset("optim_ddp_bf16", OptimDDP, {"compress": "bf16"}, "like optim_ddp over a slow link: half the bytes"),
-    Preset("optim_ddp_fp16", OptimDDP, {"compress": "fp16"}, "like optim_ddp_bf16 with precision='16-mixed'"),
-    Preset("optim_zero2", OptimFSDP2, {"reshard": False}, "gradients and optimizer do not fit one device, weights do"),
-    Preset("optim_fsdp", OptimFSDP2, {}, "the model does not fit otherwise"),
-    Preset("optim_hsdp", OptimFSDP2, {"replicate": "nodes"}, "several nodes, and the divided model fits one of them"),
-    Preset("optim_tp", OptimFSDP2, {"tensor": "node", "shard": False}, "one layer or its activations are too large"),
-    Preset("optim_2d", OptimFSDP2, {"tensor": 2}, "like optim_tp, with more devices than share a layer"),
+    Preset("optim_single", _SINGLE, {}, "one device holds weights, gradients, optimizer and activations"),
+    Preset("optim_ddp", _DDP, {}, "one device holds all of it, and sending gradients takes less than computing"),
+    Preset("optim_ddp_static", _DDP, {"static_graph": True}, "like optim_ddp, and no parameter is conditional"),
+    Preset("optim_ddp_notebook", _DDP, {"start_method": "fork"}, "like optim_ddp, in a notebook"),
+    Preset("optim_ddp_bf16", _DDP, {"compress": "bf16"}, "like optim_ddp over a slow link: half the bytes"),
+    Preset("optim_ddp_fp16", _DDP, {"compress": "fp16"}, "like optim_ddp_bf16 with precision='16-mixed'"),
+    Preset("optim_zero2", _FSDP2, {"reshard": False}, "gradients and optimizer do not fit one device, weights do"),
+    Preset("optim_fsdp", _FSDP2, {}, "the model does not fit otherwise"),
+    Preset("optim_hsdp", _FSDP2, {"replicate": "nodes"}, "several nodes, and the divided model fits one of them"),
+    Preset("optim_tp", _FSDP2, {"tensor": "node", "shard": False}, "one layer or its activations are too large"),
+    Preset("optim_2d", _FSDP2, {"tensor": 2}, "like optim_tp, with more devices than share a layer"),
 )
 
 PRESETS: dict[str, Preset] = {preset.name: preset for preset in _TABLE}
@@ -71,5 +87,5 @@ def register() -> None:
     """Make the names known to ``Trainer(strategy=...)``; doing it twice is harmless."""
     for preset in PRESETS.values():
         StrategyRegistry.register(
-            preset.name, preset.strategy, description=preset.use_when, override=True, **preset.options
+            preset.name, preset.build, description=preset.use_when, override=True, **preset.options
         )

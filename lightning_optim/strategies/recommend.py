@@ -9,6 +9,7 @@ from lightning.pytorch.strategies import Strategy
 from torch import nn
 from torch.optim import Optimizer
 
+from lightning_optim.strategies.common import SHARDED_PRECISIONS
 from lightning_optim.strategies.cost import (
     FILLED,
     MFU,
@@ -25,8 +26,6 @@ from lightning_optim.strategies.cost import (
     overlapped_seconds,
     share,
 )
-from lightning_optim.strategies.fsdp2 import PRECISIONS as SHARDED_PRECISIONS
-from lightning_optim.strategies.fsdp2 import OptimFSDP2
 from lightning_optim.strategies.presets import PRESETS
 from lightning_optim.strategies.reading import (
     duration,
@@ -499,7 +498,7 @@ def _out_of_place(name: str, question: Question, replicate: int | None) -> str |
     uneven = cluster.world % groups != 0 or cluster.world // groups < 2
     single, compressed = name == "optim_single", name in ("optim_ddp_bf16", "optim_ddp_fp16")
     hybrid, tensor = name == "optim_hsdp", name in ("optim_tp", "optim_2d")
-    sharded = issubclass(PRESETS[name].strategy, OptimFSDP2)
+    sharded = PRESETS[name].sharded
     reasons = {
         "there is one device": not several and not single,
         "what one device does cannot be compared while its time for a step is not known": several

@@ -11,18 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.load import _METADATA_FILENAME
-from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_optim.optimizers import unwrapped
 from lightning_optim.sharding import full, is_dtensor, is_sharded, shard_like
 
 __all__ = ["METADATA", "ShardedFiles", "is_sharded_folder"]
 
-METADATA: str = _METADATA_FILENAME
-"""The file of a folder that holds what is neither weights nor optimizer states."""
+METADATA = "meta.pt"
+"""The file of a folder that holds what is neither weights nor optimizer states; Lightning's name for it."""
 FOLDER_KEY = "lightning_optim_folder"
 """Where a read folder's path travels in the checkpoint until weights and optimizer states are loaded from it."""
 
@@ -56,8 +55,7 @@ class ShardedFiles:
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """Return an optimizer's state in the same way."""
-        inner = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
-        return self._as_saved(inner.state_dict())
+        return self._as_saved(unwrapped(optimizer).state_dict())
 
     def _as_saved(self, state: dict[str, Any]) -> dict[str, Any]:
         if self._strategy._save_distributed_checkpoint:

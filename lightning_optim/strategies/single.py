@@ -6,6 +6,8 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
+from lightning_optim import _upstream
+
 __all__ = ["OptimSingle"]
 
 
@@ -21,6 +23,7 @@ class OptimSingle(SingleDeviceStrategy):
     def __init__(self) -> None:
         super().__init__()
         self._parallel_devices: list[torch.device] | None = None
+        _upstream.check(self)
 
     @property
     def parallel_devices(self) -> list[torch.device] | None:

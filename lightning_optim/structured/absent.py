@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
+
+from lightning_optim._upstream import tree_map_only
 
 __all__ = ["absent_entries", "in_float64"]
 

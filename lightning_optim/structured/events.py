@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from lightning_optim._upstream import NormBase
 from lightning_optim.functional.channels import Slices, channels_to_remove, group_scores
 from lightning_optim.functional.criteria import parameter_generator
 from lightning_optim.structured.allocation import Allocation, Pool, kept_channels, one_pool
@@ -29,7 +30,7 @@ __all__ = [
 ]
 
 _CHANNEL_DIM = {"out": 0, "in": 1}
-_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
+_NORMS = (nn.LayerNorm, nn.GroupNorm, NormBase)
 _SWAPPED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Embedding, nn.EmbeddingBag)
 
 

@@ -504,7 +504,7 @@ class _Opaque(torch.autograd.Function):
 @contextmanager
 def _opaque_recurrent_layers(module: nn.Module):  # type: ignore[no-untyped-def]
     """Trace recurrent layers as one step: their gates are chunks that torch-pruning indexes wrongly."""
-    from torch.utils._pytree import tree_flatten, tree_unflatten
+    from lightning_optim._upstream import tree_flatten, tree_unflatten
 
     def opaque(layer: nn.Module, inputs: tuple[Any, ...], outputs: Any) -> Any:
         if not inputs or not isinstance(inputs[0], Tensor):  # a packed sequence

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from lightning_optim._upstream import NormBase
 from lightning_optim.target import Pattern, select_weights
 
 __all__ = ["refuse_shared", "select_roots"]
@@ -58,5 +59,5 @@ def select_roots(
 
 def _has_channels(layer: nn.Module) -> bool:
     """Norms and activations follow the layers before them; embeddings and others decide for themselves."""
-    followers = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase, nn.PReLU)
+    followers = (nn.LayerNorm, nn.GroupNorm, NormBase, nn.PReLU)
     return not isinstance(layer, followers)

@@ -15,6 +15,7 @@ from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.strategies import StrategyRegistry
 
 from helpers.gpt import Language
+from lightning_optim import _upstream
 from lightning_optim.strategies import PRESETS, OptimDDP, OptimFSDP2, OptimSingle, build, fsdp2
 from lightning_optim.strategies.common import check_batchnorm_sync
 
@@ -103,7 +104,7 @@ def test_sizes_that_do_not_fit_raise_with_the_trainer(strategy, words, sentence)
 
 
 def test_a_notebook_is_told_what_to_take(monkeypatch):
-    monkeypatch.setattr(fsdp2, "_IS_INTERACTIVE", True)
+    monkeypatch.setattr(_upstream, "is_interactive", lambda: True)
     with pytest.raises(MisconfigurationException, match="'optim_ddp_notebook'"):
         new_trainer(strategy="optim_fsdp")
 
