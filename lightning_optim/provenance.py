@@ -8,6 +8,7 @@ from functools import cache
 from importlib import metadata
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lightning_optim._version import __version__
@@ -55,7 +56,7 @@ def _versions() -> Mapping[str, str]:
     for name in _PACKAGES:
         with suppress(metadata.PackageNotFoundError):  # Lightning may be there as `pytorch-lightning` alone
             found[name] = metadata.version(name)
-    return found
+    return found | {"torch": str(torch.__version__)}  # with the build (+cu130), which its metadata may leave out
 
 
 def _data(trainer: Any) -> dict[str, Any]:

@@ -73,6 +73,8 @@ def _named(given: Sequence[str]) -> dict[str, Path]:
         name, separator, path = each.partition("=")
         if not separator or Path(each).exists():  # Lightning's own file names have "=" in them
             name, path = Path(each).stem, each
+        if not name:
+            raise UserError(f"{each!r} has no name before `=`. Leave `=` out, or write NAME={path}.")
         if name in files:
             raise UserError(f"two checkpoints are called {name!r}. Name them: first=a.ckpt second=b.ckpt.")
         files[name] = Path(path)

@@ -2,10 +2,11 @@
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from lightning_optim import checkpoint
 from lightning_optim.cli.building import load
-from lightning_optim.cli.command import Command, said_plainly
+from lightning_optim.cli.command import Command, UserError, said_plainly
 from lightning_optim.cli.loading import PREPARE_HELP, dims, model_and_data, objects_parser, prepared
 from lightning_optim.export import export_onnx
 
@@ -26,6 +27,8 @@ def run(arguments: Sequence[str]) -> int:
     parser.add_argument("--prepare", metavar="FUNCTION", help=PREPARE_HELP)
     given, others = parser.parse_known_args(arguments)
     objects = model_and_data("export", others)
+    if Path(given.file).is_dir():
+        raise UserError(f"{given.file!r} is a folder. Give the name of the ONNX file to write.")
     with said_plainly():
         model = load(objects.words, given.checkpoint)
         deployed, inputs = prepared(objects, model, given.prepare)

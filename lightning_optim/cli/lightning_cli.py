@@ -1,24 +1,33 @@
 """LightningCLI with two more words: a recipe, and a teacher."""
 
-from pathlib import Path
+import argparse
+import sys
 from typing import Any, cast
 
 import lightning.pytorch as pl
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
+from lightning_optim import _upstream
+from lightning_optim.callbacks.monitors import check_score_is_logged
 from lightning_optim.checkpoint import attach, read_checkpoint
 from lightning_optim.cli.building import build, is_distilled, load
 from lightning_optim.cli.command import UserError, said_plainly
+from lightning_optim.cli.mistakes import check_strategy, parse_mistake
 from lightning_optim.distillation import DistillationModule
 from lightning_optim.recipe import Recipe
+from lightning_optim.strategies.sharded_files import is_sharded_folder
 
 __all__ = ["ObjectsCLI", "OptimCLI", "SaveConfigBesideLogs"]
 
 SPECIAL_PATHS = ("last", "best", "hpc", "registry")
 """What Lightning takes for a checkpoint besides a path."""
+
+
+_LOADERS = {"fit": "train", "validate": "val", "test": "test", "predict": "predict"}
 
 
 class SaveConfigBesideLogs(SaveConfigCallback):
@@ -52,6 +61,21 @@ class OptimCLI(LightningCLI):
             "--teacher_ckpt", type=str | None, default=None, help="the teacher's checkpoint, compressed or not"
         )
 
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """Let mistakes be raised, so that they can be said in one sentence."""
+        _upstream.check(type(self))
+        return super().init_parser(**{"exit_on_error": False, **kwargs})
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse; what is wrong with the arguments or a configuration file is said in one sentence."""
+        try:
+            super().parse_arguments(parser, args)
+        except argparse.ArgumentError as error:
+            raise UserError(parse_mistake(str(error), self._command())) from error
+
+    def _command(self) -> str:
+        return next((each for each in sys.argv[1:] if each in self.subcommands()), "fit")
+
     def _parse_ckpt_path(self) -> None:
         """Take the model from the configuration alone.
 
@@ -64,16 +88,30 @@ class OptimCLI(LightningCLI):
         with said_plainly():
             self.recipe = Recipe.load(self._word("recipe") or {})
             super().instantiate_classes()
+            self._check_data()
             if self.subcommand == "fit":
                 self._check_file()
                 self.model = self.recipe.wrap(self.model, self._teacher())
             else:
                 self.model = self._as_saved()
 
+    def _check_data(self) -> None:
+        """Refuse a run without data, before anything else is made for it."""
+        loader = f"{_LOADERS[str(self.subcommand)]}_dataloader"
+        if self.datamodule is None and not is_overridden(loader, self.model):
+            raise UserError(
+                f"`{self.subcommand}` has no data: give --data CLASS (or `data` in the configuration), or a model with "
+                f"`{loader}`."
+            )
+
     def _check_file(self) -> dict[str, Any] | None:
         """Read the checkpoint that is asked for, so that what is wrong with it is said before anything runs."""
         path = self._word("ckpt_path")
-        if path is None or path in SPECIAL_PATHS or Path(path).is_dir():
+        if path == "best" and self.subcommand != "fit":
+            raise UserError(
+                f"--ckpt_path best: `{self.subcommand}` is a run of its own, which has trained nothing. Give the file."
+            )
+        if path is None or path in SPECIAL_PATHS or str(path).startswith("registry") or is_sharded_folder(path):
             return None
         return read_checkpoint(path)
 
@@ -89,6 +127,8 @@ class OptimCLI(LightningCLI):
         """Make the Trainer, with the recipe's callbacks."""
         own = self._get(self.config_init, "trainer", default={}).get("callbacks") or []
         callbacks = [*(own if isinstance(own, list) else [own]), *self.recipe.callbacks()]
+        check_strategy(self._get(self.config_init, "trainer", default={}).get("strategy"))
+        check_score_is_logged(callbacks)
         return super().instantiate_trainer(callbacks=callbacks, **kwargs)
 
     def _word(self, name: str) -> Any:
@@ -108,6 +148,9 @@ class OptimCLI(LightningCLI):
 
 class ObjectsCLI(OptimCLI):
     """Model and data of a configuration, without a run: for the commands that take a checkpoint."""
+
+    def _command(self) -> str:
+        return sys.argv[0].rpartition(" ")[2]
 
     def instantiate_classes(self) -> None:
         """Make the model and the data only."""

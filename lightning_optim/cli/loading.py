@@ -65,7 +65,9 @@ def dims(text: str) -> dict[str, dict[int, str]]:
         given = None
     if not isinstance(given, dict) or not all(isinstance(each, dict) for each in given.values()):
         raise argparse.ArgumentTypeError(f"expected a mapping such as '{{text: {{1: length}}}}', got {text!r}")
-    return {str(name): {int(place): str(word) for place, word in each.items()} for name, each in given.items()}
+    if not all(type(place) is int for each in given.values() for place in each):
+        raise argparse.ArgumentTypeError(f"dimensions are whole numbers, as in '{{text: {{1: length}}}}', got {text!r}")
+    return {str(name): {place: str(word) for place, word in each.items()} for name, each in given.items()}
 
 
 def model_and_data(command: str, arguments: Sequence[str]) -> Objects:

@@ -7,11 +7,12 @@ import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_optim._version import __version__
 from lightning_optim.cli import compare, consolidate, demo, export, recipes, recommend, show, train
-from lightning_optim.cli.command import Command, UserError
+from lightning_optim.cli.command import Command, UserError, is_users
 
 __all__ = ["COMMANDS", "main"]
 
@@ -50,13 +51,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (UserError, MisconfigurationException) as error:
         return _said(error)
     except (ValueError, TypeError) as error:
-        if not Path(traceback.extract_tb(error.__traceback__)[-1].filename).is_relative_to(Path(__file__).parents[1]):
+        if not (_is_raised_in(error, _PACKAGE) or _is_lightnings(error)):
             raise  # what a user's module raises in a run is a bug to find
+        return _said(error)
+    except (OSError, RuntimeError) as error:
+        if not _is_lightnings(error):
+            raise
         return _said(error)
 
 
+_PACKAGE = Path(__file__).parents[1]
+_LIGHTNING = Path(pl.__file__).parents[1]
+
+
+def _is_lightnings(error: Exception) -> bool:
+    """Whether an error is Lightning's answer to what was asked: no code of the user's was running."""
+    return _is_raised_in(error, _LIGHTNING) and not is_users(error)
+
+
+def _is_raised_in(error: Exception, folder: Path) -> bool:
+    return Path(traceback.extract_tb(error.__traceback__)[-1].filename).is_relative_to(folder)
+
+
 def _said(error: Exception) -> int:
-    sys.stderr.write(f"error: {error}\n")
+    notes = getattr(error, "__notes__", ())
+    sys.stderr.write(f"error: {' '.join(' '.join([str(error), *notes]).split())}\n")
     return 1
 
 
