@@ -272,15 +272,23 @@ def restructure(
         buffer = layer._buffers.get(name)
         if spec is None:
             layer.register_buffer(name, None)
-        elif buffer is None or (tuple(buffer.shape), buffer.dtype) != (tuple(spec[0]), spec[1]):
+            continue
+        shape, dtype = tuple(spec[0]), _precision(buffer, spec[1])
+        if buffer is None or (tuple(buffer.shape), buffer.dtype) != (shape, dtype):
             device = torch.device("cpu") if like is None else like.device
-            layer.register_buffer(name, torch.zeros(spec[0], dtype=spec[1], device=device))
+            layer.register_buffer(name, torch.zeros(shape, dtype=dtype, device=device))
     for name, child in children.items():
         vars(child).pop(PLACE, None)
         if wanted.children[name] is not None:
             vars(child)[PLACE] = wanted.children[name]
     absent = {name: None for name, child in layer._modules.items() if child is None}
     _refill(layer._modules, {**absent, **children})
+
+
+def _precision(buffer: torch.Tensor | None, written: torch.dtype) -> torch.dtype:
+    """Return a buffer's dtype: precision is the module's, as it is for parameters, whatever the file was trained in."""
+    both_float = buffer is not None and buffer.is_floating_point() and written.is_floating_point
+    return buffer.dtype if buffer is not None and both_float else written
 
 
 def _refill(held: dict[str, Any], wanted: Mapping[str, Any]) -> None:

@@ -2,11 +2,15 @@
 
 import io
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-__all__ = ["by_reason", "render"]
+__all__ = ["by_reason", "by_stack", "render"]
+
+SHORTEST_RUN = 3
+"""Equal rows of a stack that are written as one."""
 
 
 def render(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -25,8 +29,61 @@ def render(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) ->
     return stream.getvalue().rstrip()
 
 
+def by_stack(rows: Iterable[Sequence[Any]]) -> list[tuple[Any, ...]]:
+    """Write equal rows of consecutive blocks of a stack as one row.
+
+    Args:
+        rows: Cells; the first is the dotted name of a layer or a parameter. Rows are equal when all others are, where
+            the names of other layers of the same block count as equal.
+
+    Returns:
+        The rows, a run of three or more at the place of its first. Numbers at several places of a name (experts of
+        blocks) are gathered one place after the other.
+
+    Examples:
+        >>> by_stack([("blocks.0.up", "64"), ("blocks.1.up", "64"), ("blocks.2.up", "64"), ("head", "64")])
+        [('blocks.0-2.up', '64'), ('head', '64')]
+    """
+    gathered = [tuple(row) for row in rows]
+    deepest = max((row[0].count(".") for row in gathered), default=-1)
+    for place in range(deepest + 1):
+        gathered = _runs_at(place, gathered)
+    return gathered
+
+
+def _runs_at(place: int, rows: Sequence[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+    """Gather the rows whose names differ in one component only, which counts on."""
+    runs: dict[tuple[Any, ...], list[list[tuple[Any, ...]]]] = {}
+    ordered: list[list[tuple[Any, ...]]] = []
+    for row in rows:
+        parts = row[0].split(".")
+        if place >= len(parts) or not parts[place].isdecimal():
+            ordered.append([row])
+            continue
+        alike = runs.setdefault(_renamed(row, place, "*"), [])
+        if alike and int(parts[place]) == int(alike[-1][-1][0].split(".")[place]) + 1:
+            alike[-1].append(row)
+        else:
+            alike.append([row])
+            ordered.append(alike[-1])
+    return [row for run in ordered for row in ([_as_one(place, run)] if len(run) >= SHORTEST_RUN else run)]
+
+
+def _as_one(place: int, run: Sequence[tuple[Any, ...]]) -> tuple[Any, ...]:
+    first, last = (row[0].split(".")[place] for row in (run[0], run[-1]))
+    return _renamed(run[0], place, f"{first}-{last}")
+
+
+def _renamed(row: tuple[Any, ...], place: int, number: str) -> tuple[Any, ...]:
+    """Return a row with another block's number, in its name and in the names of other layers of its block."""
+    parts = row[0].split(".")
+    own, other = (".".join([*parts[:place], written]) + "." for written in (parts[place], number))
+    others = [cell.replace(own, other) if isinstance(cell, str) else cell for cell in row[1:]]
+    return f"{row[0]}.".replace(own, other, 1)[:-1], *others
+
+
 def by_reason(left_out: Mapping[str, str], shown: int = 3) -> list[tuple[str, str]]:
-    """Gather names that were left out for the same reason.
+    """Gather names that were left out for the same reason, blocks of a stack as one.
 
     Args:
         left_out: Name -> reason.
@@ -44,6 +101,7 @@ def by_reason(left_out: Mapping[str, str], shown: int = 3) -> list[tuple[str, st
         names.setdefault(reason, []).append(name)
     rows = []
     for reason, same in names.items():
-        more = f" and {len(same) - shown} more" if len(same) > shown else ""
-        rows.append((", ".join(same[:shown]) + more, reason))
+        written = [name for (name,) in by_stack((name,) for name in same)]
+        more = f" and {len(written) - shown} more" if len(written) > shown else ""
+        rows.append((", ".join(written[:shown]) + more, reason))
     return rows

@@ -4,7 +4,7 @@ Every technique asks here, so that ``module``, ``include`` and ``exclude`` mean 
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -400,7 +400,7 @@ def as_forward_inputs(example_inputs: Any) -> ForwardInputs:
     """Read example inputs as Lightning reads ``example_input_array``: a tensor, a tuple, or a dict of keywords."""
     if isinstance(example_inputs, ForwardInputs):
         return example_inputs
-    if isinstance(example_inputs, dict):
+    if isinstance(example_inputs, Mapping):  # a tokenizer's BatchEncoding too
         return ForwardInputs((), dict(example_inputs))
     if isinstance(example_inputs, (tuple, list)):
         return ForwardInputs(tuple(example_inputs))

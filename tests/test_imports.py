@@ -25,7 +25,7 @@ LAYERS = [
         "structure",
         "plan",
     },
-    {"structured", "quantization", "measure", "export", "checkpoint", "target", "window"},
+    {"structured", "quantization", "measure", "export", "checkpoint", "target", "calls", "window"},
     {"report", "callbacks", "strategies", "distillation", "recipe", "demo", "cli", "__main__"},
     {"__init__"},
 ]

@@ -36,7 +36,7 @@ from lightning_optim.structured.goal import Goal, smallest_ratio
 from lightning_optim.structured.groups import Removal, copy_for_tracing
 from lightning_optim.structured.removal import apply_removal, slice_optimizer
 from lightning_optim.structured.selection import refuse_shared, select_roots
-from lightning_optim.tables import by_reason, render
+from lightning_optim.tables import by_reason, by_stack, render
 from lightning_optim.target import ForwardInputs, Pattern, averaged_copies
 from lightning_optim.window import Window
 
@@ -573,7 +573,7 @@ class ChannelPruning(CompressionCallback):
         if self._report is None or self._dense is None:
             return ""
         ratios = self._final_ratios()
-        rows = [
+        rows = by_stack(
             (
                 name,
                 str(self._dense.channels[name]),
@@ -581,7 +581,7 @@ class ChannelPruning(CompressionCallback):
                 ", ".join(sorted(group.layers - {name})),
             )
             for name, group in self._report.groups.items()
-        ]
+        )
         rows += [(names, "", "-", reason) for names, reason in by_reason(self._report.left_out)]
         return render(
             f"{self._label()}: steps {self.window.start_step} to {self.window.end_step}",

@@ -33,7 +33,7 @@ from lightning_optim.quantization.prepare import (
     select_layers,
     set_phase,
 )
-from lightning_optim.quantization.ranges import copy_ranges, fold_ranges, settle_ranges
+from lightning_optim.quantization.ranges import copy_ranges, fold_ranges, settle_ranges, unseen_inputs
 from lightning_optim.sharding import is_sharded
 from lightning_optim.target import ForwardInputs, Pattern, averaged_copies, move_inputs
 from lightning_optim.window import Window, planned_steps
@@ -118,6 +118,7 @@ class QuantizationAwareTraining(CompressionCallback):
         self._layers: dict[str, QuantizedLayer] = {}
         self._observed_until: int | None = None
         self._rounded: list[str] = []
+        self._unseen: set[str] = set()
         self._outputs: list[str] = []
         self._outputs_known = False
         self._strategy: Any = None
@@ -218,9 +219,9 @@ class QuantizationAwareTraining(CompressionCallback):
 
     @property
     def phase(self) -> str:
-        """The phase the layers are in."""
-        phases = [PHASES.index(layer.quantization_phase) for layer in self._layers.values()]
-        return PHASES[min(phases, default=0)]
+        """The phase the layers are in, but for those whose input was never seen."""
+        layers = [layer for name, layer in self._layers.items() if name not in self._unseen] or self._layers.values()
+        return PHASES[min((PHASES.index(layer.quantization_phase) for layer in layers), default=0)]
 
     @property
     def _follows(self) -> bool:
@@ -234,17 +235,26 @@ class QuantizationAwareTraining(CompressionCallback):
         return PHASES[sum(step >= bound for bound in passed)]
 
     def _phase_of(self, name: str, due: str) -> str:
-        """Return a layer's phase: one that was rounded when the fit began stays so."""
+        """Return a layer's phase: one that was rounded when the fit began stays so.
+
+        One whose input was never seen is observed until it is, and stays float once ranges are frozen.
+        """
+        if name in self._unseen:
+            return "off" if due == "frozen" else "observe"
         return "fake_quantize" if name in self._rounded and due in ("off", "observe") else due
 
     def _enter(self, trainer: pl.Trainer, pl_module: pl.LightningModule, phase: str, *, say: bool = True) -> None:
+        rounds = PHASES.index(phase) >= PHASES.index("fake_quantize")
+        self._unseen = unseen_inputs(self._layers) if rounds else set()
         wanted = {name: self._phase_of(name, phase) for name in self._layers}
-        behind = any(x.quantizes_output and x.output_phase != wanted[name] for name, x in self._layers.items())
-        changes = any(layer.quantization_phase != wanted[name] for name, layer in self._layers.items())
-        if not changes and not behind:
+        changing = {name: x for name, x in self._layers.items() if not _is_in(x, wanted[name])}
+        changes = any(layer.quantization_phase != wanted[name] for name, layer in changing.items())
+        if not changing:
             return
-        if PHASES.index(phase) >= PHASES.index("fake_quantize"):
-            settle_ranges(self._layers)
+        if rounds:
+            settle_ranges({name: layer for name, layer in changing.items() if name not in self._unseen})
+        if phase == "frozen" and changes:
+            self._leave_float()
         if phase == "frozen" and trainer.world_size > 1:
             self._share_norms(trainer, pl_module)
         for module in (pl_module, *averaged_copies(trainer)):
@@ -254,6 +264,22 @@ class QuantizationAwareTraining(CompressionCallback):
             torch._dynamo.reset()  # graphs of earlier phases count towards its limit, beyond which it runs eager
         if changes and say:
             self._report(trainer, pl_module)
+
+    def _leave_float(self) -> None:
+        """Say which layers are frozen as float, since no batch called them; those that were asked for raise."""
+        unseen = [name for name in self._layers if name in self._unseen]
+        if not unseen:
+            return
+        named = f"{', '.join(unseen[:5])}{f' and {len(unseen) - 5} more' if len(unseen) > 5 else ''}"
+        if self.include is not None:
+            raise RuntimeError(
+                f"no input of {named} was seen between `start` and `freeze`, and `include` asks for it: the forward "
+                f"pass does not call it in training. Pass exclude={unseen[:5]!r}."
+            )
+        rank_zero_warn(
+            f"{self._label()}: no input of {named} was seen between `start` and `freeze` (step {self.window.step}), so "
+            "it has no range and stays float."
+        )
 
     def _set_phases(self, module: nn.Module, wanted: Mapping[str, str]) -> None:
         layers = self._layers_of(module)
@@ -416,7 +442,8 @@ class QuantizationAwareTraining(CompressionCallback):
 
     def _report(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         words = {"observe": "observing ranges", "fake_quantize": "rounding", "frozen": "ranges frozen", "off": "off"}
-        rank_zero_info(f"{self._label()}: step {self.window.step}, {words[self.phase]} in {len(self._layers)} layers.")
+        count = len(self._layers) - len(self._unseen)
+        rank_zero_info(f"{self._label()}: step {self.window.step}, {words[self.phase]} in {count} layers.")
         if trainer.barebones:
             return
         metrics = {"quantization/phase": float(PHASES.index(self.phase))}
@@ -430,6 +457,8 @@ class QuantizationAwareTraining(CompressionCallback):
         asked = (
             f"asked int{self.scheme.weight_bits} weights and {activations} activations in {len(self._layers)} layers"
         )
+        if self._unseen:
+            asked += f", of which {len(self._unseen)} never ran and stay float"
         if self.reached_end:
             return f"{self._label()}: {asked}; they are {self.phase.replace('_', ' ')}."
         return (
@@ -459,6 +488,10 @@ class QuantizationAwareTraining(CompressionCallback):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_layers": {}, "_strategy": None, "_frozen_norms": [], "_whole": None}
+
+
+def _is_in(layer: QuantizedLayer, phase: str) -> bool:
+    return layer.quantization_phase == phase and (not layer.quantizes_output or layer.output_phase == phase)
 
 
 def _batch_norms(target: nn.Module) -> list[nn.Module]:

@@ -19,7 +19,7 @@ from lightning_optim.measure.size import SIZES
 from lightning_optim.registry import Registry
 from lightning_optim.report.columns import Column, Row
 from lightning_optim.report.document import Card, Report, Section, as_json
-from lightning_optim.report.layers import against_reference, layer_facts
+from lightning_optim.report.layers import against_reference, layer_facts, layer_rows
 from lightning_optim.report.styles import styles_of
 from lightning_optim.target import find_target
 
@@ -308,7 +308,7 @@ def _layer_sections(layers: list[dict[str, Any]], rows: Sequence[Row]) -> list[S
 
     drawn = layer_picture("layers", f"{END}, against {START}", layers, styles_of(rows)[END])
     figures = [] if drawn is None else [drawn]
-    return [Section("Layers", figures=figures, columns=LAYER_COLUMNS, rows=layers)] if layers else []
+    return [Section("Layers", figures=figures, columns=LAYER_COLUMNS, rows=layer_rows(layers))] if layers else []
 
 
 def _logged_sections(epochs: Sequence[Mapping[str, Any]], events: Sequence[Mapping[str, Any]]) -> list[Section]:

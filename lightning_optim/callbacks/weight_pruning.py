@@ -37,7 +37,7 @@ from lightning_optim.functional.schedules import SCHEDULES, Schedule
 from lightning_optim.functional.thresholds import Scores
 from lightning_optim.sharding import copies, full, is_dtensor, local, reshard, shard_like, wrap_like
 from lightning_optim.structured.removal import keep_channels
-from lightning_optim.tables import by_reason, render
+from lightning_optim.tables import by_reason, by_stack, render
 from lightning_optim.target import Pattern, Selection, Weight, averaged_copies, matches, select_weights
 from lightning_optim.window import Window
 
@@ -702,10 +702,10 @@ class WeightPruning(CompressionCallback):
     def _table(self, selection: Selection) -> str:
         finals = {name: goal.final for goal in self._goals for name in goal.names}
         asked = {name: f"{finals[name]:.2%}" if name in finals else "held" for name in selection.chosen}
-        rows = [
+        rows = by_stack(
             (name, "x".join(map(str, weight.parameter.shape)), asked[name], f"{self._in_force}, {self.scope}")
             for name, weight in selection.chosen.items()
-        ]
+        )
         rows += [(names, "", "-", reason) for names, reason in by_reason(selection.left_out)]
         start, end = self.window.start_step, self.window.end_step
         title = f"{self._label()}: steps {start} to {end}" if self._goals else f"{self._label()}: hold"

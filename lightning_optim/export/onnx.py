@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lightning_optim._upstream import tree_flatten, tree_flatten_with_path, tree_leaves, tree_unflatten
 from lightning_optim._version import __version__
+from lightning_optim.calls import describe_inputs, try_forward
 from lightning_optim.checkpoint import plain_plan
 from lightning_optim.export.integer import convert, rounds, rounds_output
 from lightning_optim.export.program import OPSET, Program, export_program
@@ -26,13 +27,15 @@ from lightning_optim.measure.latency import LatencyResult
 from lightning_optim.outputs import output_fields, output_tensors
 from lightning_optim.quantization.graph import read_graph, without_fast_path
 from lightning_optim.quantization.layers import QuantizedLayer
-from lightning_optim.structured.groups import FAILURES, copy_for_tracing
+from lightning_optim.structured.groups import copy_for_tracing
 from lightning_optim.target import ForwardInputs, as_forward_inputs, first_rows, map_inputs
 
 __all__ = ["export_onnx"]
 
 LARGEST_FILE = 2**31 - 2**20
 """Bytes of weights that fit into one ONNX file."""
+
+_ADVICE = "a tensor, a tuple of arguments or a dict of keyword arguments is expected."
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -181,7 +184,8 @@ class _Flat(nn.Module):
         leaves, spec = tree_flatten((inputs.args, inputs.kwargs or {}))
         if spec != self._spec or any(not isinstance(leaves[place], Tensor) for place in self._places):
             raise ValueError(
-                f"`inputs` must have the form of `example_inputs`, got {_describe(inputs)}. Several calls are a list."
+                f"`inputs` must have the form of `example_inputs`, got {describe_inputs(inputs)}. Several calls are a "
+                "list."
             )
         return tuple(leaves[place] for place in self._places)
 
@@ -201,16 +205,6 @@ def _named(output: Any) -> list[tuple[str, Tensor]]:
         suffixes = [""] if len(tensors) == 1 else [f"_{index}" for index in range(len(tensors))]
         named += [(f"{key}{suffix}", tensor) for suffix, tensor in zip(suffixes, tensors, strict=True)]
     return named
-
-
-def _describe(inputs: ForwardInputs) -> str:
-    """Return what a call passes, in words."""
-
-    def word(value: Any) -> str:
-        return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-
-    named = [f"{name}={word(value)}" for name, value in (inputs.kwargs or {}).items()]
-    return ", ".join([*map(word, inputs.args), *named]).replace("torch.", "") or "nothing"
 
 
 @dataclass(frozen=True)
@@ -238,14 +232,7 @@ class _Source:
         copy = _deployed(module, rounded=True)
         if dynamic_batch:
             examples = _at_least_two_rows(examples)
-        try:
-            outputs = _named(examples.call(copy))
-        except FAILURES as error:
-            first = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise ValueError(
-                f"forward of {type(module).__name__} fails with `example_inputs` ({first}). They pass "
-                f"{_describe(examples)}; a tensor, a tuple of arguments or a dict of keyword arguments is expected."
-            ) from error
+        outputs = _named(try_forward(copy, examples, argument="`example_inputs`", advice=_ADVICE))
         if not outputs:
             raise ValueError(f"forward of {type(module).__name__} returns no tensor, so there is nothing to export.")
         returned = _names("output_names", output_names, [name for name, _ in outputs])
@@ -307,8 +294,8 @@ def _at_least_two_rows(examples: ForwardInputs) -> ForwardInputs:
         return first_rows(examples, max(rows, 2))
     except ValueError as error:
         raise ValueError(
-            f"dimension 0 of all inputs is the batch with dynamic_batch=True, and they pass {_describe(examples)}. "
-            "Pass dynamic_batch=False for fixed shapes."
+            "dimension 0 of all inputs is the batch with dynamic_batch=True, and they pass "
+            f"{describe_inputs(examples)}. Pass dynamic_batch=False for fixed shapes."
         ) from error
 
 

@@ -1,6 +1,7 @@
 """Post-training quantization: ranges from a few batches, no training."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import contextmanager
 from itertools import chain, islice
 from typing import Any, TypeVar
 
@@ -9,6 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from rich.progress import track
 from torch import nn
 
+from lightning_optim.calls import try_forward
 from lightning_optim.checkpoint import conform, plain_plan
 from lightning_optim.quantization.coverage import coverage_table
 from lightning_optim.quantization.graph import without_fast_path
@@ -73,7 +75,8 @@ def quantize_post_training(
         loads with :func:`lightning_optim.load_from_checkpoint`.
 
     Raises:
-        ValueError: If nothing is selected, or activations are to be quantized and there is no data.
+        ValueError: If nothing is selected, activations are to be quantized and there is no data, or forward fails
+            with what it takes of a batch.
         RuntimeError: If a selected layer is never called, or what passes is not finite. The model is then as it was.
     """
     scheme = QuantizationScheme(weight_bits, activation_bits, weight_granularity, observer, dict(bits or {}))
@@ -92,6 +95,8 @@ def quantize_post_training(
             first = next(calls, None)
             if first is None:
                 raise ValueError("the dataloader gave no batch to take ranges from.")
+            with _evaluating(model):
+                try_forward(model, first, argument=_ARGUMENT[inputs is None], advice=_ADVICE)
             outputs = _outputs(model, first, layers)
             prepare(model, (), scheme, prefix, outputs)
             layers = {n: layer for n, layer in quantized_layers(model).items() if n in layers or n in outputs}
@@ -104,6 +109,13 @@ def quantize_post_training(
         raise
     rank_zero_info(coverage_table("post-training quantization", layers, selection.left_out))
     return model
+
+
+_ARGUMENT = {True: "what it takes of a batch of `dataloader`", False: "what `inputs` makes of a batch"}
+_ADVICE = (
+    "pass inputs=..., a function that makes a tensor, a tuple of arguments or a dict of keyword arguments of a batch, "
+    "for example inputs=lambda batch: batch[0]."
+)
 
 
 def _range_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -160,14 +172,21 @@ def _calibrate(
         for which in layer.watched:
             layer.state_of(which)["statistic"].zero_()
             layer.state_of(which)["batches"].zero_()
+    with _evaluating(model), observing(layers):
+        for received in track(calls, "calibrating", total, disable=not shown):
+            received.call(model)
+            fold_ranges(layers)
+    settle_ranges(layers)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model into eval mode, without gradients, for a while."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         model.eval()
-        with torch.no_grad(), without_fast_path(), observing(layers):
-            for received in track(calls, "calibrating", total, disable=not shown):
-                received.call(model)
-                fold_ranges(layers)
+        with torch.no_grad(), without_fast_path():
+            yield
     finally:
         for module, training in modes:
             module.training = training
-    settle_ranges(layers)

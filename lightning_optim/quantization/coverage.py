@@ -4,20 +4,20 @@ from collections.abc import Mapping
 
 from lightning_optim.quantization.layers import QuantizedLayer
 from lightning_optim.sharding import own_class
-from lightning_optim.tables import by_reason, render
+from lightning_optim.tables import by_reason, by_stack, render
 
 __all__ = ["coverage_table", "words_of"]
 
 
 def coverage_table(title: str, layers: Mapping[str, QuantizedLayer], left_out: Mapping[str, str]) -> str:
-    """Return the table: a row per quantized layer, and the others gathered by their reason.
+    """Return the table: a row per quantized layer or run of equal blocks, and the others gathered by their reason.
 
     Args:
         title: Above the table.
         layers: Quantized layers by name.
         left_out: Layers that stay float -> why.
     """
-    rows = [(name, _class_of(layer), *words_of(layer)) for name, layer in layers.items()]
+    rows = by_stack((name, _class_of(layer), *words_of(layer)) for name, layer in layers.items())
     rows += [(names, "", "float", reason) for names, reason in by_reason(left_out)]
     return render(title, ("layer", "class", "weight", "input and output, or why not"), rows)
 

@@ -144,6 +144,8 @@ def select_layers(
     left_out: dict[str, str] = {}
     asked_for: set[str] = set()
     matched: set[Pattern] = set()
+    refused: dict[Pattern, list[str]] = {}
+    served: set[Pattern] = set()
     names = []
     for name, layer in named_layers(target, prefix):
         if not any(True for _ in layer.parameters(recurse=False)) and not is_parametrized(layer):
@@ -155,6 +157,10 @@ def select_layers(
         why_not = _why_float(layer)
         if asked:
             asked_for.add(name)
+        if why_not is None or excluded:
+            served.update(asked)
+        for pattern in asked:
+            refused.setdefault(pattern, []).append(f"{name} ({why_not})")
         if excluded:
             left_out[name] = f"excluded by {_word(excluded[0])}{_from_before(layer)}"
         elif include is not None and not asked:
@@ -171,6 +177,12 @@ def select_layers(
                 raise ValueError(
                     f"{word}: {_word(pattern)} matches no layer with parameters. Layers: {', '.join(names[:8])}."
                 )
+    for pattern in include or ():
+        if pattern not in served:
+            raise ValueError(
+                f"include: {_word(pattern)} takes only layers that cannot be quantized: "
+                f"{', '.join(refused[pattern][:5])}. Take it out of `include`."
+            )
     return _settle_shared(target if root is None else root, QuantizedLayers(chosen, left_out), asked_for)
 
 

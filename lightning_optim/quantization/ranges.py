@@ -10,7 +10,7 @@ from lightning_optim.functional.fake_quantize import affine_parameters
 from lightning_optim.functional.observers import OBSERVERS
 from lightning_optim.quantization.layers import QuantizedLayer
 
-__all__ = ["copy_ranges", "fold_ranges", "observing", "settle_ranges", "write_scales"]
+__all__ = ["copy_ranges", "fold_ranges", "observing", "settle_ranges", "unseen_inputs", "write_scales"]
 
 Reduce = Callable[[Tensor, str], Tensor]
 """Adds up ("sum") or takes the largest of ("max") a tensor over the ranks."""
@@ -94,6 +94,17 @@ def write_scales(states: list[dict[str, Tensor]], layer: QuantizedLayer) -> None
     scale, zero_point = affine_parameters(*OBSERVERS[layer.observer].range_of(statistic, bits), bits)
     _write(states, "scale", scale)
     _write(states, "zero_point", zero_point)
+
+
+def unseen_inputs(layers: Mapping[str, QuantizedLayer]) -> set[str]:
+    """Return the layers whose input is to be rounded and was never seen; those that round already are not asked."""
+    waiting = {
+        name: layer.state_of("input")["batches"]
+        for name, layer in layers.items()
+        if "input" in layer.watched and layer.quantization_phase in ("off", "observe")
+    }
+    counts = torch.stack(list(waiting.values())).tolist() if waiting else []
+    return {name for name, count in zip(waiting, counts, strict=True) if not count}
 
 
 def settle_ranges(layers: Mapping[str, QuantizedLayer]) -> None:

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from lightning_optim.measure.latency import SAME
 from lightning_optim.report.columns import ENGINES, Column, Row
-from lightning_optim.report.layers import against_reference
+from lightning_optim.report.layers import against_reference, layer_rows
 from lightning_optim.report.parts import Section
 from lightning_optim.report.styles import INK, KINDS, styles_of
 
@@ -484,7 +484,7 @@ def layer_sections(report: Compared) -> list[Section]:
         )
         if row["name"] != report.reference and drawn is not None:
             found.figures.append(drawn)
-            rows += [{"model": row["name"], **facts} for facts in layers]
+            rows += [{"model": row["name"], **facts} for facts in layer_rows(layers)]
     found.columns, found.rows = [Column("model", "model"), *LAYER_COLUMNS], rows
     return [found] if rows else []
 

@@ -1,14 +1,16 @@
 """What of each layer is left: its width, its zeros, the bits of its weights."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_optim.sharding import full, own_class
+from lightning_optim.tables import by_stack
 from lightning_optim.target import named_layers
 
-__all__ = ["against_reference", "layer_facts"]
+__all__ = ["against_reference", "layer_facts", "layer_rows"]
 
 WIDTHS = ("out_features", "out_channels", "embedding_dim", "hidden_size", "embed_dim")
 """Where layers say how many channels they give, in the order in which they are asked."""
@@ -66,6 +68,15 @@ def against_reference(layers: list[dict[str, Any]], reference: list[dict[str, An
     """Add ``kept`` to each layer: its width as a fraction of the reference's layer of that name, None without one."""
     widths = {facts["layer"]: facts["width"] for facts in reference}
     return [{**facts, "kept": _kept(facts["width"], widths.get(facts["layer"]))} for facts in layers]
+
+
+def layer_rows(layers: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the rows of a table of layers: equal ones of a stack are one row, with the facts of each of them."""
+    rounded = [{key: round(x, 4) if isinstance(x, float) else x for key, x in facts.items()} for facts in layers]
+    if not rounded:
+        return []
+    keys = ["layer", *(key for key in rounded[0] if key != "layer")]
+    return [dict(zip(keys, row, strict=True)) for row in by_stack([facts[key] for key in keys] for facts in rounded)]
 
 
 def _kept(width: int | None, before: int | None) -> float | None:

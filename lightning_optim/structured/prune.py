@@ -22,7 +22,7 @@ from lightning_optim.structured.events import (
 from lightning_optim.structured.groups import Removal
 from lightning_optim.structured.removal import apply_removal
 from lightning_optim.structured.selection import refuse_shared, select_roots
-from lightning_optim.tables import render
+from lightning_optim.tables import by_reason, by_stack, render
 from lightning_optim.target import ForwardInputs, Pattern, as_forward_inputs, find_target
 
 __all__ = ["PruningReport", "prune_channels"]
@@ -51,8 +51,8 @@ class PruningReport:
         return 1 - after / before
 
     def __str__(self) -> str:
-        rows = [(name, str(before), str(after), "") for name, (before, after) in self.channels.items()]
-        rows += [(name, "", "", reason) for name, reason in self.left_out.items()]
+        rows = by_stack((name, str(before), str(after), "") for name, (before, after) in self.channels.items())
+        rows += [(names, "", "", reason) for names, reason in by_reason(self.left_out)]
         before, after = self.parameters
         sentence = f"{self.pruning_ratio:.1%} of the channels removed; parameters {before:,} -> {after:,}"
         return f"{sentence}\n{render('', ('channels of', 'before', 'after', 'why not'), rows)}"

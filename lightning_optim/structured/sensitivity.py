@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from rich.progress import track
 from torch import Tensor, nn
 
+from lightning_optim.calls import try_forward
 from lightning_optim.functional.channels import ChannelCriterion
 from lightning_optim.structured.allocation import Allocation
 from lightning_optim.structured.events import ChannelReport, check_ratio, find_prunable, held_gradients, plan_event
@@ -21,6 +22,12 @@ from lightning_optim.tables import render
 from lightning_optim.target import ForwardInputs, Pattern, as_forward_inputs, find_target
 
 __all__ = ["SensitivityReport", "sensitivity"]
+
+
+_ADVICE = (
+    "a tensor, a tuple of arguments or a dict of keyword arguments is expected: of a loader's (images, labels), "
+    "example_inputs=images."
+)
 
 
 @dataclass(frozen=True)
@@ -145,7 +152,8 @@ def sensitivity(
         The metric of every group at every ratio.
 
     Raises:
-        ValueError: If nothing can be removed, a ratio is out of range, or the metric is not finite.
+        ValueError: If forward fails with ``example_inputs``, nothing can be removed, a ratio is out of range, or the
+            metric is not finite.
     """
     if not ratios:
         raise ValueError("`ratios` must have at least one fraction in (0, 1), got none.")
@@ -154,6 +162,8 @@ def sensitivity(
     prefix, target = find_target(model, module)
     refuse_shared(model, target, prefix)
     inputs = as_forward_inputs(example_inputs)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        try_forward(copy_for_tracing(target), inputs, argument="`example_inputs`", advice=_ADVICE)
     found = find_prunable(target, inputs, *select_roots(target, prefix, include, exclude))
     if not found.groups:
         reasons = ", ".join(f"{name} ({reason})" for name, reason in found.left_out.items())

@@ -301,17 +301,6 @@ def test_bad_selections_raise_before_the_first_step(tmp_path, words, error):
         fit(tmp_path, new(More), integers(**words))
 
 
-def test_a_layer_that_is_never_called_is_named(tmp_path):
-    class Unused(Classifier):
-        def __init__(self):
-            super().__init__()
-            self.spare = nn.Linear(3, 3)
-
-    with pytest.raises(RuntimeError, match=r"no input of spare was seen .* Pass exclude=\['spare'\]"):
-        fit(tmp_path, new(Unused), integers())
-    fit(tmp_path, new(Unused), integers(exclude=["spare"]))
-
-
 def test_an_infinite_activation_is_named(tmp_path):
     class Overflows(Classifier):
         def forward(self, x):

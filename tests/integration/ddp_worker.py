@@ -46,6 +46,21 @@ class ResidualInDDP(InDDP):
         return self.net(x + self.branch(x))
 
 
+class LateInDDP(InDDP):
+    """A layer that one rank alone calls, from the second epoch on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.later = nn.Linear(3, 3).requires_grad_(False)
+
+    def forward(self, x):
+        logits = self.net(x)
+        return logits + self.later(logits) if self.current_epoch > 0 and self.global_rank == 1 else logits
+
+
+MODULES = {"residual": ResidualInDDP, "late": LateInDDP}
+
+
 def callbacks(name: str) -> list:
     words = {"every_n_steps": 3, "start": 2, "end": 0.8}
     bits = {"weight_bits": 4, "start": 2, "freeze": 0.8}
@@ -60,6 +75,7 @@ def callbacks(name: str) -> list:
         "nofm": lambda: [WeightPruning(granularity="2:4", **words)],
         "integers": lambda: [QuantizationAwareTraining(**bits)],
         "integers-residual": lambda: [QuantizationAwareTraining(**bits)],
+        "integers-late": lambda: [QuantizationAwareTraining(**bits)],
         "integers-unbroadcast": lambda: [QuantizationAwareTraining(**bits)],
         "integers-histogram": lambda: [QuantizationAwareTraining(observer="histogram", **bits)],
         "weights-integers": lambda: [WeightPruning(0.8, **words), QuantizationAwareTraining(**bits)],
@@ -75,7 +91,7 @@ def run(folder: Path, name: str, precision: str, ckpt_path: Path | None = None) 
     ours = callbacks(name)
     extra = [Files(folder)] if ckpt_path is None else []
     torch.manual_seed(0)
-    module = new(ResidualInDDP if name.endswith("residual") else InDDP)
+    module = new(MODULES.get(name.rpartition("-")[2], InDDP))
     fitted = trainer(
         folder,
         *ours,

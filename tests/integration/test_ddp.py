@@ -29,6 +29,7 @@ CASES = [
     "integers/32-true",
     "integers/bf16-mixed",
     "integers-residual/32-true",
+    "integers-late/32-true",
     "integers-unbroadcast/32-true",
     "integers-histogram/32-true",
     "weights-integers/32-true",

@@ -66,6 +66,15 @@ def test_what_is_asked_for_and_cannot_be_raises(name):
         select_layers(Everything(), include=[name])
 
 
+def test_a_pattern_that_takes_only_layers_that_stay_float_names_them():
+    net = nn.ModuleDict({"body": nn.Linear(4, 4), "norm": nn.LayerNorm(4), "last_norm": nn.BatchNorm1d(4)})
+    words = r"include: '\*norm' takes only layers that cannot be quantized: norm \(LayerNorm .*last_norm \(BatchNorm1d"
+    for include in (["*norm"], ["body", "*norm"]):
+        with pytest.raises(ValueError, match=words):
+            select_layers(net, include=include)
+    assert list(select_layers(net, include=["*"]).chosen) == ["body"]
+
+
 def test_a_lazy_layer_raises():
     net = nn.Sequential(nn.Linear(3, 3), nn.LazyLinear(3))
     with pytest.raises(ValueError, match=r"1 \(LazyLinear\) cannot be quantized: it is lazy .* run one forward pass"):

@@ -138,3 +138,9 @@ def test_a_net_with_images():
     example = inputs()
     report = sensitivity(make(), lambda model: float(model(example).mean()), images(), ratios=[0.5], progress=False)
     assert set(report.scores) == {"0", "2", "4"}
+
+
+def test_a_batch_that_forward_does_not_take_is_named_by_its_argument():
+    batch = [torch.ones(3, 2), torch.zeros(3, dtype=torch.long)]  # what a loader gives
+    with pytest.raises(ValueError, match=r"fails with `example_inputs` .*float32 \(3, 2\), int64 \(3,\).*=images"):
+        sensitivity(net(), lambda model: 0.5, batch, progress=False)
