@@ -93,7 +93,7 @@ def test_what_is_asked_is_reached(launched, case):
 def test_ranges_are_those_of_both_ranks(launched, case):
     runs = [results(launched, case, rank)["straight"] for rank in (0, 1)]
     ranges = [{n: v for n, v in run["state"].items() if "input_" in n or "output_" in n} for run in runs]
-    assert len(ranges[0]) == (20 if "residual" in case else 12)  # four buffers a range
+    assert len(ranges[0]) == 4 * next((n for word, n in (("residual", 5), ("late", 4)) if word in case), 3)
     assert_same_state(*ranges)
     assert all(run["metrics"]["quantization/phase"] == 3.0 for run in runs)
 
