@@ -6,6 +6,7 @@ of them, and one that is gone is an error that says what of the package does not
 
 import inspect
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module, metadata
@@ -25,6 +26,7 @@ __all__ = [
     "check",
     "compress_hook",
     "destroy_dist_connection",
+    "dispatch_mode",
     "is_interactive",
     "materialize_distributed_module",
     "optimizers_to_device",
@@ -149,6 +151,13 @@ NAMES: Mapping[str, Private] = {
     "BatchNorm": Private("torch.nn.modules.batchnorm", "_BatchNorm", "tells BatchNorm of any dimension", TORCH, _OLDER),
     "NormBase": Private(
         "torch.nn.modules.batchnorm", "_NormBase", "tells BatchNorm and InstanceNorm of any dimension", TORCH, _OLDER
+    ),
+    "dispatch_mode": Private(
+        "torch.utils._python_dispatch",
+        "TorchDispatchMode",
+        "the check of channel pruning computes in float64, and over the channels that stay",
+        TORCH,
+        _OLDER,
     ),
     "tree_leaves": Private("torch.utils._pytree", "tree_leaves", _PYTREE, TORCH, _OLDER),
     "tree_flatten": Private("torch.utils._pytree", "tree_flatten", _PYTREE, TORCH, _OLDER),
@@ -287,6 +296,17 @@ def optimizers_to_device(optimizers: Any, device: Any) -> None:
 def compress_hook(dtype: Any, group: Any, bucket: Any) -> Any:
     """Average a bucket of gradients in another type; returns a future."""
     return _resolved("compress_hook")(dtype, group, bucket)
+
+
+def dispatch_mode(handle: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]) -> AbstractContextManager[Any]:
+    """Return a context in which ``handle(operator, arguments, keywords)`` stands for every operator of torch."""
+
+    class Mode(_resolved("dispatch_mode")):  # type: ignore[misc]
+        def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            return handle(operator, args, kwargs or {})
+
+    mode: AbstractContextManager[Any] = Mode()
+    return mode
 
 
 def tree_leaves(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> list[Any]:

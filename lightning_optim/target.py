@@ -20,6 +20,7 @@ __all__ = [
     "ForwardInputs",
     "Pattern",
     "Selection",
+    "as_forward_calls",
     "averaged_copies",
     "batch_inputs",
     "catch_forward_inputs",
@@ -58,10 +59,16 @@ class ForwardInputs:
 
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] | None = None
+    further: tuple["ForwardInputs", ...] = ()
+    """Other calls, that reach other layers."""
 
     def call(self, module: nn.Module) -> Any:
         """Call ``module`` with these inputs."""
         return module(*self.args, **(self.kwargs or {}))
+
+    def call_each(self, module: nn.Module) -> list[Any]:
+        """Call ``module`` with these inputs, then with each of the further ones."""
+        return [self.call(module), *(inputs.call(module) for inputs in self.further)]
 
 
 @dataclass(frozen=True)
@@ -393,7 +400,7 @@ def detached(inputs: ForwardInputs) -> ForwardInputs:
 def map_inputs(function: Callable[[Tensor], Tensor], inputs: ForwardInputs) -> ForwardInputs:
     """Apply a function to every tensor in the inputs, in tuples, dicts and dataclasses too."""
     args, kwargs = apply_to_collection((inputs.args, inputs.kwargs or {}), Tensor, function)
-    return ForwardInputs(args, kwargs)
+    return ForwardInputs(args, kwargs, tuple(map_inputs(function, each) for each in inputs.further))
 
 
 def as_forward_inputs(example_inputs: Any) -> ForwardInputs:
@@ -405,6 +412,20 @@ def as_forward_inputs(example_inputs: Any) -> ForwardInputs:
     if isinstance(example_inputs, (tuple, list)):
         return ForwardInputs(tuple(example_inputs))
     return ForwardInputs((example_inputs,))
+
+
+def as_forward_calls(example_inputs: Any) -> ForwardInputs:
+    """Read example inputs of one call as :func:`as_forward_inputs` does, or a list of those of several calls.
+
+    Raises:
+        ValueError: If the list is empty.
+    """
+    if not isinstance(example_inputs, list):
+        return as_forward_inputs(example_inputs)
+    if not example_inputs:
+        raise ValueError("`example_inputs` must hold the inputs of one call or more, got an empty list.")
+    first, *further = (as_forward_inputs(each) for each in example_inputs)
+    return ForwardInputs(first.args, first.kwargs, tuple(further))
 
 
 def batch_inputs(module: nn.Module, batch: Any) -> ForwardInputs:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_optim.target import (
     ForwardInputs,
+    as_forward_calls,
     as_forward_inputs,
     catch_forward_inputs,
     find_target,
@@ -25,13 +26,16 @@ class InputSource:
     """Example inputs: given, or the target's ``example_input_array``, or caught from the first training batch.
 
     Args:
-        given: What the user passed: a tensor, a tuple of arguments or a dict of keywords, taken as it is.
+        given: What the user passed: a tensor, a tuple of arguments or a dict of keywords, taken as it is; with
+            ``several`` also a list of them.
         rows: Rows that other inputs are cut to.
         module: Dotted name of the target, as the callback has it.
+        several: Whether a list is the inputs of several calls.
     """
 
-    def __init__(self, given: Any, rows: int, module: str | None = None) -> None:
+    def __init__(self, given: Any, rows: int, module: str | None = None, *, several: bool = False) -> None:
         self.given = given
+        self.several = several
         self.rows = rows
         self.module = module
         self.forget()
@@ -53,7 +57,8 @@ class InputSource:
         example = self.given if self.given is not None else getattr(target, "example_input_array", None)
         if example is not None:
             convert = pl_module.trainer.precision_plugin.convert_input
-            inputs = map_inputs(convert, move_inputs(as_forward_inputs(example), pl_module.device))
+            read = as_forward_calls if self.several and self.given is not None else as_forward_inputs
+            inputs = map_inputs(convert, move_inputs(read(example), pl_module.device))
             self.layer = prefix.rstrip(".")
             self.inputs = inputs if self.given is not None else _rows_or_all(inputs, self.rows)
         elif getattr(pl_module, "_compiler_ctx", None) is not None:

@@ -10,45 +10,36 @@ Everything is computed in float64 (float32 inside a layer included), so that the
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_optim._upstream import tree_map_only
+from lightning_optim._upstream import dispatch_mode, tree_map_only
 
 __all__ = ["absent_entries", "in_float64"]
 
 aten = torch.ops.aten
 
 
-class in_float64(TorchDispatchMode):  # type: ignore[no-untyped-call]  # a context manager
+def in_float64() -> AbstractContextManager[Any]:
     """Compute in float64 whatever the code inside asks for; the tensors that enter must be float64."""
-
-    def __torch_dispatch__(
-        self, operator: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        return tree_map_only(Tensor, _widened, operator(*args, **(kwargs or {})))
+    return dispatch_mode(lambda operator, args, kwargs: tree_map_only(Tensor, _widened, operator(*args, **kwargs)))
 
 
 def _widened(tensor: Tensor) -> Tensor:
     return tensor.double() if tensor.is_floating_point() else tensor
 
 
-class _AbsentMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Take NaN for an entry that is not there."""
-
-    def __torch_dispatch__(
-        self, operator: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        rule = _RULES.get(operator)
-        if rule is None or not any(_has_absent(arg) for arg in args):
-            return operator(*args, **(kwargs or {}))
-        return rule(*args, **(kwargs or {}))
+def _with_absence(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Compute one operator, taking NaN for an entry that is not there."""
+    rule = _RULES.get(operator)
+    if rule is None or not any(_has_absent(arg) for arg in args):
+        return operator(*args, **kwargs)
+    return rule(*args, **kwargs)
 
 
 @contextmanager
@@ -64,7 +55,7 @@ def absent_entries() -> Iterator[None]:
             torch.no_grad(),
             torch.backends.cudnn.flags(enabled=False),
             sdpa_kernel(SDPBackend.MATH),
-            _AbsentMode(),  # type: ignore[no-untyped-call]
+            dispatch_mode(_with_absence),
         ):
             yield
     finally:

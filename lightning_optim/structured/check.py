@@ -170,7 +170,7 @@ def _breaks_training(whole: nn.Module, removed: nn.Module, inputs: ForwardInputs
 
 def _outputs(module: nn.Module, inputs: ForwardInputs) -> list[Tensor]:
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        return output_tensors(inputs.call(module))
+        return output_tensors(inputs.call_each(module))
 
 
 def _difference(left: Tensor, right: Tensor) -> float:

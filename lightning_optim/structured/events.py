@@ -16,6 +16,7 @@ from lightning_optim.structured.allocation import Allocation, Pool, kept_channel
 from lightning_optim.structured.attention import as_heads, in_attention
 from lightning_optim.structured.check import Damage, damage, trusted
 from lightning_optim.structured.groups import FAILURES, ChannelGroup, Removal, TracedModel
+from lightning_optim.structured.unreached import possible_readers, unreached_layers
 from lightning_optim.target import ForwardInputs
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "plan_event",
 ]
 
+_UNREACHED = "not reached by the example inputs"
 _CHANNEL_DIM = {"out": 0, "in": 1}
 _NORMS = (nn.LayerNorm, nn.GroupNorm, NormBase)
 _SWAPPED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Embedding, nn.EmbeddingBag)
@@ -59,6 +61,11 @@ class ChannelReport:
 
     groups: dict[str, ChannelGroup]
     left_out: dict[str, str] = field(default_factory=dict)
+
+    def reasons(self) -> str:
+        """Say why nothing else can be removed."""
+        reasons = ", ".join(f"{name} ({reason})" for name, reason in self.left_out.items())
+        return reasons or "the model has no Linear, convolution or embedding layer"
 
     def ratios(self, by_pattern: Mapping[str, float], prefix: str = "") -> dict[str, float]:
         """Return each group's ratio: of the first pattern that matches one of its outputs, else 0.
@@ -108,10 +115,17 @@ def find_prunable(
         inputs: What its forward receives.
         roots: Names of the layers whose outputs may leave.
         left_alone: Names of layers whose outputs must stay -> why.
-        check: Try each group on copies of the model. Without it attention is left alone.
+        check: Try each group on copies of the model, and leave those whole that a layer may read which no example
+            reaches. Without it attention is left alone.
     """
-    groups = {group.name: group for group in TracedModel(module, inputs).groups()}
+    traced = TracedModel(module, inputs)
+    unreached = unreached_layers(module, inputs, traced)
+    groups = {group.name: group for group in traced.groups()}
     left_out = _left_out(groups, set(roots), left_alone)
+    if check and unreached:
+        for name, part in possible_readers(module, groups, unreached).items():
+            left_out.setdefault(name, f"may be read by {part}, {_UNREACHED}: pass several, example_inputs=[a, b]")
+    left_out |= dict.fromkeys(unreached, _UNREACHED)
     candidates = {name: group for name, group in groups.items() if name not in left_out}
     if check:
         return _checked(module, inputs, candidates, left_out)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_optim.outputs import output_tensors
+from lightning_optim.structured.reach import called_layers, differentiable, parameters_behind
 from lightning_optim.target import ForwardInputs
 
 __all__ = ["FAILURES", "ChannelGroup", "Member", "Removal", "TracedModel", "copy_for_tracing"]
@@ -168,13 +169,33 @@ class TracedModel:
         )  # frozen layers are invisible to the tracing
         self._names = {layer: name for name, layer in self._copy.named_modules()}
         try:
-            self._graph = _trace(self._copy, inputs)
+            self._graph, self._outputs, self._called = _trace(self._copy, inputs)
+        except _Untraceable as error:
+            raise ValueError(f"{error}.") from None
         except FAILURES as error:
             raise ValueError(
                 f"{type(module).__name__} cannot be traced ({_first_line(error)}). Prune a part of it: "
                 "`module='the part'`."
             ) from error
         self._patience = _Patience(self._graph)
+
+    def reached(self) -> set[str]:
+        """Return the layers that were called, or that hold a parameter from which the outputs were computed."""
+        behind = parameters_behind(self._outputs)
+        holders = {name for layer, name in self._names.items() if behind & set(layer.parameters(recurse=False))}
+        return self._called | holders
+
+    def called_in_training(self, inputs: ForwardInputs) -> set[str]:
+        """Return the layers that the forward pass of training calls; none where it fails on these inputs."""
+        self._copy.train()
+        try:
+            with called_layers(self._copy) as called, torch.no_grad(), torch.random.fork_rng(devices=[]):
+                inputs.call_each(self._copy)
+        except FAILURES:  # one row and BatchNorm
+            pass
+        finally:
+            self._copy.eval()
+        return called
 
     def groups(self) -> list[ChannelGroup]:
         """Return the groups of every layer that can lose outputs; each layer's outputs are in one group."""
@@ -421,22 +442,40 @@ def _without_flash_paths():  # type: ignore[no-untyped-def]
         torch.backends.mha.set_fastpath_enabled(fast)
 
 
-def _trace(module: nn.Module, inputs: ForwardInputs) -> Any:
+class _Untraceable(ValueError):
+    """No output leads to a layer."""
+
+
+def _trace(module: nn.Module, inputs: ForwardInputs) -> tuple[Any, list[Tensor], set[str]]:
+    """Return torch-pruning's graph, the outputs that it starts from, and the names of the layers that were called."""
     import torch_pruning as tp
 
     pruners = _own_pruners()
     graph = tp.DependencyGraph()
+    outputs: list[Tensor] = []
+    called: set[str] = set()
+
+    def forward(model: nn.Module, _: Any) -> list[Tensor]:
+        with called_layers(model) as names:
+            returned = inputs.call_each(model)
+        called.update(names)
+        try:
+            outputs[:] = differentiable(model, returned)
+        except ValueError as error:
+            raise _Untraceable(str(error)) from None
+        return [leaf if leaf.ndim > 1 else leaf.reshape(-1, 1) for leaf in outputs]  # it takes dimension 1 as theirs
+
     with _without_flash_paths(), torch.random.fork_rng(devices=[]), _opaque_recurrent_layers(module):
         graph.build_dependency(
             module,
             inputs.args,
-            forward_fn=lambda model, _: _tensors_of(inputs.call(model)),
+            forward_fn=forward,
             customized_pruners={
                 type(layer): p for layer in module.modules() for t, p in pruners if isinstance(layer, t)
             },
             verbose=False,
         )
-    return graph
+    return graph, outputs, called
 
 
 def _own_pruners() -> list[tuple[tuple[type[nn.Module], ...], Any]]:
@@ -521,9 +560,3 @@ def _opaque_recurrent_layers(module: nn.Module):  # type: ignore[no-untyped-def]
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _tensors_of(output: Any) -> list[Tensor]:
-    """Return the outputs to trace from; torch-pruning takes dimension 1 as theirs, so there must be one."""
-    leaves = [leaf for leaf in output_tensors(output) if leaf.requires_grad]
-    return [leaf if leaf.ndim > 1 else leaf.reshape(-1, 1) for leaf in leaves]

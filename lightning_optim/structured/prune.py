@@ -23,7 +23,7 @@ from lightning_optim.structured.groups import Removal
 from lightning_optim.structured.removal import apply_removal
 from lightning_optim.structured.selection import refuse_shared, select_roots
 from lightning_optim.tables import by_reason, by_stack, render
-from lightning_optim.target import ForwardInputs, Pattern, as_forward_inputs, find_target
+from lightning_optim.target import ForwardInputs, Pattern, as_forward_calls, find_target
 
 __all__ = ["PruningReport", "prune_channels"]
 
@@ -82,7 +82,8 @@ def prune_channels(
 
     Args:
         model: Any module. It is unchanged when an error is raised.
-        example_inputs: What the forward of the pruned module receives: a tensor, a tuple, or a dict of keywords.
+        example_inputs: What the forward of the pruned module receives: a tensor, a tuple, or a dict of keywords; a list
+            of these where one call does not reach all layers.
         pruning_ratio: Fraction of the channels to remove, in (0, 1), or by layer ``{pattern: ratio}``; reached within
             one unit of one group, else a warning says what kept it.
         criterion: Name in ``functional.channels.CHANNEL_CRITERIA`` or a callable ``(slices) -> [channels]``.
@@ -90,7 +91,8 @@ def prune_channels(
         scope: ``"global"`` ranks the channels of all groups together, ``"layer"`` takes the same fraction of each.
         round_to: Keep multiples of this. None: 8 on CUDA, no rounding on a CPU.
         reduction: How the layers of a group decide together: ``"mean"``, ``"sum"`` or ``"max"``.
-        check: Try everything on copies first: removing must equal setting to zero.
+        check: Try everything on copies first: removing must equal setting to zero, norms taken over the channels that
+            stay.
         module: Dotted name of the module to prune; default the whole model.
         include: Exactly the layers whose outputs may leave, instead of all but embeddings and the last Linear/Conv.
         exclude: Layers whose outputs stay.
@@ -113,13 +115,12 @@ def prune_channels(
     allocation = Allocation.of(criterion, scope=scope, reduction=reduction, round_to=round_to)
     prefix, target = find_target(model, module)
     refuse_shared(model, target, prefix)
-    inputs = as_forward_inputs(example_inputs)
+    inputs = as_forward_calls(example_inputs)
     if round_to is None and any(parameter.device.type == "cuda" for parameter in target.parameters()):
         allocation = allocation.rounded(8)
     found = find_prunable(target, inputs, *select_roots(target, prefix, include, exclude), check=check)
     if not found.groups:
-        reasons = ", ".join(f"{name} ({reason})" for name, reason in found.left_out.items())
-        raise ValueError(f"prune_channels can remove nothing: {reasons or 'the model has no layers'}.")
+        raise ValueError(f"prune_channels can remove nothing: {found.reasons()}.")
     removal, channels = _planned(target, inputs, found, ratio, allocation, prefix, check)
     before = SIZES["parameters"](target)
     _commit(model, prefix, removal)

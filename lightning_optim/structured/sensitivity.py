@@ -19,7 +19,7 @@ from lightning_optim.structured.groups import copy_for_tracing
 from lightning_optim.structured.removal import apply_removal
 from lightning_optim.structured.selection import refuse_shared, select_roots
 from lightning_optim.tables import render
-from lightning_optim.target import ForwardInputs, Pattern, as_forward_inputs, find_target
+from lightning_optim.target import ForwardInputs, Pattern, as_forward_calls, find_target
 
 __all__ = ["SensitivityReport", "sensitivity"]
 
@@ -139,7 +139,8 @@ def sensitivity(
     Args:
         model: Any module.
         evaluate: Takes a copy of ``model`` and returns the metric, higher is better.
-        example_inputs: What the forward of the pruned module receives.
+        example_inputs: What the forward of the pruned module receives: a tensor, a tuple, or a dict of keywords; a list
+            of these where one call does not reach all layers.
         ratios: Shares to remove, in (0, 1).
         criterion: Name in ``functional.channels.CHANNEL_CRITERIA`` or a callable. ``"taylor"`` reads the gradients
             that the parameters hold.
@@ -161,13 +162,14 @@ def sensitivity(
     allocation = Allocation.of(criterion, scope="layer", reduction="mean", round_to=None)
     prefix, target = find_target(model, module)
     refuse_shared(model, target, prefix)
-    inputs = as_forward_inputs(example_inputs)
+    inputs = as_forward_calls(example_inputs)
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        try_forward(copy_for_tracing(target), inputs, argument="`example_inputs`", advice=_ADVICE)
+        duplicate = copy_for_tracing(target)
+        for call in (inputs, *inputs.further):
+            try_forward(duplicate, call, argument="`example_inputs`", advice=_ADVICE)
     found = find_prunable(target, inputs, *select_roots(target, prefix, include, exclude))
     if not found.groups:
-        reasons = ", ".join(f"{name} ({reason})" for name, reason in found.left_out.items())
-        raise ValueError(f"sensitivity can remove nothing: {reasons or 'the model has no layers'}.")
+        raise ValueError(f"sensitivity can remove nothing: {found.reasons()}.")
     gradients = held_gradients(target)
     baseline = _metric(evaluate, copy_for_tracing(model))
     steps = [(name, ratio) for name in found.groups for ratio in rising]

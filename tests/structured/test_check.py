@@ -235,3 +235,22 @@ def test_what_is_absent_alone_stays_absent():
             assert not result[:, [0, 2, 3, 4]].isnan().any()
         edge = F.conv2d(torch.ones(1, 1, 2, 2), torch.ones(1, 1, 1, 1), padding=1)
     assert not edge.isnan().any()  # padding is no absence
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_order_of_sums_decides_nothing(threads):
+    """A chaotic map: it makes differences that float32 sums have in another order as large as the output."""
+
+    def chaotic(s, x):
+        y = s.b(s.a(x).relu()).sigmoid()
+        for _ in range(30):
+            y = 3.9 * y * (1 - y)
+        return s.c(y)
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        module = Net(chaotic, a=nn.Linear(32, 64), b=nn.Linear(64, 16), c=nn.Linear(16, 5))
+        assert "a" in prune_channels(module, sequences()).channels
+    finally:
+        torch.set_num_threads(before)
