@@ -29,7 +29,7 @@ from lightning_optim.optimizers import following
 from lightning_optim.plan import EMPTY, KEY, VERSION, Plan, check_version
 from lightning_optim.provenance import provenance
 from lightning_optim.structure import inherit, is_layer_class, layer_class
-from lightning_optim.target import averaged_copies
+from lightning_optim.target import averaged_copies, lightning_class
 
 __all__ = [
     "EMPTY",
@@ -96,12 +96,26 @@ class _LoadHook(_Hook):
     def __call__(self, checkpoint: dict[str, Any]) -> None:
         plain = checkpoint.get(KEY, EMPTY)
         check_version(plain)
+        _check_class(checkpoint, type(self.module))
         trainer = getattr(self.module, "_trainer", None)
         _check_claims(plain, trainer)
         for module in (self.module, *(averaged_copies(trainer) if trainer is not None else ())):
             with following(module):
                 plan_of(module).conform(plain)
         self.call_replaced(checkpoint)
+
+
+DISTILLATION = "distillation"
+"""The top-level key of a distillation's checkpoints."""
+
+
+def _check_class(checkpoint: Mapping[str, Any], cls: type) -> None:
+    """Refuse a distillation's file in the student's own class: there the student's names begin with ``student.``."""
+    if DISTILLATION in checkpoint and not hasattr(cls, "optim_target"):
+        raise ValueError(
+            f"the checkpoint is that of a DistillationModule, and {cls.__name__} is no such module. Write its student "
+            "alone, lightning_optim.student_only(checkpoint, 'student.ckpt'), and load that."
+        )
 
 
 def _check_claims(plain: Mapping[str, Any], trainer: Any) -> None:
@@ -226,12 +240,13 @@ def load_from_checkpoint(
         FileNotFoundError: If there is no such file.
         TypeError: If ``cls_or_module`` is no LightningModule, or init arguments come with an instance.
         ValueError: If the file is not a complete checkpoint, holds objects that ``weights_only=True`` does not read, is
-            of a newer plan version, or does not fit the class.
+            of a newer plan version, of a DistillationModule (see :func:`student_only`), or does not fit the class.
     """
     cls = cls_or_module if isinstance(cls_or_module, type) else type(cls_or_module)
     if not any(base.__name__ == "LightningModule" for base in cls.__mro__):  # of lightning or of pytorch_lightning
         raise TypeError(f"expected a LightningModule class or instance, got {cls_or_module!r}.")
     checkpoint = read_checkpoint(path, weights_only=weights_only)
+    _check_class(checkpoint, cls)
     if isinstance(cls_or_module, type):
         arguments = checkpoint.get(cls.CHECKPOINT_HYPER_PARAMS_KEY, {})
         if "_class_path" in arguments:
@@ -249,7 +264,7 @@ def _made_by_cli(cls: type[M], arguments: Mapping[str, Any]) -> M:
     from lightning.pytorch.cli import instantiate_module
 
     module: M = instantiate_module(cls, {name: value for name, value in arguments.items() if name[0] != "_"})
-    if is_overridden("configure_model", module):
+    if is_overridden("configure_model", module, lightning_class(module)):
         module.configure_model()
     return module
 

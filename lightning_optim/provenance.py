@@ -34,16 +34,27 @@ def provenance(module: nn.Module, trainer: Any, callbacks: Iterable[Any] = ()) -
     student = getattr(module, "student", None)
     if isinstance(student, nn.Module):
         about["student"] = _name_of(student)
-    recipes: list[Any] = []
-    for source in (*callbacks, module):
-        words = getattr(source, "recipe", None)
-        if isinstance(words, Mapping) and words not in recipes:
-            recipes.append(words)
+    recipes = _recipes((*callbacks, module))
     if recipes:
         about["recipe"] = recipes[0] if len(recipes) == 1 else recipes
     if trainer is not None:
         about |= {"data": _data(trainer), "run": _run(trainer), "metrics": _metrics(trainer)}
     return about
+
+
+def _recipes(sources: Iterable[Any]) -> list[dict[str, Any]]:
+    """Return the recipes of a run, each with the words of those of its techniques that took part."""
+    recipes: list[dict[str, Any]] = []
+    for source in sources:
+        words = getattr(source, "recipe", None)
+        if not isinstance(words, Mapping):
+            continue
+        same = [known for known in recipes if all(known.get(word, value) == value for word, value in words.items())]
+        if same:
+            same[0].update(words)
+        else:
+            recipes.append(dict(words))
+    return recipes
 
 
 def _name_of(instance: object) -> str:

@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import lightning.pytorch as pl
 import yaml
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from lightning_optim.callbacks.channel_pruning import ChannelPruning
@@ -165,12 +166,15 @@ class Recipe:
     def callbacks(self, *, example_inputs: Any = None) -> list[pl.Callback]:
         """Return new callbacks, for ``Trainer(callbacks=...)``.
 
+        A recipe that distils has one more: a fit of a module that :meth:`wrap` did not return raises.
+
         Args:
             example_inputs: What the model's forward receives, for the callbacks that would else catch it from the first
                 batch.
         """
         names = (*self.stages, *(name for name in ("score", "checkpoint") if getattr(self, name) is not None))
-        return [self._make(name, example_inputs) for name in names]
+        guards = [] if self.distillation is None else [_NeedsDistillation()]
+        return [*(self._make(name, example_inputs) for name in names), *guards]
 
     def _make(self, name: str, example_inputs: Any) -> pl.Callback:
         part, words = _PARTS[name], dict(getattr(self, name))
@@ -181,7 +185,7 @@ class Recipe:
         except (TypeError, ValueError) as error:
             raise type(error)(f"`{name}`: {error}") from error
         if name in _STAGES:
-            callback.recipe = self.as_plain()  # type: ignore[attr-defined]  # a CompressionCallback
+            callback.recipe = self._run_by(name)  # type: ignore[attr-defined]  # a CompressionCallback
         return callback
 
     def wrap(self, module: nn.Module, teacher: Any = None, **options: Any) -> Any:
@@ -197,7 +201,7 @@ class Recipe:
         """
         if self.distillation is not None:
             wrapped = DistillationModule(module, teacher, **{**self.distillation, **options})
-            wrapped.recipe = self.as_plain()
+            wrapped.recipe = self._run_by("distillation")
             return wrapped
         if teacher is not None or options:
             got = "a teacher was given" if teacher is not None else f"got {', '.join(options)}"
@@ -208,6 +212,11 @@ class Recipe:
         """Return its words as plain types, without those that are absent: what a checkpoint and a YAML file hold."""
         words = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: as_plain(value) for name, value in words.items() if value is not None and value != ""}
+
+    def _run_by(self, name: str) -> dict[str, Any]:
+        """Return the words for the checkpoints of a run with one technique: others say for themselves that they ran."""
+        others = {*_STAGES, "distillation"} - {name}
+        return {word: value for word, value in self.as_plain().items() if word not in others}
 
     def to_yaml(self) -> str:
         """Return the words as YAML, windows filled in."""
@@ -261,6 +270,19 @@ class Recipe:
             DistillationModule(nn.Identity() if is_plain else _NoStudent(), **words)
         except (TypeError, ValueError) as error:
             raise type(error)(f"`distillation`: {error}") from error
+
+
+class _NeedsDistillation(pl.Callback):
+    """Belongs to the callbacks of a recipe that distils: a run without its teacher would be another run."""
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Raise where the module that is fitted has no teacher around it."""
+        if stage == "fit" and not isinstance(pl_module, DistillationModule):
+            raise MisconfigurationException(
+                f"the recipe of these callbacks distils, and the Trainer fits a {type(pl_module).__name__} that nobody "
+                "teaches. Call trainer.fit(recipe.wrap(module, teacher), ...), or take `distillation` out of the "
+                "recipe: dataclasses.replace(recipe, distillation=None)."
+            )
 
 
 class _NoStudent(pl.LightningModule):

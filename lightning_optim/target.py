@@ -26,6 +26,7 @@ __all__ = [
     "catch_forward_inputs",
     "find_target",
     "first_rows",
+    "lightning_class",
     "named_layers",
     "select_weights",
 ]
@@ -86,6 +87,11 @@ class Selection:
 
     chosen: dict[str, Weight]
     left_out: dict[str, str]
+
+
+def lightning_class(module: object) -> type | None:
+    """Return the LightningModule class that a module is of, of ``lightning`` or of ``pytorch_lightning``; else None."""
+    return next((cls for cls in type(module).__mro__ if cls.__name__ == "LightningModule"), None)
 
 
 def find_target(pl_module: nn.Module, module: str | None = None) -> tuple[str, nn.Module]:

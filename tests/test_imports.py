@@ -21,6 +21,7 @@ LAYERS = [
         "optimizers",
         "provenance",
         "checks",
+        "files",
         "outputs",
         "structure",
         "plan",

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -321,3 +322,29 @@ def test_a_file_that_is_no_text_is_named(tmp_path):
     (tmp_path / "bin.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match=r"bin\.yaml' is no UTF-8 text"):
         Recipe.load(tmp_path / "bin.yaml")
+
+
+def test_a_recipe_that_distils_and_was_not_wrapped_raises_at_fit_start(tmp_path):
+    """Without it the run trained without a teacher, and its file said that it had one."""
+    for words in ({}, {"weight_pruning": 0.5}, {"checkpoint": {"monitor": "val_acc"}}):
+        recipe = Recipe(distillation=True, **words)
+        options = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "default_root_dir": tmp_path}
+        trainer = pl.Trainer(max_epochs=1, **options, callbacks=recipe.callbacks())
+        with pytest.raises(MisconfigurationException, match=r"distils.*fits a Classifier.*recipe\.wrap"):
+            trainer.fit(Classifier(16), DataLoader(data(), 8), DataLoader(data(), 16))
+        trainer.validate(Classifier(16), DataLoader(data(), 16), verbose=False)
+
+
+def test_a_file_claims_the_techniques_that_ran(tmp_path):
+    """Another distillation than the recipe's, and callbacks of one stage only."""
+    recipe = Recipe(distillation={"alpha": 0.3}, channel_pruning=0.5, weight_pruning=0.5, description="both")
+    _, weights, guard = recipe.callbacks()
+    options = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "default_root_dir": tmp_path}
+    trainer = pl.Trainer(max_epochs=2, **options, enable_checkpointing=False, callbacks=[weights, guard])
+    trainer.fit(
+        DistillationModule(Classifier(16), Classifier(32), loss="mse"), DataLoader(data(), 8), DataLoader(data(), 16)
+    )
+    trainer.save_checkpoint(tmp_path / "file.ckpt")
+    file = torch.load(tmp_path / "file.ckpt", weights_only=True)
+    assert file[KEY]["provenance"]["recipe"] == {"description": "both", "weight_pruning": recipe.weight_pruning}
+    assert file["distillation"]["asked"]["loss"] == {"mse": 1.0}

@@ -14,6 +14,7 @@ from torch import nn
 from lightning_optim.callbacks.base import CompressionCallback, compressions
 from lightning_optim.callbacks.logged import MetricsSince
 from lightning_optim.checks import check_flags, check_folder, check_name, check_path
+from lightning_optim.distillation.module import DistillationModule
 from lightning_optim.export.verify import missing_package
 from lightning_optim.measure.size import SIZES
 from lightning_optim.registry import Registry
@@ -224,7 +225,8 @@ class ReportCallback(pl.Callback):
         if getattr(trainer, "fast_dev_run", False):
             rank_zero_info("ReportCallback: fast_dev_run writes no report.")
             return
-        asked = [callback.last_line(pl_module) for callback in compressions(trainer)]
+        taught = [pl_module.last_line()] if isinstance(pl_module, DistillationModule) else []
+        asked = [*taught, *(callback.last_line(pl_module) for callback in compressions(trainer))]
         report = self._report(trainer, pl_module, end, asked)
         page = report.write(self.dirpath, {"report.json": self._as_json(report.title, end, asked)})
         rank_zero_info(f"ReportCallback: wrote {page}.")
@@ -245,7 +247,7 @@ class ReportCallback(pl.Callback):
         ]
         layers = against_reference(end["layers"], self._start["layers"])
         return Report(
-            title=self.title or f"A run of {type(pl_module).__name__}",
+            title=self.title or f"A run of {type(getattr(pl_module, 'optim_target', pl_module)).__name__}",
             summary=f"{len(self._epochs)} epochs, {trainer.global_step} optimizer steps.",
             columns=COLUMNS,
             rows=rows,

@@ -91,7 +91,7 @@ class OptimCLI(LightningCLI):
             self._check_data()
             if self.subcommand == "fit":
                 self._check_file()
-                self.model = self.recipe.wrap(self.model, self._teacher())
+                self.model = self._wrapped(self._teacher())
             else:
                 self.model = self._as_saved()
 
@@ -103,6 +103,16 @@ class OptimCLI(LightningCLI):
                 f"`{self.subcommand}` has no data: give --data CLASS (or `data` in the configuration), or a model with "
                 f"`{loader}`."
             )
+
+    def _wrapped(self, teacher: nn.Module | None) -> Any:
+        """Return what is fitted; a recipe that distils without a teacher is refused in the words of the command."""
+        wrapped = self.recipe.wrap(self.model, teacher)
+        if isinstance(wrapped, DistillationModule) and wrapped.lacks_teacher:
+            raise UserError(
+                "the recipe distils, and there is no teacher. Give --teacher CLASS with --teacher_ckpt FILE, or take "
+                "`distillation` out of the recipe."
+            )
+        return wrapped
 
     def _check_file(self) -> dict[str, Any] | None:
         """Read the checkpoint that is asked for, so that what is wrong with it is said before anything runs."""

@@ -43,10 +43,18 @@ def _parts(file: Mapping[str, Any], path: Path) -> Iterable[tuple[str, Pairs]]:
         yield "recipe", recipe.items()
     for entry in plan.get("entries", {}).values():
         yield entry.get("technique", "technique"), ((key, value) for key, value in entry.items() if key != "technique")
-    yield "distillation", file.get(DISTILLATION, {}).get("asked", {}).items()
+    yield _distilled(file.get(DISTILLATION, {}))
     yield "layers", _layers(plan.get("modules", {}))
     yield "metrics when it was written", ((name, f"{value:.6g}") for name, value in about.get("metrics", {}).items())
     yield "versions", about.get("versions", {}).items()
+
+
+def _distilled(state: Mapping[str, Any]) -> tuple[str, Pairs]:
+    """Say what was asked of a teacher, and in how many batches it taught; files of 0.1 do not hold their number."""
+    batches = state.get("batches")
+    title = "distillation" if batches != 0 else "distillation: asked, and no batch was taught"
+    counted = {"batches taught": batches} if batches else {}
+    return title, [*state.get("asked", {}).items(), *counted.items()]
 
 
 def _facts(file: Mapping[str, Any], path: Path, about: Mapping[str, Any]) -> Pairs:
@@ -61,7 +69,8 @@ def _facts(file: Mapping[str, Any], path: Path, about: Mapping[str, Any]) -> Pai
     yield "epoch, step", f"{file.get('epoch', '-')}, {file.get('global_step', '-')}"
     yield "file", f"{path.stat().st_size:,} bytes"
     yield "weights and buffers", f"{numbers:,} numbers, {zeros / max(numbers, 1):.1%} of them zero"
-    yield "arguments", file.get("hyper_parameters") or "-"
+    student = file.get(DISTILLATION, {}).get("student", {}).get("keys", {})
+    yield "arguments", file.get("hyper_parameters") or student.get("hyper_parameters") or "-"
     if "run" in about:
         yield "run", ", ".join(_said(name, value) for name, value in about["run"].items() if value not in (None, -1))
 

@@ -2,8 +2,6 @@
 
 import copy
 import json
-import os
-import tempfile
 from collections.abc import Callable, Iterable, Sized
 from itertools import chain
 from pathlib import Path
@@ -17,6 +15,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from rich.progress import track
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
+
+from lightning_optim.files import written_aside
 
 __all__ = [
     "Indexed",
@@ -180,16 +180,9 @@ class LogitCache:
             ValueError: If samples are missing, or logits are not finite in float16.
         """
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
-        os.close(handle)
-        temporary = Path(name)
-        try:
+        with written_aside(path) as temporary:
             shown = track(answers, f"teacher logits -> {path.name}", batches) if progress else answers
             _write_rows(temporary, shown, teacher, rows)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
         return cls(path, teacher=teacher, rows=rows)
 
 

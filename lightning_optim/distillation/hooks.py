@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import CodeType
-from typing import Any
+from typing import Any, TypeGuard
 
 import lightning.pytorch as pl
 from lightning.pytorch.core.hooks import CheckpointHooks, DataHooks, ModelHooks
@@ -12,15 +12,17 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_optim import checkpoint
 from lightning_optim.distillation.cache import Indexed
+from lightning_optim.target import lightning_class
 
 __all__ = [
     "FORWARDED",
+    "HYPERPARAMETERS",
     "OWN",
     "StudentHook",
     "as_student",
     "install_hooks",
     "install_plain_steps",
-    "of_student",
+    "is_lightning",
     "student_view",
 ]
 
@@ -102,14 +104,15 @@ def is_chained(name: str) -> bool:
 
 
 def _overridden(cls: type, name: str) -> bool:
-    return getattr(cls, name) is not getattr(pl.LightningModule, name)
+    base = next(each for each in cls.__mro__ if each.__name__ == "LightningModule")
+    return getattr(cls, name) is not getattr(base, name)
 
 
 def install_hooks(module: pl.LightningModule, student: pl.LightningModule) -> None:
     """Let a module answer with the student's hooks, where the student has its own."""
     for name in FORWARDED:
         own = _overridden(type(module), name) and not is_chained(name)
-        if is_overridden(name, student, pl.LightningModule) and not own:
+        if is_overridden(name, student, lightning_class(student)) and not own:
             module.__dict__[name] = StudentHook(module, name)
 
 
@@ -136,6 +139,11 @@ def install_plain_steps(module: pl.LightningModule) -> None:
             module.__dict__[name] = PlainStep(module, stage)
 
 
+def is_lightning(module: object) -> TypeGuard[pl.LightningModule]:
+    """Whether a module is a LightningModule, of ``lightning`` or of ``pytorch_lightning``."""
+    return lightning_class(module) is not None
+
+
 def call_student(student: pl.LightningModule, name: str, *args: Any, **kwargs: Any) -> Any:
     """Call a hook of the student as the Trainer would; an indexed batch comes and goes without its index."""
     bare = [arg.item if isinstance(arg, Indexed) else arg for arg in args]
@@ -157,48 +165,33 @@ def as_student(student: pl.LightningModule, hook: str) -> Iterator[None]:
         student._current_fx_name = before
 
 
+HYPERPARAMETERS = ("hyper_parameters", "hparams_name", "hparams_type")
+"""Keys under which Lightning writes what a module was made from."""
+
+
 @contextmanager
-def student_view(file: dict[str, Any], prefix: str = "student.") -> Iterator[dict[str, Any]]:
-    """Show a checkpoint as the student's own: its hooks find their names in ``state_dict``, and may change them."""
+def student_view(
+    file: dict[str, Any], hyperparameters: Mapping[str, Any], prefix: str = "student."
+) -> Iterator[dict[str, Any]]:
+    """Show a checkpoint as the student's own: its hooks find their names in ``state_dict``, and may change them.
+
+    Args:
+        file: The checkpoint of the module around.
+        hyperparameters: The student's, under the keys of a checkpoint; what a hook makes of them stays in the view.
+        prefix: Of the student's names in ``state_dict``.
+    """
     weights: Mapping[str, Any] = file.get("state_dict", {})
     names = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
-    view = {key: value for key, value in file.items() if key != checkpoint.KEY}
+    kept = {checkpoint.KEY, checkpoint.DISTILLATION, *HYPERPARAMETERS}
+    view = {key: value for key, value in file.items() if key not in kept}
     view["state_dict"] = names
     shown = set(view)
+    view.update(hyperparameters)
     yield view
     others = {name: value for name, value in weights.items() if not name.startswith(prefix)}
     changed = {f"{prefix}{name}": value for name, value in view["state_dict"].items()}
     for key in shown - view.keys():
         file.pop(key, None)
-    file.update({key: value for key, value in view.items() if key not in ("state_dict", checkpoint.KEY)})
+    file.update({key: value for key, value in view.items() if key not in ("state_dict", *kept)})
     if "state_dict" in file:
         file["state_dict"] = {**changed, **others}
-
-
-def of_student(name: str) -> Any:
-    """Return a property that is the student's attribute (or hyperparameter) where it has one, else the module's own.
-
-    Lightning's finders read and set ``lr`` or ``learning_rate`` on the module that the Trainer fits.
-    """
-
-    def read(module: pl.LightningModule) -> Any:
-        student = module._modules.get("student")
-        if name in module.__dict__:
-            return module.__dict__[name]
-        if hasattr(student, name):
-            return getattr(student, name)
-        if name in getattr(student, "hparams", {}):
-            return student.hparams[name]  # type: ignore[union-attr, index]
-        raise AttributeError(f"neither {type(module).__name__} nor its student has {name!r}.")
-
-    def write(module: pl.LightningModule, value: Any) -> None:
-        student = module.__dict__.get("_modules", {}).get("student")
-        in_arguments = name in getattr(student, "hparams", {})
-        if in_arguments:
-            student.hparams[name] = value
-        if hasattr(student, name):
-            setattr(student, name, value)
-        elif not in_arguments:
-            module.__dict__[name] = value
-
-    return property(read, write, doc=f"The student's ``{name}``, for Lightning's finders.")

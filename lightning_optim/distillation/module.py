@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
@@ -18,7 +18,15 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from lightning_optim import checkpoint
-from lightning_optim.checks import check_count, check_path, listed
+from lightning_optim.checks import check_path, listed
+from lightning_optim.distillation.arguments import (
+    SEVERAL,
+    apply_example,
+    check_student,
+    classes_of,
+    optimizers_of,
+    temperature_of,
+)
 from lightning_optim.distillation.cache import Indexed, LogitCache, dataset_length, every_sample_once, shared_cache
 from lightning_optim.distillation.features import (
     Capture,
@@ -31,11 +39,12 @@ from lightning_optim.distillation.features import (
     surviving_channels,
 )
 from lightning_optim.distillation.hooks import (
+    HYPERPARAMETERS,
     as_student,
     call_student,
     install_hooks,
     install_plain_steps,
-    of_student,
+    is_lightning,
     student_view,
 )
 from lightning_optim.distillation.objective import LogitLosses
@@ -51,8 +60,9 @@ from lightning_optim.distillation.positions import (
 )
 from lightning_optim.distillation.projectors import Projectors, new_projector
 from lightning_optim.distillation.ramp import Ramp, RampState
-from lightning_optim.distillation.student import KEY, student_hyperparameters
+from lightning_optim.distillation.student import KEY, own_hyperparameters, plain_hyperparameters
 from lightning_optim.distillation.teacher import Teacher, shared_parameters
+from lightning_optim.distillation.wrapper import StandsForStudent, of_student
 from lightning_optim.functional.losses import Loss
 from lightning_optim.functional.rows import task_cross_entropy
 from lightning_optim.provenance import as_plain
@@ -60,7 +70,14 @@ from lightning_optim.sharding import is_sharded
 from lightning_optim.strategies.common import check_supported
 from lightning_optim.structured.groups import Removal
 from lightning_optim.tables import render
-from lightning_optim.target import ForwardInputs, as_forward_inputs, averaged_copies, batch_inputs, map_inputs
+from lightning_optim.target import (
+    ForwardInputs,
+    as_forward_inputs,
+    averaged_copies,
+    batch_inputs,
+    lightning_class,
+    map_inputs,
+)
 from lightning_optim.window import planned_steps
 
 __all__ = ["DistillationModule"]
@@ -68,7 +85,7 @@ __all__ = ["DistillationModule"]
 _PASSED_ON = ("example_input_array", "allow_zero_length_dataloader_with_multiple_devices", "prepare_data_per_node")
 
 
-class DistillationModule(pl.LightningModule):
+class DistillationModule(StandsForStudent, pl.LightningModule):
     """Train a student with ``(1 - alpha) * task + alpha * distillation + sum of weighted features``.
 
     The student's own step, optimizer, metrics and hooks run as they are; with ``alpha=0`` the run is the student's own,
@@ -147,16 +164,16 @@ class DistillationModule(pl.LightningModule):
         task_loss: Callable[[Tensor, Any], Tensor] | None = None,
     ) -> None:
         super().__init__()
-        _check_student(student, optimizer, task_loss)
+        check_student(student, optimizer, task_loss)
         if not isinstance(logits_from, str):
             raise TypeError(f"`logits_from` must be the name of a layer of the student, got {logits_from!r}.")
-        self.student = student
         self.projectors = Projectors()
         self.logits_from = logits_from
         self.features = [Feature.of(each) for each in listed("features", features, "pairs of layers")]
-        self.teacher_classes = None if teacher_classes is None else _classes(teacher_classes)
+        self.teacher_classes = None if teacher_classes is None else classes_of(teacher_classes)
+        self.student = student  # what is public and set from here on may be the student's
         self._alpha = RampState("alpha", alpha, 0.0, 1.0, "must be a weight in [0, 1]")
-        self._temperature = _temperature(temperature)
+        self._temperature = temperature_of(temperature)
         self._objective = LogitLosses.of(loss)
         self._positions = Positions()
         if cache is not None:
@@ -170,6 +187,8 @@ class DistillationModule(pl.LightningModule):
         self._unproven = False
         self._optimizer, self._task_loss = optimizer, task_loss
         self._example = None if example_inputs is None else as_forward_inputs(example_inputs)
+        self._taught_batches = 0
+        self._taught_by: dict[str, float] = {}
         self._sums: dict[str, Tensor | float] = {}
         self._rows = 0
         self._restored = False
@@ -178,9 +197,9 @@ class DistillationModule(pl.LightningModule):
         self.set_teacher(teacher)
         self._take_over(student)
 
-    def _take_over(self, student: nn.Module) -> None:
+    def _take_over(self, student: Any) -> None:
         checkpoint.share_plan(self, "student")
-        if not isinstance(student, pl.LightningModule):
+        if not is_lightning(student):
             self._check_layers()
             install_plain_steps(self)
             return
@@ -195,9 +214,9 @@ class DistillationModule(pl.LightningModule):
     def _builds_in(self, *hooks: str) -> bool:
         """Whether the student may make layers in one of these hooks."""
         student = self.student
-        if not isinstance(student, pl.LightningModule):
+        if not is_lightning(student):
             return False
-        return any(is_overridden(hook, student, pl.LightningModule) for hook in hooks)
+        return any(is_overridden(hook, student, lightning_class(student)) for hook in hooks)
 
     def _check_layers(self) -> None:
         find_layer(self.student, self.logits_from, "logits_from")
@@ -212,7 +231,7 @@ class DistillationModule(pl.LightningModule):
         return self.student
 
     recipe: Mapping[str, Any] | None = None
-    """The words of the recipe it was made from, for the checkpoint."""
+    """The words of the recipe it was made from that it runs itself, for the checkpoint."""
     class_dim: int | None = None
     """Which dimension of the logits holds the classes, 1 or -1; None: as the labels' shape says."""
     shift_labels: bool | None = None
@@ -363,6 +382,7 @@ class DistillationModule(pl.LightningModule):
                 raise RuntimeError(self._never_called(caught.without_gradient))
             task = result["loss"] if isinstance(result, Mapping) else result
             parts = self._taught(caught, batch, item, batch_idx, alpha, task)
+            self._taught_batches += 1
             self._log_parts({"task": task, **parts}, self.get_logits(caught.calls[self.logits_from][0][1]).shape[0])
         loss = self._total(task, parts, alpha)
         return {**result, "loss": loss} if isinstance(result, Mapping) else loss
@@ -373,7 +393,7 @@ class DistillationModule(pl.LightningModule):
 
     def _student_step(self, batch: Any, batch_idx: int, alpha: float) -> Any:
         student = self.student
-        if isinstance(student, pl.LightningModule):
+        if is_lightning(student):
             takes = len(inspect.signature(student.training_step).parameters)
             with as_student(student, "training_step"):
                 return student.training_step(*(batch, batch_idx)[:takes])
@@ -452,6 +472,11 @@ class DistillationModule(pl.LightningModule):
     def _needs_teacher(self) -> bool:
         return bool(self.features) or not (self._objective.teacher_free or self._alpha.never)
 
+    @property
+    def lacks_teacher(self) -> bool:
+        """Whether a fit would need a teacher, or a cache of its logits, and there is neither."""
+        return self._needs_teacher and self._cache_path is None and self._teacher is None
+
     def _required_teacher(self) -> Teacher:
         if self._teacher is None:
             raise MisconfigurationException(
@@ -483,10 +508,11 @@ class DistillationModule(pl.LightningModule):
         ours, theirs = rows.of(student), rows.of(teacher)
         if not len(ours):  # no position has a label: nothing to learn, and no mean of nothing
             return {"kd": ours.float().sum()}
-        words: dict[str, Any] = {"targets": _required(rows.targets, item)} if needs_labels else {}
+        words: dict[str, Any] = {"targets": _tensor(rows.targets, item)} if needs_labels else {}
         if self._temperature is not None:
             words["temperature"] = self._temperature.value(self._step)
         losses = self.kd_loss(ours, theirs, **words)
+        self._taught_by = self._objective.of_classes(ours.shape[-1]).weights
         each = {f"kd/{name}": value.detach() for name, value in losses.items()} if len(losses) > 1 else {}
         return {"kd": self._objective.total(losses), **each}
 
@@ -573,11 +599,11 @@ class DistillationModule(pl.LightningModule):
         Raises:
             MisconfigurationException: If there are several, or a plain student has none.
         """
-        if isinstance(self.student, pl.LightningModule):
+        if is_lightning(self.student):
             configured = call_student(self.student, "configure_optimizers")
-            several = [each for each in _optimizers(configured) if isinstance(each, (Optimizer, Mapping))]
+            several = [each for each in optimizers_of(configured) if isinstance(each, (Optimizer, Mapping))]
             if len(several) > 1:
-                raise MisconfigurationException(_SEVERAL.format(len(several)))
+                raise MisconfigurationException(SEVERAL.format(len(several)))
             return configured
         if self._optimizer is None:
             raise MisconfigurationException(
@@ -590,13 +616,13 @@ class DistillationModule(pl.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Run the student's ``setup``, check what the run needs, and size projectors before anything is loaded."""
-        if isinstance(self.student, pl.LightningModule):
+        if is_lightning(self.student):
             call_student(self.student, "setup", stage)
         if stage != "fit":
             return
-        _check_student(self.student, self._optimizer, self._task_loss)
+        check_student(self.student, self._optimizer, self._task_loss)
         check_supported("DistillationModule", self.trainer.strategy)
-        if self._needs_teacher and self._cache_path is None:
+        if self.lacks_teacher:
             self._required_teacher()
         if not self._builds_in("configure_model"):
             self._check_layers()
@@ -617,7 +643,7 @@ class DistillationModule(pl.LightningModule):
         checksum = self._same_teacher_everywhere()
         if self._cache_path is not None and not self._alpha.never:
             self._open_cache(self._cache_path, checksum)
-        if isinstance(self.student, pl.LightningModule):
+        if is_lightning(self.student):
             call_student(self.student, "on_fit_start")
 
     def _begin_ramps(self) -> None:
@@ -630,7 +656,7 @@ class DistillationModule(pl.LightningModule):
     def _adopt_projectors(self) -> None:
         optimizers = self.trainer.optimizers
         if len(optimizers) > 1:
-            raise MisconfigurationException(_SEVERAL.format(len(optimizers)))
+            raise MisconfigurationException(SEVERAL.format(len(optimizers)))
         held = {id(p) for each in optimizers for group in each.param_groups for p in group["params"]}
         missing = [p for p in self.projectors.parameters() if id(p) not in held]
         if missing and not optimizers:
@@ -655,7 +681,7 @@ class DistillationModule(pl.LightningModule):
 
     def teardown(self, stage: str) -> None:
         """Run the student's ``teardown``; what was changed in the student is then in its own checkpoints too."""
-        if isinstance(self.student, pl.LightningModule):
+        if is_lightning(self.student):
             call_student(self.student, "teardown", stage)
         checkpoint.share_plan(self, "student")
 
@@ -821,22 +847,30 @@ class DistillationModule(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Write ramps' windows and the student's hyperparameters; the student's own hook sees the file as its own."""
-        if isinstance(self.student, pl.LightningModule):
-            with student_view(checkpoint) as view:
-                call_student(self.student, "on_save_checkpoint", view)
+        student: Any = self.student
+        hyperparameters = own_hyperparameters(student)
+        if is_lightning(student):
+            with student_view(checkpoint, hyperparameters) as view:
+                call_student(student, "on_save_checkpoint", view)
+                hyperparameters = {key: view[key] for key in hyperparameters if key in view}
+        if self.hparams is getattr(student, "hparams", None):  # Lightning took them for this module's arguments
+            for key in HYPERPARAMETERS:
+                checkpoint.pop(key, None)
         ramps = {"alpha": self._alpha, "temperature": self._temperature}
         checkpoint[KEY] = {
             "version": 1,
             "recipe": self.recipe,
-            "student": student_hyperparameters(self.student),
+            "student": plain_hyperparameters(hyperparameters),
             "windows": {name: ramp.window.state_dict() for name, ramp in ramps.items() if ramp is not None},
             "asked": self._words(),
+            "batches": self._taught_batches,
+            "taught_by": dict(self._taught_by),
         }
 
     def _words(self) -> dict[str, Any]:
         """Return what is taught, and by whom, for the reader of a checkpoint."""
         words = {
-            "loss": self._objective.weights,
+            "loss": self._taught_by or self._objective.weights,
             "alpha": self._alpha.ramp,
             "temperature": None if self._temperature is None else self._temperature.ramp,
             "features": self.features,
@@ -844,12 +878,23 @@ class DistillationModule(pl.LightningModule):
         }
         return {name: as_plain(value) for name, value in words.items()}
 
+    def last_line(self) -> str:
+        """Return the sentence that says what was asked, and in how many batches it ran."""
+        asked = self._words()
+        names = [*self._taught_by, *feature_names(self.features)]
+        by = f" by {', '.join(asked['teacher'])}" if asked["teacher"] else ""
+        if not self._taught_batches:
+            return f"Distillation: asked {', '.join(asked['loss'])}{by}; no batch was taught."
+        batches = "1 batch" if self._taught_batches == 1 else f"{self._taught_batches} batches"
+        return f"Distillation: {', '.join(names)}{by}, in {batches}."
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Give projectors the file's sizes (no teacher is needed), and take up the windows of a run that goes on."""
         for each in self._all_projectors():
             each.conform(checkpoint["state_dict"], self.device, self.dtype)
-        if isinstance(self.student, pl.LightningModule):
-            with student_view(checkpoint) as view:
+        if is_lightning(self.student):
+            saved = checkpoint.get(KEY, {}).get("student", {}).get("keys") or own_hyperparameters(self.student)
+            with student_view(checkpoint, saved) as view:
                 call_student(self.student, "on_load_checkpoint", view)
         state = checkpoint.get(KEY)
         if state is None or self._trainer is None or self._trainer.state.fn != "fit":
@@ -857,6 +902,7 @@ class DistillationModule(pl.LightningModule):
         for name, ramp in (("alpha", self._alpha), ("temperature", self._temperature)):
             if ramp is not None and name in state["windows"]:
                 ramp.window.load_state_dict(state["windows"][name])
+        self._taught_batches, self._taught_by = state.get("batches", 0), dict(state.get("taught_by", {}))
         self._restored = True
 
 
@@ -866,63 +912,14 @@ def _required(labels: Any, batch: Any) -> Any:
     return labels
 
 
-_SEVERAL = (
-    "distillation adds one loss to one optimizer, and the student configures {}. Give it one optimizer (with parameter "
-    "groups, where learning rates differ)."
-)
-
-
-def _check_student(student: Any, optimizer: Any, task_loss: Any) -> None:
-    if not isinstance(student, nn.Module):
-        raise TypeError(f"`student` must be a LightningModule or a module, got {student!r}.")
-    if not isinstance(student, pl.LightningModule):
-        if any(base.__name__ == "LightningModule" for base in type(student).__mro__):
-            raise TypeError(
-                "`student` is of `pytorch_lightning`; DistillationModule is of `lightning`. Import one of them."
-            )
-        return
-    if not student.automatic_optimization:
-        raise MisconfigurationException(
-            f"{type(student).__name__} optimizes manually, so its step takes the optimizer's steps itself and no loss "
-            "can be added. Give it automatic optimization, or add a loss of `functional.losses` in its own step."
+def _tensor(labels: Any, batch: Any) -> Tensor:
+    if not isinstance(_required(labels, batch), Tensor):
+        raise TypeError(
+            f"the losses need labels as a tensor, one class a row, got {type(labels).__name__}. Override "
+            "`targets(batch)`."
         )
-    for name, given in (("optimizer", optimizer), ("task_loss", task_loss)):
-        if given is not None:
-            raise ValueError(f"`{name}` is for a plain module; {type(student).__name__} brings its own.")
-
-
-def _classes(given: Any) -> list[int]:
-    classes = listed("teacher_classes", given, "places in the teacher's outputs")
-    for place in classes:
-        check_count("teacher_classes", place, 0)
-    return classes
-
-
-def _temperature(given: Any) -> RampState | None:
-    if given is None:
-        return None
-    return RampState("temperature", given, 1e-6, 1e6, "must be a number > 0 (4.0 is usual)")
+    return cast("Tensor", labels)
 
 
 def _no_autocast(tensor: Tensor) -> torch.autocast:
     return torch.autocast(tensor.device.type, enabled=False)
-
-
-def _optimizers(configured: Any) -> list[Any]:
-    """Return the optimizers in what ``configure_optimizers`` returned."""
-    if isinstance(configured, (tuple, list)):
-        pair = len(configured) == 2 and isinstance(configured[0], (tuple, list))
-        return list(configured[0] if pair else configured)
-    return [configured]
-
-
-def apply_example(inputs: ForwardInputs, like: Tensor | None) -> ForwardInputs:
-    """Return example inputs on the device and in the precision of a module's parameters."""
-    if like is None:
-        return inputs
-
-    def move(tensor: Tensor) -> Tensor:
-        return tensor.to(like.device, like.dtype if tensor.is_floating_point() else tensor.dtype)
-
-    args, kwargs = apply_to_collection((inputs.args, inputs.kwargs or {}), Tensor, move)
-    return ForwardInputs(args, kwargs)

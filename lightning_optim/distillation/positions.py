@@ -89,8 +89,9 @@ def find_labels(batch: Any, received: Mapping[str, Any]) -> Any:
     ends = [named.get(f"{end}_positions") for end in _SPAN]
     if all(isinstance(end, Tensor) for end in ends):
         return torch.stack(ends, 1)  # type: ignore[arg-type]
-    if isinstance(batch, (tuple, list)):
-        return next((item for item in batch[1:] if not any(item is each for each in received.values())), None)
+    if isinstance(batch, (tuple, list)) and batch:
+        inputs = [each for each in received.values() if each is not batch[0]]  # (tokens, tokens): both input and labels
+        return next((item for item in batch[1:] if not any(item is each for each in inputs)), None)
     return None
 
 

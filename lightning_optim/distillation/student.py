@@ -1,6 +1,7 @@
 """The student alone: a plain checkpoint of its own class, without teacher, projectors or this package's module."""
 
 from collections import OrderedDict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,12 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from lightning_optim import checkpoint
-from lightning_optim.distillation.hooks import call_student, student_view
+from lightning_optim.distillation.hooks import call_student, is_lightning, student_view
+from lightning_optim.files import written_aside
 
 __all__ = ["student_only"]
 
-KEY = "distillation"
+KEY = checkpoint.DISTILLATION
 """The checkpoint's key of what a distillation module keeps besides weights."""
 
 _PREFIX = "student."
@@ -44,7 +46,7 @@ def student_only(checkpoint_or_module: Any, path: str | Path) -> Path:
 
     Args:
         checkpoint_or_module: A checkpoint file of a DistillationModule, or the module itself.
-        path: The file to write.
+        path: The file to write; it may be the checkpoint itself, which is then replaced.
 
     Returns:
         ``path``.
@@ -58,29 +60,31 @@ def student_only(checkpoint_or_module: Any, path: str | Path) -> Path:
         file = _of_module(checkpoint_or_module)
     else:
         file = _of_file(checkpoint_or_module)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(file, path)
-    return path
+    with written_aside(path) as part:  # `path` may be the file that is read
+        torch.save(file, part)
+    return Path(path)
 
 
 def _of_module(module: nn.Module) -> dict[str, Any]:
     student = getattr(module, "student", None)
     if not isinstance(student, nn.Module):
         raise TypeError(f"expected a DistillationModule or a checkpoint of one, got {type(module).__name__}.")
-    saved = {
+    saved: dict[str, Any] = {
         "epoch": 0,
         "global_step": 0,
         "pytorch-lightning_version": lightning_version,
         "state_dict": module.state_dict(),
-        KEY: {"student": student_hyperparameters(student)},
     }
-    file = _alone(saved)
-    file[checkpoint.KEY] = checkpoint.plan_below(checkpoint.plain_plan(module), "student")
-    if isinstance(student, pl.LightningModule):
-        with student_view(saved) as view:
+    more: dict[str, Any] = {}
+    hyperparameters = own_hyperparameters(student)
+    if is_lightning(student):
+        with student_view(saved, hyperparameters) as view:
             call_student(student, "on_save_checkpoint", view)
-            file.update({key: value for key, value in view.items() if key not in (*_OF_THE_RUN, checkpoint.KEY)})
+            more = {key: value for key, value in view.items() if key not in (*_OF_THE_RUN, checkpoint.KEY)}
+            hyperparameters = {key: view[key] for key in hyperparameters if key in view}
+    saved[KEY] = {"student": plain_hyperparameters(hyperparameters)}
+    file = {**_alone(saved), **{key: value for key, value in more.items() if key != "state_dict"}}
+    file[checkpoint.KEY] = checkpoint.plan_below(checkpoint.plain_plan(module), "student")
     return file
 
 
@@ -107,16 +111,21 @@ def _alone(saved: dict[str, Any]) -> dict[str, Any]:
     return {**file, **known.get("keys", {})}
 
 
-def student_hyperparameters(student: nn.Module) -> dict[str, Any]:
-    """Return what Lightning writes of a LightningModule's hyperparameters, as far as they are plain values."""
-    if not isinstance(student, pl.LightningModule) or not student.hparams:
-        return {"keys": {}, "left_out": []}
-    values = dict(student.hparams)
-    plain = {name: value for name, value in values.items() if _is_plain(value)}
-    keys: dict[str, Any] = {student.CHECKPOINT_HYPER_PARAMS_KEY: plain}
-    if hasattr(student, "_hparams_name"):
-        keys[student.CHECKPOINT_HYPER_PARAMS_NAME] = student._hparams_name
-    return {"keys": keys, "left_out": [name for name in values if name not in plain]}
+def own_hyperparameters(student: Any) -> dict[str, Any]:
+    """Return what Lightning writes into a checkpoint of a LightningModule's hyperparameters."""
+    if not is_lightning(student) or not student.hparams:
+        return {}
+    name = {student.CHECKPOINT_HYPER_PARAMS_NAME: student._hparams_name} if hasattr(student, "_hparams_name") else {}
+    return {student.CHECKPOINT_HYPER_PARAMS_KEY: dict(student.hparams), **name}
+
+
+def plain_hyperparameters(keys: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what of a checkpoint's hyperparameters are plain values, and the names of the others."""
+    name = pl.LightningModule.CHECKPOINT_HYPER_PARAMS_KEY
+    values = keys.get(name, {})
+    plain = {key: value for key, value in values.items() if _is_plain(value)}
+    shown = {**keys, name: plain} if name in keys else {**keys}
+    return {"keys": shown, "left_out": [key for key in values if key not in plain]}
 
 
 def _is_plain(value: Any) -> bool:

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_optim.functional.rows import IGNORED
 from lightning_optim.registry import Registry
 
 __all__ = [
@@ -112,14 +113,14 @@ def dkd(
         A float32 scalar >= 0, finite also where the softmax of a logit underflows.
 
     Raises:
-        ValueError: If the shapes differ, ``temperature`` is not positive, or a row has fewer than 2 classes.
+        ValueError: If the shapes differ, ``temperature`` is not positive, a row has fewer than 2 classes, or
+            ``targets`` are not one class a row.
 
     References:
         Zhao et al. 2022, "Decoupled Knowledge Distillation", equation 7.
     """
     student, teacher = _log_softmax(student_logits, teacher_logits, temperature)
-    if targets.shape != student.shape[:-1]:
-        raise ValueError(f"`targets` must be one class a row, {tuple(student.shape[:-1])}, got {tuple(targets.shape)}.")
+    _check_targets(targets, student)
     index = targets.long().unsqueeze(-1)
     binary = _divergence(_target_and_rest(student, index), _target_and_rest(teacher, index))
     others = _divergence(_without(student, index), _without(teacher, index))
@@ -299,14 +300,14 @@ def label_smoothing(
     Args:
         student_logits: ``[rows, classes]``.
         teacher_logits: Not used.
-        targets: True classes ``[rows]``, integers.
+        targets: True classes ``[rows]``, integers; -100 leaves a row out.
         smoothing: Probability that is spread evenly over all classes, in [0, 1].
 
     Returns:
         A float32 scalar >= 0; unlike the other losses not 0 for equal logits.
 
     Raises:
-        ValueError: If ``smoothing`` is outside [0, 1], or a row has one class.
+        ValueError: If ``smoothing`` is outside [0, 1], a row has one class, or ``targets`` are not one class a row.
 
     References:
         Yuan et al. 2020, "Revisiting Knowledge Distillation via Label Smoothing Regularization".
@@ -314,6 +315,7 @@ def label_smoothing(
     if not 0.0 <= smoothing <= 1.0:
         raise ValueError(f"`smoothing` must be a fraction in [0, 1], got {smoothing}.")
     _check_classes(student_logits)
+    _check_targets(targets, student_logits)
     return F.cross_entropy(student_logits.float(), targets.long(), label_smoothing=smoothing)
 
 
@@ -484,6 +486,20 @@ def _check_classes(logits: Tensor) -> None:
         raise ValueError(
             f"the loss compares the classes of a row and needs at least 2, got logits {tuple(logits.shape)}. One logit "
             "a row is a binary answer, which loss='bce' compares (loss='mse' for a number)."
+        )
+
+
+def _check_targets(targets: Tensor, logits: Tensor) -> None:
+    """Refuse labels that are no classes of the rows; values are looked at where that waits for no device."""
+    if targets.shape != logits.shape[:-1]:
+        raise ValueError(f"`targets` must be one class a row, {tuple(logits.shape[:-1])}, got {tuple(targets.shape)}.")
+    if targets.device.type != "cpu" or not targets.numel():
+        return
+    low, high = (int(end) for end in targets.masked_fill(targets == IGNORED, 0).aminmax())
+    if low < 0 or high >= logits.shape[-1]:
+        raise ValueError(
+            f"`targets` must be classes from 0 to {logits.shape[-1] - 1}, got {low if low < 0 else high}. Mark rows "
+            f"without a label by {IGNORED}."
         )
 
 

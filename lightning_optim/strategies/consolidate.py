@@ -1,6 +1,5 @@
 """One ordinary checkpoint file of a folder that every process wrote its part to."""
 
-import os
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.state_dict_loader import load
 
+from lightning_optim.files import written_aside
 from lightning_optim.strategies.sharded_files import METADATA
 
 __all__ = ["consolidate"]
@@ -141,13 +141,8 @@ def _optimizer(tensors: Mapping[str, Tensor], place: int, groups: list[dict[str,
 
 
 def _write(checkpoint: dict[str, Any], file: Path) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f".{file.name}.part")
-    try:
+    with written_aside(file) as part:
         torch.save(checkpoint, part)
-        os.replace(part, file)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _no_such_checkpoint(folder: Path, why: str) -> ValueError:

@@ -246,6 +246,35 @@ def test_an_ensemble_is_the_log_of_the_mean_probability():
         ensemble_logits([one, other[:, :2]], [1.0, 1.0])
 
 
+def test_an_ensemble_of_binary_answers_is_the_mean_of_each_ones_probability():
+    one, other = logits(0), logits(1)
+    expected = 0.25 * one.sigmoid() + 0.75 * other.sigmoid()
+    assert torch.allclose(ensemble_logits([one, other], [1.0, 3.0], binary=True).sigmoid(), expected, atol=1e-6)
+    extreme = ensemble_logits([torch.tensor([200.0]), torch.tensor([-200.0])], [1.0, 1.0], binary=True)
+    assert extreme.sigmoid().item() == pytest.approx(0.5)
+    images = [x.t().reshape(1, CLASSES, ROWS) for x in (one, other)]
+    expected = ensemble_logits([one, other], [1.0, 3.0]).t().reshape(1, CLASSES, ROWS)
+    assert torch.allclose(ensemble_logits(images, [1.0, 3.0], dim=1), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", sorted(set(LOSSES) - {"bce", "mse"}))
+def test_losses_over_classes_refuse_one_logit_a_row(name):
+    words = {"targets": torch.zeros(ROWS).long()} if "targets" in LOSSES[name].needs else {}
+    with pytest.raises(ValueError, match="at least 2"):
+        LOSSES[name](logits(0)[:, :1], logits(1)[:, :1], **words)
+
+
+@pytest.mark.parametrize("name", [name for name in sorted(LOSSES) if "targets" in LOSSES[name].needs])
+def test_labels_that_are_no_classes_are_named(name):
+    for wrong, sentence in (
+        (TARGETS + 1, "from 0 to 4, got 5"),
+        (TARGETS - 1, "got -1"),
+        (TARGETS[:2], "one class a r"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            LOSSES[name](logits(0), logits(1), targets=wrong)
+
+
 def test_what_cannot_be_computed_says_so():
     with pytest.raises(ValueError, match="at least 2 rows"):
         losses.dist(logits(0)[:1], logits(1)[:1])
