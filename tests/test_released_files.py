@@ -31,11 +31,34 @@ def test_a_file_of_a_released_version_gives_the_outputs_it_gave(path):
         torch.testing.assert_close(loaded(data().tensors[0]), expected)
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name} {path.stem}")
-def test_a_run_of_a_released_version_is_resumed_to_the_same_end(path, tmp_path):
+def resumed_of(path, tmp_path):
+    """The run of a middle file, resumed to its end."""
     resumed = module(name_of(path))
     middle = path.with_name(path.name.replace("-end", "-middle"))
     fit(tmp_path, resumed, *callbacks(name_of(path)), ckpt_path=middle, max_epochs=EPOCHS)
+    return resumed
+
+
+ALLOCATED_OTHERWISE = ("channels-conv",)
+"""Since 0.2 groups make up for each other's blocks, so that other channels are removed from the middle file on."""
+
+
+@pytest.mark.filterwarnings("ignore:.*goes on as '2.4@unfold'.*:UserWarning")
+@pytest.mark.parametrize(
+    "path",
+    [path for path in FILES if name_of(path) not in ALLOCATED_OTHERWISE],
+    ids=lambda path: f"{path.parent.name} {path.stem}",
+)
+def test_a_run_of_a_released_version_is_resumed_to_the_same_end(path, tmp_path):
     expected = torch.load(path, weights_only=True)["state_dict"]
     # Not bit for bit: another machine adds up in another order.
-    torch.testing.assert_close(dict(resumed.state_dict()), dict(expected), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(dict(resumed_of(path, tmp_path).state_dict()), dict(expected), rtol=1e-3, atol=1e-4)
+
+
+def test_a_run_of_0_1_that_missed_its_ratio_now_reaches_it(tmp_path):
+    path = RELEASED / "0.1.0" / "channels-conv-end.ckpt"
+    before = torch.load(path, weights_only=True)["state_dict"]
+    after = resumed_of(path, tmp_path).state_dict()
+    outputs = [name for name in after if name in ("net.1.weight", "net.4.weight")]
+    assert sum(len(before[name]) for name in outputs) > 8  # of 16; half was asked
+    assert sum(len(after[name]) for name in outputs) == 8
