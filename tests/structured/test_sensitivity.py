@@ -141,6 +141,6 @@ def test_a_net_with_images():
 
 
 def test_a_batch_that_forward_does_not_take_is_named_by_its_argument():
-    batch = [torch.ones(3, 2), torch.zeros(3, dtype=torch.long)]  # what a loader gives
-    with pytest.raises(ValueError, match=r"fails with `example_inputs` .*float32 \(3, 2\), int64 \(3,\).*=images"):
+    batch = [torch.ones(3, 2), torch.zeros(3, dtype=torch.long)]  # what a loader gives; a list is several calls
+    with pytest.raises(ValueError, match=r"fails with `example_inputs` .*They pass int64 \(3,\);.*=images"):
         sensitivity(net(), lambda model: 0.5, batch, progress=False)
