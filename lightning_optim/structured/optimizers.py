@@ -5,8 +5,8 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
-from torch.utils._pytree import tree_leaves
 
+from lightning_optim._upstream import tree_leaves
 from lightning_optim.structured.removal import keep_channels
 
 __all__ = ["check_optimizer", "is_flat", "slice_optimizer"]
