@@ -96,9 +96,10 @@ def own_pruners(graph: Any, module: nn.Module) -> dict[type[nn.Module], Any]:
             for name, tensor in _own_tensors(layer).items():
                 if tensor.numel() == width:
                     small = _without(tensor, idxs, list(tensor.shape).index(width))
-                    (layer._parameters if name in layer._parameters else layer._buffers)[name] = (
-                        nn.Parameter(small) if name in layer._parameters else small
-                    )
+                    if name in layer._parameters:
+                        layer._parameters[name] = nn.Parameter(small)
+                    else:
+                        layer._buffers[name] = small
             for name, value in list(vars(layer).items()):
                 if type(value) is int and value == width and _WIDTH.fullmatch(name):
                     setattr(layer, name, width - len(idxs))

@@ -102,7 +102,7 @@ class SplitTracer(TorchFunctionMode):
         function = result.grad_fn
         while function is not None and function.name() == _SLICE and function not in self.owners:
             self.owners[function] = self._running[-1]
-            function = function.next_functions[0][0]  # type: ignore[assignment]
+            function = function.next_functions[0][0]
 
     def graph(self) -> Any:
         """Return a graph of torch-pruning's whose slices are parts."""
