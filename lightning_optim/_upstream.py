@@ -100,7 +100,7 @@ class Attribute:
     seen: str
 
 
-LIGHTNING, TORCH = "lightning 2.6.6", "torch 2.13.0"
+LIGHTNING, TORCH, TORCH_PRUNING = "lightning 2.6.6", "torch 2.13.0", "torch-pruning 1.6.1"
 _OLDER = "Install the version it was seen in."
 _DDP_INSTEAD = f"Take Trainer(strategy='optim_ddp'), or: {_OLDER[0].lower()}{_OLDER[1:]}"
 _PYTREE = "walks nested inputs and outputs of models"
@@ -186,6 +186,14 @@ OVERRIDES: tuple[Override, ...] = (
         (),
         "a checkpoint's arguments do not take the place of the configuration's",
         LIGHTNING,
+        _OLDER,
+    ),
+    Override(
+        "DependencyGraph",
+        "_trace_computational_graph",
+        ("module2node", "output", "gradfn2module", "reused", "visited"),
+        "channel pruning follows the parts of a split",
+        TORCH_PRUNING,
         _OLDER,
     ),
 )

@@ -26,6 +26,7 @@ __all__ = [
     "catch_forward_inputs",
     "find_target",
     "first_rows",
+    "is_computed",
     "lightning_class",
     "named_layers",
     "select_weights",
@@ -52,6 +53,10 @@ _PRUNED_BY_DEFAULT: tuple[tuple[tuple[type[nn.Module], ...], str], ...] = (
     ((nn.MultiheadAttention,), "v_proj_weight"),
     ((nn.RNNBase, nn.RNNCellBase), "weight_"),
 )
+
+
+COMPUTED = "computed by a parametrization (weight_norm, spectral_norm, prune, ...): remove that first"
+"""Why such a weight is left out: a change of it would be undone at the next forward pass."""
 
 
 @dataclass(frozen=True)
@@ -186,8 +191,7 @@ def select_weights(
         The selection; ``chosen`` may be empty.
 
     Raises:
-        ValueError: If a pattern of ``include`` or ``exclude`` matches nothing, or a selected weight is computed by a
-            parametrization.
+        ValueError: If a pattern of ``include`` or ``exclude`` matches nothing.
     """
     matched: set[int] = set()
     chosen: dict[str, Weight] = {}
@@ -203,14 +207,26 @@ def select_weights(
         if reason is not None:
             left_out[name] = reason
         elif not isinstance(parameter, nn.Parameter):
-            raise ValueError(
-                f"{name} is computed by a parametrization (weight_norm, spectral_norm, prune, ...), so there is no "
-                f"weight to act on. Remove the parametrization first, or pass exclude=[{name.rpartition('.')[0]!r}]."
-            )
+            left_out[name] = COMPUTED
         else:
             chosen[name] = Weight(name, layer, parameter)
     _check_all_matched(include, exclude, matched, [*chosen, *left_out])
     return Selection(chosen, left_out)
+
+
+def is_computed(layer: nn.Module) -> bool:
+    """Tell whether a layer's weight is computed from other parameters at each forward pass."""
+    return bool(_computed(layer))
+
+
+def _computed(layer: nn.Module) -> set[str]:
+    """Return the tensors that a parametrization, or the hooks of weight_norm, spectral_norm and prune, compute."""
+    if is_parametrized(layer):
+        return set(layer.parametrizations)  # type: ignore[arg-type]
+    sources = (name[: -len(end)] for name in layer._parameters for end in ("_g", "_v", "_orig") if name.endswith(end))
+    return {
+        name for name in sources if name not in layer._parameters and isinstance(getattr(layer, name, None), Tensor)
+    }
 
 
 def _named_weights(target: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module, Tensor]]:
@@ -219,14 +235,11 @@ def _named_weights(target: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Mod
         if isinstance(layer, nn.utils.parametrize.ParametrizationList):
             continue
         dot = f"{layer_name}." if layer_name else ""
-        if is_parametrized(layer):
-            for leaf in layer.parametrizations:  # type: ignore[union-attr]
-                yield dot + leaf, layer, getattr(layer, leaf)
+        computed = _computed(layer)
+        for leaf in sorted(computed):
+            yield dot + leaf, layer, getattr(layer, leaf)
         for leaf, parameter in layer.named_parameters(recurse=False):
-            computed = next((leaf[: -len(end)] for end in ("_g", "_v", "_orig") if leaf.endswith(end)), None)
-            if computed and isinstance(getattr(layer, computed, None), Tensor):  # hook-based weight_norm and prune
-                yield dot + computed, layer, getattr(layer, computed)
-            else:
+            if not any(leaf in (f"{name}_g", f"{name}_v", f"{name}_orig") for name in computed):
                 yield dot + leaf, layer, parameter
 
 

@@ -121,14 +121,25 @@ def test_a_dotted_name_sees_through_torch_compile():
         lambda layer: parametrizations.weight_norm(layer),
         lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
         lambda layer: parametrizations.orthogonal(layer),
+        lambda layer: parametrizations.spectral_norm(layer),
+        pytest.param(
+            lambda layer: nn.utils.weight_norm(layer),
+            marks=pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning"),
+        ),
+        lambda layer: nn.utils.spectral_norm(layer),
     ],
 )
-def test_parametrized_layers_raise_unless_excluded(make):
+def test_parametrized_layers_are_left_out_with_the_reason(make):
     model = Model()
     make(model.encoder[2])
-    with pytest.raises(ValueError, match=r"encoder\.2\.weight is computed by a parametrization"):
-        select_weights(model)
-    assert "encoder.0.weight" in select_weights(model, exclude=["encoder.2"]).chosen
+    for words in ({}, {"include": ["encoder"]}):
+        selection = select_weights(model, **words)
+        assert "encoder.0.weight" in selection.chosen
+        assert not any(name.startswith("encoder.2") and "bias" not in name for name in selection.chosen)
+        assert "computed by a parametrization" in selection.left_out["encoder.2.weight"]
+    assert select_weights(model, exclude=["encoder.2"]).left_out["encoder.2.weight"] == "excluded by 'encoder.2'"
+    named = [name for name in selection.left_out if name.startswith("encoder.2")]
+    assert not any("weight_" in name or "original" in name for name in named)
 
 
 def test_metrics_are_not_walked():

@@ -10,6 +10,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
+import torch_pruning
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
@@ -21,7 +22,14 @@ from lightning_optim.strategies import PRESETS
 PACKAGE = Path(lightning_optim.__file__).parent
 OWNERS = {
     cls.__name__: cls
-    for cls in (ModelCheckpoint, LightningCLI, DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy)
+    for cls in (
+        ModelCheckpoint,
+        LightningCLI,
+        DDPStrategy,
+        ModelParallelStrategy,
+        SingleDeviceStrategy,
+        torch_pruning.DependencyGraph,
+    )
 }
 UPSTREAM = ("torch", "lightning", "torch_pruning", "pytorch_lightning")
 

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from lightning_optim import checkpoint
 from lightning_optim.callbacks.base import CompressionCallback, compressions, is_compiled, mro_names
 from lightning_optim.callbacks.example_inputs import InputSource
-from lightning_optim.callbacks.statistics import Squares
+from lightning_optim.callbacks.statistics import Squares, dense_gradient
 from lightning_optim.checks import check_choice, check_count, check_flags
 from lightning_optim.functional.channels import ChannelCriterion
 from lightning_optim.functional.schedules import SCHEDULES, Schedule
@@ -34,7 +34,8 @@ from lightning_optim.structured.events import (
 )
 from lightning_optim.structured.goal import Goal, smallest_ratio
 from lightning_optim.structured.groups import Removal, copy_for_tracing
-from lightning_optim.structured.removal import apply_removal, slice_optimizer
+from lightning_optim.structured.optimizers import check_optimizer, is_flat, slice_optimizer
+from lightning_optim.structured.removal import apply_removal
 from lightning_optim.structured.selection import refuse_shared, select_roots
 from lightning_optim.tables import by_reason, by_stack, render
 from lightning_optim.target import ForwardInputs, Pattern, averaged_copies
@@ -239,12 +240,21 @@ class ChannelPruning(CompressionCallback):
 
     def _register_hooks(self, trainer: pl.Trainer) -> None:
         super()._register_hooks(trainer)
+        if not self.window.closed:
+            self._check_optimizers()
         if self.warmup_steps:
             for optimizer in self._holders:
                 warm_up = _WarmUp(self, optimizer)
                 self._warm_ups.append(warm_up)
                 self._handles.append(optimizer.register_step_pre_hook(warm_up.before))
                 self._handles.append(optimizer.register_step_post_hook(warm_up.after))
+
+    def _check_optimizers(self) -> None:
+        for optimizer in self._holders:
+            try:
+                check_optimizer(optimizer)
+            except ValueError as error:
+                raise MisconfigurationException(f"ChannelPruning cannot remove channels: {error}") from error
 
     @property
     def warmth(self) -> float:
@@ -260,7 +270,7 @@ class ChannelPruning(CompressionCallback):
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         for name, parameter in self._target.named_parameters():
             if id(parameter) in held and parameter.grad is not None:
-                self._squares.add(name, parameter.grad.detach().float().square())
+                self._squares.add(name, dense_gradient(parameter.grad).square())
 
     def apply_event(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Remove what the schedule asks now. A failed event leaves the model as it was."""
@@ -437,8 +447,8 @@ class ChannelPruning(CompressionCallback):
         replaced = self._shrink(pl_module, removal)
         follow(trainer)
         for optimizer in trainer.optimizers:
-            for shape in slice_optimizer(optimizer, replaced, reset=self.optimizer_state == "reset"):
-                rank_zero_info(f"{self._label()}: the optimizer state of a {shape} parameter cannot be sliced; reset.")
+            for sentence in slice_optimizer(optimizer, replaced, reset=self.optimizer_state == "reset"):
+                (rank_zero_warn if is_flat(optimizer) else rank_zero_info)(f"{self._label()}: {sentence}.")
         for copy in averaged_copies(trainer):
             self._shrink(copy, removal)
         kept = {self._prefix + name: (indices, removal.shapes[name]) for name, indices in removal.kept.items()}

@@ -13,10 +13,24 @@ from lightning_optim.sharding import full
 from lightning_optim.structured.removal import keep_channels
 from lightning_optim.target import Weight
 
-__all__ = ["GATHERED", "InputSquares", "Squares", "check_input_norms", "needs_of", "restore", "squared_inputs"]
+__all__ = [
+    "GATHERED",
+    "InputSquares",
+    "Squares",
+    "check_input_norms",
+    "dense_gradient",
+    "needs_of",
+    "restore",
+    "squared_inputs",
+]
 
 GATHERED = ("gradient", "input_norm")
 """Statistics that are gathered while the model trains, each in sums of its own."""
+
+
+def dense_gradient(gradient: Tensor) -> Tensor:
+    """Return a gradient in float32, dense also where a table's is sparse (and lists some rows twice)."""
+    return (gradient.to_dense() if gradient.is_sparse else gradient).detach().float()
 
 
 class Squares:

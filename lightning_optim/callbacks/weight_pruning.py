@@ -20,6 +20,7 @@ from lightning_optim.callbacks.statistics import (
     InputSquares,
     Squares,
     check_input_norms,
+    dense_gradient,
     needs_of,
     restore,
 )
@@ -618,7 +619,7 @@ class WeightPruning(CompressionCallback):
         for name in names:
             gradient = self._weights[name].parameter.grad
             if gradient is not None:
-                self._squares["gradient"].add(name, local(gradient.detach()).float().square())
+                self._squares["gradient"].add(name, dense_gradient(local(gradient)).square())
 
     def _stop_watching_inputs(self) -> None:
         for handle in self._input_handles:

@@ -10,7 +10,8 @@ from torch.optim import Optimizer
 
 from lightning_optim.distillation.features import channel_axis
 from lightning_optim.functional.criteria import parameter_generator
-from lightning_optim.structured.removal import keep_channels, slice_optimizer
+from lightning_optim.structured.optimizers import slice_optimizer
+from lightning_optim.structured.removal import keep_channels
 
 __all__ = ["Projectors", "new_projector", "projector_like"]
 

@@ -60,7 +60,8 @@ def damage(module: nn.Module, inputs: ForwardInputs, removal: Removal) -> Damage
         with arithmetic():
             after = _outputs(removed, inputs)
     except FAILURES as error:
-        return Damage(f"the forward pass fails afterwards ({(str(error).splitlines() or [''])[0][:120]})")
+        message = (str(error).splitlines() or [""])[0][:120]
+        return Damage(f"the forward pass fails afterwards{_place(removed, error)} ({message})")
     if [t.shape for t in before] != [t.shape for t in after]:
         return Damage("the output would change its shape")
     if not all(bool(torch.isfinite(t).all()) for t in after):
@@ -71,6 +72,17 @@ def damage(module: nn.Module, inputs: ForwardInputs, removal: Removal) -> Damage
     if _breaks_training(whole, removed, inputs, arithmetic):  # moves BatchNorm's statistics, so it comes last
         return Damage("the forward pass of training fails afterwards (it calls a layer that evaluation does not)")
     return None
+
+
+def _place(module: nn.Module, error: BaseException) -> str:
+    """Return in which layer a forward pass failed: the innermost one that was running."""
+    names = {layer: name for name, layer in module.named_modules()}
+    innermost, trace = "", error.__traceback__
+    while trace is not None:
+        running = trace.tb_frame.f_locals.get("self")
+        innermost = (names.get(running) if isinstance(running, nn.Module) else None) or innermost
+        trace = trace.tb_next
+    return f" in {innermost}" if innermost else ""
 
 
 Arithmetic = Callable[[], AbstractContextManager[object]]

@@ -15,7 +15,8 @@ from lightning_optim.functional.criteria import parameter_generator
 from lightning_optim.structured.allocation import Allocation, Pool, kept_channels, one_pool
 from lightning_optim.structured.attention import as_heads, in_attention
 from lightning_optim.structured.check import Damage, damage, trusted
-from lightning_optim.structured.groups import FAILURES, ChannelGroup, Removal, TracedModel
+from lightning_optim.structured.groups import FAILURES, ChannelGroup, Member, Removal, TracedModel
+from lightning_optim.structured.splits import with_counted_parts
 from lightning_optim.structured.unreached import possible_readers, unreached_layers
 from lightning_optim.target import ForwardInputs
 
@@ -144,7 +145,7 @@ def known_groups(module: nn.Module, inputs: ForwardInputs, names: Iterable[str])
     """
     wanted = set(names)
     groups = {group.name: group for group in TracedModel(module, inputs).groups() if group.name in wanted}
-    heads = {name: group for name, group in groups.items() if in_attention(module, group)}
+    heads = {name: group for name, group in groups.items() if in_attention(module, group) or group.splits}
     return ChannelReport({**groups, **_checked(module, inputs, heads, {}).groups})
 
 
@@ -172,7 +173,7 @@ def _checked(
 ) -> ChannelReport:
     """Try the groups, many at a time: those of attention as whole heads first, then all others channel by channel."""
     good: dict[str, ChannelGroup] = {}
-    ways = {name: list(as_heads(module, group)) for name, group in groups.items()}
+    ways = {name: [*as_heads(module, group), *with_counted_parts(module, group)] for name, group in groups.items()}
     for turn in range(max((len(each) for each in ways.values()), default=0)):
         heads = {name: each[turn] for name, each in ways.items() if turn < len(each) and name not in good}
         good |= {name: heads[name] for name in trusted(heads, partial(_probe, module, inputs, heads))[0]}
@@ -227,7 +228,8 @@ def _remove(traced: TracedModel, groups: Mapping[str, ChannelGroup], leaving: Ma
     for name, channels in leaving.items():
         left = groups[name].channels - len(channels)
         for layer, attribute, per in groups[name].counts:
-            attributes.setdefault(layer, {})[attribute] = left // per
+            number = tuple(int(left // each) for each in per) if isinstance(per, tuple) else int(left // per)
+            attributes.setdefault(layer, {})[attribute] = number
     return replace(removal, attributes=attributes)
 
 
@@ -248,7 +250,8 @@ class Event:
 
 def held_gradients(module: nn.Module) -> dict[str, Tensor]:
     """Return the gradients that parameters hold now, by name: what ``taylor`` needs where nothing was collected."""
-    return {name: p.grad.detach().clone() for name, p in module.named_parameters() if p.grad is not None}
+    held = {name: p.grad.detach() for name, p in module.named_parameters() if p.grad is not None}
+    return {name: gradient.to_dense() if gradient.is_sparse else gradient.clone() for name, gradient in held.items()}
 
 
 def plan_event(
@@ -342,13 +345,27 @@ def _slices(
         norm = isinstance(layer, _NORMS)
         if weight.ndim == 1 and not norm:  # slopes of a PReLU
             continue
-        matrix = _by_channel(layer, weight.detach(), member.side, member.index, member.root, group.channels)
+        matrix = _of_group(layer, weight.detach(), member, group)
         if matrix is None:
             continue
         gradient = gradients.get(f"{member.layer}.weight")
         if gradient is not None:
-            gradient = _by_channel(layer, gradient, member.side, member.index, member.root, group.channels)
+            gradient = _of_group(layer, gradient, member, group)
         yield Slices(matrix, "norm" if norm else member.side, gradient, generator)
+
+
+def _of_group(layer: nn.Module, weight: Tensor, member: Member, group: ChannelGroup) -> Tensor | None:
+    """Return the weights by channel of the group, ``[channels, entries]``.
+
+    A layer that reads one block only, such as a part of a split, speaks for the channels that leave together: those of
+    one block and their likes in the others.
+    """
+    found = _by_channel(layer, weight, member.side, member.index, member.root, group.channels)
+    if found is not None or group.blocks == 1:
+        return found
+    per_block = group.channels // group.blocks
+    found = _by_channel(layer, weight, member.side, member.index, [r % per_block for r in member.root], per_block)
+    return None if found is None else found.repeat(group.blocks, 1)
 
 
 def _by_channel(

@@ -6,19 +6,22 @@ touches the model itself.
 
 import copy
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lightning_optim.outputs import output_tensors
+from lightning_optim.structured.patience import Patience
+from lightning_optim.structured.pruners import own_pruners, treats_channels_alike
 from lightning_optim.structured.reach import called_layers, differentiable, parameters_behind
-from lightning_optim.target import ForwardInputs
+from lightning_optim.structured.splits import SplitTracer, blocks_of_parts, map_parts
+from lightning_optim.target import ForwardInputs, is_computed, named_layers
 
 __all__ = ["FAILURES", "ChannelGroup", "Member", "Removal", "TracedModel", "copy_for_tracing"]
 
@@ -33,12 +36,6 @@ FAILURES = (
     ValueError,
 )
 """What torch-pruning, or a forward after a wrong removal, may raise."""
-
-READS_PER_NODE = 4
-"""Walks that end took 1.1 (Swin), 0.6 (BERT) and fewer; a Llama block more than 50."""
-
-INDICES_PER_CHANNEL = 8
-"""Of the widest layer; no walk that ends finds more in a step."""
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -76,7 +73,8 @@ class ChannelGroup:
         unit: Consecutive channels that leave together, such as the width of an attention head.
         least: Fewer are not kept.
         counts: Attributes that count these channels and that torch-pruning does not know: layer, attribute, and how
-            many channels it counts as one (a number of heads: the width of a head).
+            many channels it counts as one (a number of heads: the width of a head); a tuple where it holds several.
+        splits: Modules that split these channels, and the sizes of the parts.
         problem: Why it cannot be pruned, where that is known without trying.
     """
 
@@ -86,7 +84,8 @@ class ChannelGroup:
     members: tuple[Member, ...]
     unit: int = 1
     least: int = 1
-    counts: tuple[tuple[str, str, int], ...] = ()
+    counts: tuple[tuple[str, str, Any], ...] = ()
+    splits: tuple[tuple[str, tuple[int, ...]], ...] = ()
     problem: str = ""
 
     @property
@@ -164,9 +163,11 @@ class TracedModel:
     """
 
     def __init__(self, module: nn.Module, inputs: ForwardInputs) -> None:
-        self._copy = copy_for_tracing(module, rounded=False).requires_grad_(
-            True
-        )  # frozen layers are invisible to the tracing
+        self._copy = copy_for_tracing(module, rounded=False)
+        for layer in self._copy.modules():
+            for parameter in layer.parameters(recurse=False):  # frozen layers are invisible to the tracing
+                one_for_all = not isinstance(layer, _ROOTS) and not is_lazy(parameter) and parameter.numel() == 1
+                parameter.requires_grad_(not one_for_all)
         self._names = {layer: name for name, layer in self._copy.named_modules()}
         try:
             self._graph, self._outputs, self._called = _trace(self._copy, inputs)
@@ -177,7 +178,7 @@ class TracedModel:
                 f"{type(module).__name__} cannot be traced ({_first_line(error)}). Prune a part of it: "
                 "`module='the part'`."
             ) from error
-        self._patience = _Patience(self._graph)
+        self._patience = Patience(self._graph)
 
     def reached(self) -> set[str]:
         """Return the layers that were called, or that hold a parameter from which the outputs were computed."""
@@ -217,9 +218,30 @@ class TracedModel:
     def _group(self, layer: nn.Module) -> Any:
         """Return torch-pruning's group of all outputs of a layer, or why there is none."""
         try:
-            return self._walk(layer, range(_outputs_of(layer)))
+            return self._whole(self._walk(layer, range(_outputs_of(layer))))
         except FAILURES as error:
             return f"torch-pruning cannot follow its channels ({_first_line(error)})"
+
+    def _whole(self, group: Any) -> Any:
+        """Return the group from a layer that has all of its channels: of a split tensor's layer it may hold a part."""
+        tried = {group[0].dep.target.module}
+        while True:
+            wider = next((layer for layer in self._losing(group, whole=False) if layer not in tried), None)
+            if wider is None:
+                return group
+            tried.add(wider)
+            candidate = self._walk(wider, range(_outputs_of(wider)))
+            if set(self._losing(group, whole=True)) <= set(self._losing(candidate, whole=True)):
+                group = candidate
+
+    def _losing(self, group: Any, *, whole: bool) -> list[nn.Module]:
+        """Return the layers that lose outputs with a group: those all of whose outputs are in it, or some."""
+        found: dict[nn.Module, set[int]] = {}
+        for item in group:
+            layer = item.dep.target.module
+            if isinstance(layer, _ROOTS) and self._graph.is_out_channel_pruning_fn(item.dep.handler):
+                found.setdefault(layer, set()).update(item.idxs)
+        return [layer for layer, indices in found.items() if (len(indices) == _outputs_of(layer)) is whole]
 
     def _walk(self, layer: nn.Module, channels: Sequence[int]) -> Any:
         """Return torch-pruning's group of some outputs of a layer."""
@@ -230,6 +252,8 @@ class TracedModel:
     def _read(self, group: Any) -> ChannelGroup:
         root, channels = group[0].dep.target.module, len(group[0].idxs)
         members, blocks, fewest = [], self._taken_along(root), 1
+        of_parts, splits = blocks_of_parts(group)
+        blocks = math.lcm(blocks, of_parts)
         for item in group:
             layer = item.dep.target.module
             if layer not in self._names:  # an operation, or a parameter that no layer holds
@@ -239,13 +263,29 @@ class TracedModel:
             blocks = math.lcm(blocks, _blocks(layer))
             if side == "out" and isinstance(layer, (*_CONVOLUTIONS, *_TRANSPOSED)) and _blocks(layer) > 1:
                 fewest = 2  # with one output a block it would be a depthwise convolution
-        problem = self._misaligned(members, channels, blocks)
-        return ChannelGroup(self._names[root], channels, blocks, tuple(members), least=fewest * blocks, problem=problem)
+        problem = self._computed(members) or self._misaligned(members, channels, blocks)
+        return ChannelGroup(
+            self._names[root],
+            channels,
+            blocks,
+            tuple(members),
+            least=fewest * blocks,
+            splits=splits,
+            problem=problem,
+        )
 
     def _taken_along(self, root: nn.Module) -> int:
         """Return how many outputs of a layer leave with its first: two for a gate that is half of them."""
         items = [item for item in self._walk(root, [0]) if item.dep.target.module is root]
         return len({index for item in items for index in item.idxs})
+
+    def _computed(self, members: Iterable[Member]) -> str:
+        """Say which layer's weight is computed from other parameters, which would have to lose the channels."""
+        layers = {name: layer for layer, name in self._names.items()}
+        for member in members:
+            if is_computed(layers[member.layer]):
+                return f"{member.layer} is parametrized (weight_norm, spectral_norm, prune, ...)"
+        return ""
 
     def _misaligned(self, members: Iterable[Member], channels: int, blocks: int) -> str:
         """Say which layer's blocks would not lose the same channels each when the group's blocks do."""
@@ -276,11 +316,10 @@ class TracedModel:
         for tensor in _tensors(self._copy).values():
             tensor.data = torch.arange(tensor.numel(), dtype=torch.float64, device=tensor.device).view(tensor.shape)
         layers = {name: layer for layer, name in self._names.items()}
-        for name, leaving in channels.items():
-            stay = _outputs_of(layers[name]) - len(leaving)
-            with torch.no_grad():
-                self._walk(layers[name], leaving).prune()
-            if _outputs_of(layers[name]) != stay:
+        stay = {name: _outputs_of(layers[name]) - len(leaving) for name, leaving in channels.items()}
+        self._prune([self._walk(layers[name], leaving) for name, leaving in channels.items()])
+        for name, number in stay.items():
+            if _outputs_of(layers[name]) != number:
                 raise ValueError(f"channels of {name} that were to stay would leave with others")
         left = {name: tensor for name, tensor in _tensors(self._copy).items() if tensor.shape != shapes[name]}
         self._check_shared(shared, left)
@@ -294,6 +333,20 @@ class TracedModel:
             {name: attributes for name, attributes in changed.items() if attributes},
         )
 
+    def _prune(self, groups: Iterable[Any]) -> None:
+        """Let each layer lose at once what it loses with several groups: their indices are those of the whole model."""
+        leaving: dict[tuple[Any, Any], tuple[Any, set[int]]] = {}
+        for item in (item for group in groups for item in group):
+            layer = item.dep.target.module
+            if layer in self._names or isinstance(layer, nn.Parameter):
+                leaving.setdefault((layer, item.dep.handler), (item.dep, set()))[1].update(item.idxs)
+        with torch.no_grad():
+            for (layer, _), (dependency, indices) in leaving.items():
+                smaller = dependency(sorted(indices))
+                if isinstance(layer, nn.Parameter):
+                    owner, _, leaf = self._graph._param_to_name[layer].rpartition(".")
+                    setattr(self._copy.get_submodule(owner), leaf, smaller)
+
     def _check_shared(self, shared: Iterable[list[str]], left: Mapping[str, Tensor]) -> None:
         for first, *others in shared:
             for other in others:
@@ -303,69 +356,6 @@ class TracedModel:
                 )
                 if not same:
                     raise ValueError(f"{first} and {other} are one tensor and would lose different channels")
-
-
-class _Patience:
-    """Ends a walk of torch-pruning 1.6.1 that goes round in circles.
-
-    Where rotary embeddings cut halves of a head and join them the other way round, it finds new indices for the same
-    layers for ever; where products of stacked vectors are flattened, more of them at every turn.
-    """
-
-    def __init__(self, graph: Any) -> None:
-        self.limit = READS_PER_NODE * len(graph.module2node) + 500
-        widths = (
-            max(p.shape)
-            for layer in graph.module2node
-            if isinstance(layer, nn.Module)
-            for p in layer.parameters(recurse=False)
-            if p.ndim
-        )
-        self.most_indices = INDICES_PER_CHANNEL * max(widths, default=0) + 500
-        for node in graph.module2node.values():
-            for dependency in node.dependencies:
-                dependency.index_mapping = _Mappings(dependency.index_mapping, self)
-            node.dependencies = _Counted(node.dependencies, self)
-        self.renew()
-
-    def renew(self) -> None:
-        """Begin another walk."""
-        self.left = self.limit
-
-    def spend(self, indices: int = 0) -> None:
-        """Count a read that found some indices.
-
-        Raises:
-            RuntimeError: If there were too many.
-        """
-        self.left -= 1
-        if self.left < 0 or indices > self.most_indices:
-            raise RuntimeError("its walk through the graph does not end")
-
-
-class _Counted(list[Any]):
-    """A list whose reader may lose patience."""
-
-    def __init__(self, items: Iterable[Any], patience: _Patience) -> None:
-        super().__init__(items)
-        self.patience = patience
-
-    def __iter__(self) -> Iterator[Any]:
-        self.patience.spend()
-        return super().__iter__()
-
-
-class _Mappings(_Counted):
-    """Index mappings whose results may not grow for ever."""
-
-    def __iter__(self) -> Iterator[Any]:
-        for mapping in list.__iter__(self):
-            yield None if mapping is None else partial(self._mapped, mapping)
-
-    def _mapped(self, mapping: Any, indices: Any) -> Any:
-        found = mapping(indices)
-        self.patience.spend(len(found))
-        return found
 
 
 def _shared(module: nn.Module) -> list[list[str]]:
@@ -448,15 +438,13 @@ class _Untraceable(ValueError):
 
 def _trace(module: nn.Module, inputs: ForwardInputs) -> tuple[Any, list[Tensor], set[str]]:
     """Return torch-pruning's graph, the outputs that it starts from, and the names of the layers that were called."""
-    import torch_pruning as tp
-
-    pruners = _own_pruners()
-    graph = tp.DependencyGraph()
+    tracer = SplitTracer()
+    graph = tracer.graph()
     outputs: list[Tensor] = []
     called: set[str] = set()
 
     def forward(model: nn.Module, _: Any) -> list[Tensor]:
-        with called_layers(model) as names:
+        with called_layers(model) as names, tracer.following(model), tracer:
             returned = inputs.call_each(model)
         called.update(names)
         try:
@@ -465,67 +453,32 @@ def _trace(module: nn.Module, inputs: ForwardInputs) -> tuple[Any, list[Tensor],
             raise _Untraceable(str(error)) from None
         return [leaf if leaf.ndim > 1 else leaf.reshape(-1, 1) for leaf in outputs]  # it takes dimension 1 as theirs
 
-    with _without_flash_paths(), torch.random.fork_rng(devices=[]), _opaque_recurrent_layers(module):
+    with (
+        _without_flash_paths(),
+        torch.random.fork_rng(devices=[]),
+        _opaque_recurrent_layers(module),
+        _without_metrics(module),
+    ):
         graph.build_dependency(
             module,
             inputs.args,
             forward_fn=forward,
-            customized_pruners={
-                type(layer): p for layer in module.modules() for t, p in pruners if isinstance(layer, t)
-            },
+            customized_pruners=own_pruners(graph, module),
+            ignored_layers=[layer for layer in module.modules() if treats_channels_alike(layer)],
             verbose=False,
         )
+    map_parts(graph)
     return graph, outputs, called
 
 
-def _own_pruners() -> list[tuple[tuple[type[nn.Module], ...], Any]]:
-    """Return pruners of layers that torch-pruning does not know, or treats wrongly."""
-    from torch_pruning.pruner.function import BasePruningFunc
-
-    class BagPruner(BasePruningFunc):  # type: ignore[misc]
-        """Columns of an EmbeddingBag."""
-
-        TARGET_MODULES = (nn.EmbeddingBag,)
-
-        def prune_out_channels(self, layer: nn.EmbeddingBag, idxs: Sequence[int]) -> nn.EmbeddingBag:
-            layer.weight = nn.Parameter(_without(layer.weight, idxs, 1))
-            layer.embedding_dim = layer.weight.shape[1]
-            return layer
-
-        prune_in_channels = prune_out_channels
-
-        def get_out_channels(self, layer: nn.EmbeddingBag) -> int:
-            return layer.embedding_dim
-
-        get_in_channels = get_out_channels
-
-    class RecurrentPruner(BasePruningFunc):  # type: ignore[misc]
-        """Inputs of a recurrent layer; its outputs are states of its gates and stay."""
-
-        TARGET_MODULES = (nn.RNNBase, nn.RNNCellBase)
-
-        def prune_out_channels(self, layer: nn.Module, idxs: Sequence[int]) -> nn.Module:
-            raise ValueError(f"{type(layer).__name__} cannot lose outputs")
-
-        def prune_in_channels(self, layer: Any, idxs: Sequence[int]) -> Any:
-            for name in ("weight_ih_l0", "weight_ih_l0_reverse", "weight_ih"):
-                if name in layer._parameters:
-                    setattr(layer, name, nn.Parameter(_without(layer._parameters[name], idxs, 1)))
-            layer.input_size -= len(idxs)
-            return layer
-
-        def get_out_channels(self, layer: Any) -> int:
-            return int(layer.hidden_size)
-
-        def get_in_channels(self, layer: Any) -> int:
-            return int(layer.input_size)
-
-    return [((nn.EmbeddingBag,), BagPruner()), ((nn.RNNBase, nn.RNNCellBase), RecurrentPruner())]
-
-
-def _without(weight: Tensor, indices: Sequence[int], dim: int) -> Tensor:
-    keep = sorted(set(range(weight.shape[dim])) - set(indices))
-    return weight.detach().index_select(dim, torch.tensor(keep, dtype=torch.long, device=weight.device))
+@contextmanager
+def _without_metrics(module: nn.Module):  # type: ignore[no-untyped-def]
+    """Hide metrics from torch-pruning: it looks layers up in lists, and a torchmetrics metric equals everything."""
+    module.__dict__["modules"] = lambda: (layer for _, layer in named_layers(module))
+    try:
+        yield
+    finally:
+        del module.__dict__["modules"]
 
 
 class _Opaque(torch.autograd.Function):

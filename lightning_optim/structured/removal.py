@@ -1,16 +1,15 @@
 """Removal: channels leave a live model, its optimizers and its averaged copies, or nothing changes."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from lightning_optim.checkpoint import inherit
 from lightning_optim.structured.groups import Removal
 
-__all__ = ["apply_removal", "keep_channels", "slice_optimizer"]
+__all__ = ["apply_removal", "keep_channels"]
 
 
 def keep_channels(tensor: Tensor, kept: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -22,14 +21,23 @@ def keep_channels(tensor: Tensor, kept: Tensor, shape: tuple[int, ...]) -> Tenso
         shape: What they are viewed as; ``n`` entries.
 
     Returns:
-        A new tensor of ``shape``, in channels_last where ``tensor`` was.
+        A new tensor of ``shape``, in channels_last where ``tensor`` was; sparse where it was (a table's gradient, which
+        loses columns).
     """
+    if tensor.is_sparse:
+        return _keep_columns(tensor.detach(), kept, shape)
     small = tensor.detach().reshape(-1)[kept.to(tensor.device)].view(shape)
     formats = {4: torch.channels_last, 5: torch.channels_last_3d}
     wanted = formats.get(tensor.ndim)
     if wanted is not None and tensor.is_contiguous(memory_format=wanted) and not tensor.is_contiguous():
         return small.contiguous(memory_format=wanted)
     return small
+
+
+def _keep_columns(gradient: Tensor, kept: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Return the surviving columns of a table's sparse gradient, ``[rows, columns]``."""
+    columns = kept[: shape[1]] % gradient.shape[1]
+    return gradient.index_select(1, columns.to(gradient.device))
 
 
 def apply_removal(
@@ -79,36 +87,3 @@ def _smaller(old: nn.Parameter, kept: Tensor, shape: tuple[int, ...]) -> nn.Para
     if old.grad is not None:
         new.grad = keep_channels(old.grad, kept, shape)
     return new
-
-
-def slice_optimizer(
-    optimizer: Optimizer, replaced: Mapping[nn.Parameter, tuple[nn.Parameter, Tensor]], *, reset: bool = False
-) -> list[tuple[int, ...]]:
-    """Hand an optimizer the new parameters, in place of the old ones in their groups.
-
-    Args:
-        optimizer: It keeps its groups, so schedulers stay attached.
-        replaced: From :func:`apply_removal`.
-        reset: Forget the state of what changed, instead of slicing it.
-
-    Returns:
-        Shapes of the parameters whose state could not be sliced (a factored one) and was reset.
-    """
-    lost = []
-    for group in optimizer.param_groups:
-        for position, old in enumerate(group["params"]):
-            if old not in replaced:
-                continue
-            new, kept = replaced[old]
-            group["params"][position] = new
-            state = optimizer.state.pop(old, None)
-            if state is None or reset:
-                continue
-            if any(isinstance(v, Tensor) and v.ndim and v.shape != old.shape for v in state.values()):
-                lost.append(tuple(old.shape))
-                continue
-            optimizer.state[new] = {
-                key: keep_channels(value, kept, tuple(new.shape)) if isinstance(value, Tensor) and value.ndim else value
-                for key, value in state.items()
-            }
-    return lost

@@ -997,7 +997,10 @@ def test_a_selection_that_fails_raises_before_the_first_step_and_changes_nothing
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda net: net.__setitem__(4, nn.utils.parametrizations.weight_norm(net[4])), "parametrization"),
+        (
+            lambda net: [net.__setitem__(i, nn.utils.parametrizations.weight_norm(net[i])) for i in (0, 4)],
+            r"selects no layer: .*net\.0\.weight \(computed by a parametrization",
+        ),
         (lambda net: net.__setitem__(4, nn.LazyLinear(16)), "lazy"),
         (lambda net: setattr(net[4], "weight", nn.Parameter(net[4].weight.detach().to_sparse_csr())), "sparse"),
         (

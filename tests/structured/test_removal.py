@@ -8,10 +8,12 @@ import torch
 from torch import nn
 
 from helpers.nets import PRUNABLE, Attention, Block, Net, TiedResidual, ids, images, sequences
+from lightning_optim.structured.allocation import Allocation
 from lightning_optim.structured.check import Damage, damage, trusted
-from lightning_optim.structured.events import Allocation, find_prunable, plan_event
+from lightning_optim.structured.events import find_prunable, plan_event
 from lightning_optim.structured.groups import TracedModel
-from lightning_optim.structured.removal import apply_removal, slice_optimizer
+from lightning_optim.structured.optimizers import check_optimizer, slice_optimizer
+from lightning_optim.structured.removal import apply_removal, keep_channels
 from lightning_optim.structured.selection import select_roots
 from lightning_optim.target import as_forward_inputs
 
@@ -256,7 +258,7 @@ def test_a_factored_state_is_reset_and_reported():
     module, optimizer, _ = trained(adafactor)
     removal, _ = planned(module, images())
     lost = slice_optimizer(optimizer, apply_removal(module, removal))
-    assert (8, 3, 3, 3) in lost
+    assert "the optimizer state of a (8, 3, 3, 3) parameter cannot be sliced; reset" in lost
     assert module[0].weight not in optimizer.state
     module(images()).sum().backward()
     optimizer.step()
@@ -323,3 +325,71 @@ def test_no_warning_comes_with_it():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         planned(small_conv(), images())
+
+
+class Flat(torch.optim.SGD):
+    """An optimizer that remembers its parameters in a list of its own."""
+
+    def __init__(self, params, **words):
+        super().__init__(params, **words)
+        self.all = [p for group in self.param_groups for p in group["params"]]
+
+
+class Around(torch.optim.Optimizer):
+    """An optimizer around another one, with groups of its own."""
+
+    def __init__(self, inner):
+        self.inner = inner
+        super().__init__([dict(group) for group in inner.param_groups], {})
+
+
+def test_a_flat_state_is_reset_and_said_and_the_optimizer_goes_on():
+    module, optimizer, _ = trained(lambda groups: torch.optim.SGD(groups, 0.1))
+    optimizer = torch.optim.LBFGS(module.parameters(), 0.1, max_iter=2)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = module(images()).square().mean()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    removal, _ = planned(module, images())
+    lost = slice_optimizer(optimizer, apply_removal(module, removal))
+    assert lost == ["LBFGS keeps one state for all parameters, which cannot be sliced; reset"]
+    assert optimizer.param_groups[0]["params"] == list(module.parameters())
+    before = [p.detach().clone() for p in module.parameters()]
+    optimizer.step(closure)
+    assert any(not torch.equal(a, b) for a, b in zip(before, module.parameters(), strict=True))
+
+
+def test_an_optimizer_that_would_keep_the_old_parameters_is_refused():
+    module = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=r"Flat keeps parameters in `all`, besides its param_groups.*AdamW"):
+        check_optimizer(Flat(module.parameters(), lr=0.1))
+    with pytest.raises(ValueError, match="Flat keeps parameters in `all`"):
+        check_optimizer(Around(Flat(module.parameters(), lr=0.1)))
+    for make in OPTIMIZERS.values():
+        check_optimizer(make([{"params": list(module.parameters())}]))
+    check_optimizer(torch.optim.LBFGS(module.parameters()))
+
+
+def test_an_optimizer_around_another_follows_with_it():
+    module, inner, _ = trained(OPTIMIZERS["adam"])
+    outer = Around(inner)
+    removal, _ = planned(module, images())
+    slice_optimizer(outer, apply_removal(module, removal))
+    assert [p for g in outer.param_groups for p in g["params"]] == list(module.parameters())
+    assert [p for g in inner.param_groups for p in g["params"]] == list(module.parameters())
+    assert all(inner.state[p]["exp_avg"].shape == p.shape for p in module.parameters() if p in inner.state)
+
+
+def test_columns_leave_a_sparse_gradient():
+    table = nn.Embedding(6, 4, sparse=True)
+    module = nn.Sequential(table, nn.Flatten(), nn.Linear(8, 3))
+    module(torch.tensor([[1, 3], [1, 5]])).square().sum().backward()
+    dense = table.weight.grad.to_dense()
+    kept = torch.arange(24).view(6, 4)[:, [0, 2]].reshape(-1)
+    small = keep_channels(table.weight.grad, kept, (6, 2))
+    assert small.is_sparse
+    assert torch.equal(small.to_dense(), dense[:, [0, 2]])
