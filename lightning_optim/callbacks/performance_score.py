@@ -85,10 +85,10 @@ class PerformanceScore(pl.Callback):
     weight, or the accuracy, is missing or NaN) the model is infeasible.
 
     How it is measured: training time is the wall time of the epoch without validation, without this callback's own
-    work and without the events of the compression callbacks. Inference time is the ratio over interleaved calls of the
-    model and of a frozen copy (each the mean of its faster calls), on one thread in eval mode and full precision of the
-    stored weights (no autocast, not compiled); weights, RNG and BatchNorm statistics are not touched. Under DDP rank 0
-    measures.
+    work and without the events of the compression callbacks. Inference time is the median ratio over eight rounds of
+    interleaved calls of the model and of a frozen copy (in a round each the mean of its faster calls, with its weights
+    at a new place in memory), on one thread in eval mode and full precision of the stored weights (no autocast, not
+    compiled); weights, RNG and BatchNorm statistics are not touched. Under DDP rank 0 measures.
 
     State: references, best accuracy and the rows of the final table, so a resumed run keeps its baseline. The copy
     costs the model's memory once more. Where the strategy divides the model, rank 0 keeps two whole copies on its CPU

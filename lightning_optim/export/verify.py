@@ -1,8 +1,10 @@
 """An exported file is run in the engine it is meant for, and compared with the module it was made from."""
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Protocol
@@ -11,10 +13,19 @@ import torch
 from torch import Tensor
 
 from lightning_optim.export.report import Kernels
-from lightning_optim.measure.latency import LatencyResult, time_in_turns
+from lightning_optim.measure.latency import LatencyResult, against_first
+from lightning_optim.measure.rounds import Subject, time_in_rounds
 from lightning_optim.registry import Registry
 
-__all__ = ["RUNTIMES", "Comparison", "Runtime", "compare", "compare_latency", "missing_package"]
+__all__ = [
+    "RUNTIMES",
+    "Comparison",
+    "Runtime",
+    "compare",
+    "compare_latency",
+    "missing_package",
+    "runtime_latencies",
+]
 
 MOST_DIFFERENCE = 0.05
 """Of outputs without classes, as a fraction of their range (which holds zero).
@@ -40,6 +51,10 @@ class Runtime(Protocol):
 
     def kernels(self) -> Kernels:
         """Return what the engine runs with integers."""
+        ...
+
+    def again(self) -> "Runtime":
+        """Return the same file loaded once more, which lies at another place in memory."""
         ...
 
 
@@ -72,15 +87,27 @@ class _OnnxRuntime:
             import onnxruntime  # type: ignore[import-not-found, import-untyped, unused-ignore]
         except ImportError as error:
             raise missing_package("onnxruntime", "onnx") from error
+        self._path = path
+        with TemporaryDirectory() as folder:
+            optimized = Path(folder) / "optimized.onnx"
+            self._session = self._load(onnxruntime, optimized_model_filepath=str(optimized))
+            self._operators = _operators(optimized)
+        self.names = [put.name for put in self._session.get_inputs()]
+
+    def _load(self, onnxruntime: Any, **words: str) -> Any:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = options.inter_op_num_threads = 1
         options.log_severity_level = 3
-        with TemporaryDirectory() as folder:
-            optimized = Path(folder) / "optimized.onnx"
-            options.optimized_model_filepath = str(optimized)
-            self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-            self._operators = _operators(optimized)
-        self.names = [put.name for put in self._session.get_inputs()]
+        for word, value in words.items():
+            setattr(options, word, value)
+        return onnxruntime.InferenceSession(str(self._path), options, providers=["CPUExecutionProvider"])
+
+    def again(self) -> "_OnnxRuntime":
+        import onnxruntime  # type: ignore[import-not-found, import-untyped, unused-ignore]
+
+        other = copy(self)
+        other._session = self._load(onnxruntime)
+        return other
 
     def run(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         feeds = {name: x.numpy() for name, x in zip(self.names, inputs, strict=True)}
@@ -121,9 +148,13 @@ class _OpenVINO:
         except ImportError as error:
             raise missing_package("openvino", "openvino") from error
         options = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1, "NUM_STREAMS": 1}
+        self._path = path
         self._model = openvino.Core().compile_model(str(path), "CPU", options)
         self._request = self._model.create_infer_request()
         self.names = [put.get_any_name() for put in self._model.inputs]
+
+    def again(self) -> "_OpenVINO":
+        return type(self)(self._path)
 
     def run(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         results = self._request.infer([x.numpy() for x in inputs])
@@ -233,9 +264,53 @@ def _same_class(left: Tensor, right: Tensor) -> Tensor:
     return (left.argmax(dimension) == right.argmax(dimension)).flatten()
 
 
+class RuntimeSubject(Subject):
+    """A file that is loaded anew in every round; one whose runtime has no ``again`` stays as it is.
+
+    The sessions of some rounds are kept, so that the next one is given other memory.
+    """
+
+    KEPT = 3
+
+    def __init__(self, runtime: Runtime) -> None:
+        super().__init__(lambda case: self._loaded.run(case))
+        self._runtime = self._loaded = runtime
+        self._kept: deque[Runtime] = deque(maxlen=self.KEPT)
+
+    def renew(self) -> None:
+        """Load the file once more."""
+        if hasattr(self._runtime, "again"):
+            self._loaded = self._runtime.again()
+            self._kept.append(self._loaded)
+
+    def release(self) -> None:
+        """Free what was loaded for the rounds."""
+        self._loaded = self._runtime
+        self._kept.clear()
+
+
+def runtime_latencies(
+    runtimes: Sequence[Runtime], batches: Sequence[Sequence[Tensor]], *, seconds: float = 0.5
+) -> list[list[LatencyResult]]:
+    """Time several files in turns in their engine, in the same rounds; the first is the reference.
+
+    Args:
+        runtimes: The files, all in one engine.
+        batches: The inputs, one call after the other.
+        seconds: Time to spend on a file and batch.
+
+    Returns:
+        ``[batch][file]``; the first file's is its time against itself, loaded once more.
+    """
+    subjects = [RuntimeSubject(runtime) for runtime in (*runtimes, runtimes[0])]
+    words = {"least": 10, "most": 200}
+    times, calls = time_in_rounds(subjects, batches, runtimes[0].clock, seconds=seconds * len(subjects), **words)
+    return [
+        [replace(time, batch_size=next((len(x) for x in batch if x.ndim), None)) for time in against_first(rows, calls)]
+        for rows, batch in zip(times, batches, strict=True)
+    ]
+
+
 def compare_latency(runtime: Runtime, against: Runtime, inputs: Sequence[Tensor]) -> LatencyResult:
     """Time both files in turns in their engine."""
-    calls = (lambda: runtime.run(inputs), lambda: against.run(inputs))
-    result = time_in_turns(calls, runtime.clock, seconds=0.5, least=10, most=200)
-    batch = next((len(x) for x in inputs if x.ndim), None)
-    return LatencyResult(**{**vars(result), "batch_size": batch})
+    return runtime_latencies([against, runtime], [inputs])[0][1]

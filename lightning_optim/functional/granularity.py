@@ -239,7 +239,7 @@ class _NofM(Granularity):
                 scores = _removed_first(scores, kept[first : first + len(rows)])
             lines = self._lines(scores)
             padded = pad(lines, (0, -lines.shape[-1] % self.m), value=-math.inf)
-            ranks = _ranks(padded.unflatten(-1, (-1, self.m)))
+            ranks = _ranks(padded.reshape(*padded.shape[:-1], padded.shape[-1] // self.m, self.m))
             self._lines(rows).copy_((ranks >= removed).flatten(-2)[..., : lines.shape[-1]])
             first += len(rows)
         return mask if kept is None else (mask & kept).contiguous()

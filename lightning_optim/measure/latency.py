@@ -1,70 +1,39 @@
 """How long one call of a model takes, as a ratio that holds on a busy machine.
 
-Calls of the two models take turns, in CPU time of the thread on a CPU and in synchronised wall time on a GPU; each
-model's time is the mean of its faster calls (the 5th to the 40th hundredth). The slow half is what neighbours on the
-machine do; the single fastest call is luck when two models push each other out of the cache (two of 12.7 MB: the ratio
-of minima of equal models spread by 8 %, that of these means by 1 %).
+Calls of the models take turns, in CPU time of the thread on a CPU and in synchronised wall time on a GPU, over rounds
+in each of which the weights lie elsewhere in memory (:mod:`lightning_optim.measure.rounds`). In a round each model's
+time is the mean of its faster calls (the 5th to the 40th hundredth). The slow half is what neighbours on the machine
+do; the single fastest call is luck when two models push each other out of the cache (two of 12.7 MB: the ratio of
+minima of equal models spread by 8 %, that of these means by 1 %).
 """
 
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from statistics import fmean
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from lightning_optim.measure.rounds import (
+    LatencyResult,
+    ModuleSubject,
+    Subject,
+    compared,
+    places_in_memory,
+    time_in_rounds,
+)
 from lightning_optim.target import ForwardInputs, as_forward_inputs, first_rows
 
-__all__ = ["LatencyResult", "interleaved_latency", "measure_latency", "time_in_turns"]
-
-WARM_UP = 5
-"""Calls of each model before any is timed: the first after a training step takes 1.9x, the fifth 1.1x."""
-
-ROUNDS = 5
-"""The interval is the range of the ratio over this many rounds."""
-
-FASTER = (0.05, 0.40)
-"""The part of the sorted times whose mean stands for a model."""
-
-SAME = 0.05
-"""Ratios closer to 1 than this are called equal."""
-
-
-@dataclass(frozen=True)
-class LatencyResult:
-    """Time of one call.
-
-    Attributes:
-        milliseconds: Of the model.
-        against_milliseconds: Of the model it was compared with, None where there was none.
-        ratio: ``milliseconds / against_milliseconds``; below 1 is faster.
-        low: Smallest ratio over the rounds.
-        high: Largest ratio over the rounds.
-        pairs: Calls of each model that were timed.
-        batch_size: Rows in a call, None where the inputs were taken as given.
-    """
-
-    milliseconds: float
-    against_milliseconds: float | None = None
-    ratio: float | None = None
-    low: float | None = None
-    high: float | None = None
-    pairs: int = 0
-    batch_size: int | None = None
-
-    @property
-    def differs(self) -> bool:
-        """Whether the two models differ by more than the noise."""
-        return self.ratio is not None and abs(self.ratio - 1) >= SAME and not (self.low or 0) <= 1 <= (self.high or 0)
-
-    def __str__(self) -> str:
-        if self.ratio is None:
-            return f"{self.milliseconds:.3g} ms"
-        verdict = "" if self.differs else ", no difference"
-        return f"{self.milliseconds:.3g} ms, ratio {self.ratio:.2f} [{self.low:.2f}, {self.high:.2f}]{verdict}"
+__all__ = [
+    "LatencyResult",
+    "against_first",
+    "interleaved_latency",
+    "latencies",
+    "measure_latency",
+    "time_in_turns",
+]
 
 
 @contextmanager
@@ -114,6 +83,7 @@ def interleaved_latency(
     seconds: float = 0.2,
     least: int = 10,
     most: int = 100,
+    twin: bool = False,
 ) -> LatencyResult:
     """Time a model, in turns with another one where given.
 
@@ -126,16 +96,50 @@ def interleaved_latency(
         against: The model to compare with.
         against_inputs: What that one receives; default the same.
         seconds: Time to spend: it decides on the number of pairs.
-        least: Pairs at least.
+        least: Pairs at least; never fewer than rounds.
         most: Pairs at most.
+        twin: Whether ``against`` is timed a second time, at another place: what it differs from itself is noise that
+            ``low`` and ``high`` then hold too.
     """
-    calls = [lambda: inputs.call(module)]
-    if against is not None:
-        other, other_inputs = against, against_inputs or inputs
-        calls.append(lambda: other_inputs.call(other))
-    modules = [module] if against is None else [module, against]
+    modules = [module] if against is None else [module, *[against] * (2 if twin else 1)]
+    places = places_in_memory(modules)
+    subjects = [ModuleSubject(module, places=places)]
+    subjects += [ModuleSubject(other, against_inputs, places=places) for other in modules[1:]]
     with _inference(*modules):
-        return time_in_turns(calls, _clock(module), seconds=seconds, least=least, most=most)
+        times, calls = time_in_rounds(subjects, [inputs], _clock(module), seconds=seconds, least=least, most=most)
+    return compared(*times[0], calls=calls)
+
+
+def latencies(
+    modules: Sequence[nn.Module], batches: Sequence[ForwardInputs], *, seconds: float, least: int, most: int
+) -> list[list[LatencyResult]]:
+    """Time several models in turns, in the same rounds; the first is the reference.
+
+    Args:
+        modules: The models, all on one device.
+        batches: What their forwards receive, one after the other.
+        seconds: Time to spend on a model and batch.
+        least: Calls at least.
+        most: Calls at most.
+
+    Returns:
+        ``[batch][model]``; the first model's is its time against itself at another place.
+    """
+    timed = (*modules, modules[0])
+    places = places_in_memory(timed)
+    subjects = [ModuleSubject(module, places=places) for module in timed]
+    with _inference(*modules):
+        times, calls = time_in_rounds(
+            subjects, batches, _clock(modules[0]), seconds=seconds * len(subjects), least=least, most=most
+        )
+    return [against_first(rows, calls) for rows in times]
+
+
+def against_first(times: Sequence[Sequence[float]], calls: int) -> list[LatencyResult]:
+    """Compare each model's times with those of the first; the last ones are the first model's at another place."""
+    reference, *others, twin = times
+    own = compared(twin, reference, calls=calls)
+    return [own, *(compared(rows, reference, twin, calls=calls) for rows in others)]
 
 
 def time_in_turns(
@@ -146,46 +150,22 @@ def time_in_turns(
     least: int = 10,
     most: int = 100,
 ) -> LatencyResult:
-    """Time one function, or two in turns.
+    """Time one function, or two in turns; what they read stays where it is in memory.
 
     Args:
         calls: The function, and the one to compare with.
         clock: Gives seconds.
         seconds: Time to spend: it decides on the number of pairs.
-        least: Pairs at least.
+        least: Pairs at least; never fewer than rounds.
         most: Pairs at most.
     """
-    for _ in range(WARM_UP):
-        once = [_timed(clock, call) for call in calls]
-    pairs = int(min(max(seconds / max(sum(once), 1e-9), least), most))
-    times: list[list[float]] = [[] for _ in calls]
-    for index in range(pairs):
-        order = range(len(calls)) if index % 2 else reversed(range(len(calls)))
-        for which in order:
-            times[which].append(_timed(clock, calls[which]))
-    return _result(times, pairs)
+    subjects = [Subject(_of_any_case(call)) for call in calls]
+    times, pairs = time_in_rounds(subjects, [None], clock, seconds=seconds, least=least, most=most)
+    return compared(*times[0], calls=pairs)
 
 
-def _timed(clock: Callable[[], float], call: Callable[[], Any]) -> float:
-    begin = clock()
-    call()
-    return clock() - begin
-
-
-def _result(times: list[list[float]], pairs: int) -> LatencyResult:
-    own = _typical(times[0])
-    if len(times) == 1:
-        return LatencyResult(own * 1e3, pairs=pairs)
-    other = _typical(times[1])
-    rounds = [_typical(times[0][i::ROUNDS]) / _typical(times[1][i::ROUNDS]) for i in range(min(ROUNDS, pairs))]
-    ratio = own / other
-    return LatencyResult(own * 1e3, other * 1e3, ratio, low=min(*rounds, ratio), high=max(*rounds, ratio), pairs=pairs)
-
-
-def _typical(times: list[float]) -> float:
-    ordered = sorted(times)
-    low, high = (int(part * len(ordered)) for part in FASTER)
-    return fmean(ordered[low : max(high, low + 1)])
+def _of_any_case(call: Callable[[], Any]) -> Callable[[Any], Any]:
+    return lambda case: call()
 
 
 def measure_latency(
@@ -200,7 +180,8 @@ def measure_latency(
         batch_size: Rows that the inputs are cut (or repeated) to; None takes them as given (ragged inputs).
 
     Returns:
-        Milliseconds, and with ``against`` the ratio with its range over five rounds.
+        Milliseconds, and with ``against`` the ratio with its range over eight rounds. In every round the weights of
+        both are copied to new places, as far as memory allows; a difference must clear that of ``against`` from itself.
 
     Raises:
         ValueError: If the inputs' tensors disagree in dimension 0, so that rows cannot be cut.
@@ -213,5 +194,5 @@ def measure_latency(
     inputs = as_forward_inputs(example_inputs)
     if batch_size is not None:
         inputs = first_rows(inputs, batch_size)
-    result = interleaved_latency(module, inputs, against, seconds=1.0, least=40, most=200)
-    return LatencyResult(**{**vars(result), "batch_size": batch_size})
+    result = interleaved_latency(module, inputs, against, seconds=1.0, least=40, most=200, twin=True)
+    return replace(result, batch_size=batch_size)

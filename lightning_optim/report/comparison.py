@@ -21,9 +21,9 @@ from lightning_optim.checks import check_count, check_mapping, check_names
 from lightning_optim.export.onnx import export_onnx
 from lightning_optim.export.report import ExportReport
 from lightning_optim.export.session import ExportedModel, as_fed
-from lightning_optim.export.verify import RUNTIMES, compare_latency, missing_package
+from lightning_optim.export.verify import RUNTIMES, missing_package, runtime_latencies
 from lightning_optim.functional.score import Terms, checked_weights, performance_score
-from lightning_optim.measure.latency import LatencyResult, interleaved_latency
+from lightning_optim.measure.latency import LatencyResult, latencies
 from lightning_optim.measure.macs import count_macs
 from lightning_optim.measure.size import SIZES
 from lightning_optim.quantization.layers import QuantizedLayer
@@ -67,9 +67,10 @@ def compare(
     """Measure models side by side: size, operations, time of a call in each engine, accuracy, and the score P.
 
     Each model is exported to ONNX, verified, and timed as it is deployed; what cannot be exported is in the report's
-    notes with the reason. Times are ratios: calls of a model and of the reference take turns, on one thread. All is
-    done on copies: the models' weights, flags and the random numbers are left as they were. Costs two more copies of a
-    model, and about a second per model, engine and batch size.
+    notes with the reason. Times are ratios: calls of all models take turns, on one thread, in the same eight rounds, in
+    each of which every model lies elsewhere in memory. All is done on copies: the models' weights, flags and the random
+    numbers are left as they were. Costs one more copy of every model and its file loaded in every engine, up to eight
+    more copies while it is timed (fewer where memory has no room), and about a second per model, engine and batch size.
 
     Args:
         models: Name -> model, all on one device; they take the same inputs.
@@ -129,7 +130,10 @@ def compare(
         for name in track(order, "comparing", disable=hidden):
             kind = "dense" if name == reference else "control" if name in controls else "compressed"
             rows[name] = {"name": name, "kind": kind, **bench.measure(name, models[name])}
-        bench.first = None  # an open file cannot be deleted on every system
+        timed = track(bench.engines, "timing", disable=hidden)
+        for name, row in bench.times_and_scores({name: rows[name].get(accuracy) for name in order}, timed).items():
+            rows[name] |= row
+        bench.subjects.clear()  # an open file cannot be deleted on every system
     return ComparisonReport(
         reference=reference,
         engines=list(bench.engines),
@@ -251,7 +255,7 @@ def _device(models: Mapping[str, nn.Module]) -> torch.device:
 
 @dataclass
 class _Subject:
-    """What is kept of the reference while the others are measured against it."""
+    """What is kept of a model until all are timed together."""
 
     size: float
     module: nn.Module
@@ -260,7 +264,7 @@ class _Subject:
 
 @dataclass
 class _Bench:
-    """Measures one model after the other, the reference first."""
+    """Measures one model after the other, the reference first, and then times all of them together."""
 
     inputs: ForwardInputs
     batch_size: int | None
@@ -280,30 +284,41 @@ class _Bench:
             self.batches = {"": first_rows(self.inputs, 1), "_batch": first_rows(self.inputs, self.batch_size)}
         self.notes: list[str] = []
         self.metrics: list[str] = []
-        self.first: _Subject | None = None
+        self.subjects: dict[str, _Subject] = {}
 
     def measure(self, name: str, model: nn.Module) -> Row:
-        """Return a model's figures; the first is what later ones are compared with."""
+        """Return a model's figures but its times; the first is what later ones are compared with."""
         metrics = self._metrics(name, model)
         plain = copy_for_tracing(model, rounded=False)  # rounding in PyTorch takes time, deployed integers do not
         files, exported = self._export(name, model)
-        subject = _Subject(self.size(model), plain, files)
-        is_reference = self.first is None
-        self.first = self.first or subject
-        times = self._times(subject)
-        if is_reference:
-            times = {key: _against_itself(time) for key, time in times.items()}
+        self.subjects[name] = subject = _Subject(self.size(model), plain, files)
         if any(isinstance(layer, QuantizedLayer) for layer in model.modules()) and "torch" in self.engines:
             self._note("In PyTorch quantized layers are timed in float: integers run only in the exported files.")
         return {
             **metrics,
             **_counts(model),
-            "size_ratio": subject.size / self.first.size,
+            "size_ratio": subject.size / self._first().size,
             **exported,
             "macs": count_macs(plain, self.batches[""]),
-            **{f"{key}_{word}": value for key, time in times.items() for word, value in time_facts(time).items()},
-            **self._scored(subject, times, metrics.get(self.accuracy)),
         }
+
+    def times_and_scores(self, accuracies: Mapping[str, float | None], engines: Iterable[str]) -> dict[str, Row]:
+        """Return times and P of every model; all are timed in turns, in the same rounds."""
+        times: dict[str, dict[str, LatencyResult]] = {name: {} for name in self.subjects}
+        for engine in engines:
+            for key, of_models in self._times(engine).items():
+                for name, time in of_models.items():
+                    times[name][key] = time
+        return {
+            name: {
+                **{f"{key}_{word}": value for key, time in found.items() for word, value in time_facts(time).items()},
+                **self._scored(self.subjects[name], found, accuracies[name]),
+            }
+            for name, found in times.items()
+        }
+
+    def _first(self) -> _Subject:
+        return next(iter(self.subjects.values()))
 
     def _note(self, sentence: str) -> None:
         if sentence not in self.notes:
@@ -346,7 +361,7 @@ class _Bench:
         try:
             report = export_onnx(model, path, self.inputs, **self.options)
         except (ValueError, RuntimeError) as error:
-            others = "" if self.first is not None else " Nor can the others be compared in engines."
+            others = "" if self.subjects else " Nor can the others be compared in engines."
             self._note(f"{name} was not exported, so it has no file and no times but PyTorch's: {error}{others}")
             return {}, {}
         return self._load(name, path), _file_facts(report)
@@ -361,20 +376,24 @@ class _Bench:
                 self._note(f"{name} has no times in {engine}, which cannot load its file: {error}")
         return files
 
-    def _times(self, subject: _Subject) -> dict[str, LatencyResult]:
-        """Return the times of a call by engine and batch, each in turns with the reference's."""
-        assert self.first is not None  # noqa: S101 - set by `measure`
-        times = {}
-        for engine in self.engines:
-            for suffix, inputs in self.batches.items():
-                if engine == "torch":
-                    times[engine + suffix] = interleaved_latency(
-                        subject.module, inputs, self.first.module, seconds=0.5, least=40, most=200
-                    )
-                elif engine in subject.files and engine in self.first.files and self._fits_file(inputs):
-                    runtimes = (subject.files[engine].runtime, self.first.files[engine].runtime)
-                    times[engine + suffix] = compare_latency(*runtimes, _tensors(inputs))
-        return times
+    def _times(self, engine: str) -> dict[str, dict[str, LatencyResult]]:
+        """Return the times of a call in one engine, by batch and model; none where it has no file of the reference."""
+        batches = {engine + suffix: inputs for suffix, inputs in self.batches.items()}
+        if engine == "torch":
+            names = list(self.subjects)
+            modules = [subject.module for subject in self.subjects.values()]
+            found = latencies(modules, list(batches.values()), seconds=0.5, least=40, most=200)
+        else:
+            batches = {key: inputs for key, inputs in batches.items() if self._fits_file(inputs)}
+            names = [name for name, subject in self.subjects.items() if engine in subject.files]
+            if engine not in self._first().files or not batches:
+                return {}
+            runtimes = [self.subjects[name].files[engine].runtime for name in names]
+            found = runtime_latencies(runtimes, [_tensors(inputs) for inputs in batches.values()])
+        return {
+            key: dict(zip(names, [_against_itself(row[0]), *row[1:]], strict=True))
+            for key, row in zip(batches, found, strict=True)
+        }
 
     def _fits_file(self, inputs: ForwardInputs) -> bool:
         """Tell whether a file takes a batch; one with a fixed batch takes the example's."""
@@ -383,12 +402,11 @@ class _Bench:
 
     def _scored(self, subject: _Subject, times: Mapping[str, LatencyResult], accuracy: float | None) -> Row:
         """Return P with the time of each engine, and that of the first as "P"."""
-        assert self.first is not None  # noqa: S101 - set by `measure`
         scores = {}
         for engine in self.engines:
             time = times.get(engine)
             terms = Terms(
-                size=subject.size / self.first.size,
+                size=subject.size / self._first().size,
                 inference_time=None if time is None else time.ratio,
                 error=None if accuracy is None else 1 - accuracy,
             )

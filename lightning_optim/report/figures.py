@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from lightning_optim.measure.latency import SAME
+from lightning_optim.measure.rounds import SAME
 from lightning_optim.report.columns import ENGINES, Column, Row
 from lightning_optim.report.layers import against_reference, layer_rows
 from lightning_optim.report.parts import Section

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console, ConsoleOptions, Group, RenderResult
 
 from lightning_optim.checks import listed
-from lightning_optim.measure.latency import SAME, LatencyResult
+from lightning_optim.measure.rounds import ROUNDS, SAME, LatencyResult
 from lightning_optim.report.columns import ENGINES, Column, Row, formatted
 from lightning_optim.report.document import Card, Report, as_json, replace_files
 
@@ -145,9 +145,11 @@ class ComparisonReport:
             )
         if any(row.get(f"{engine}_ratio") is not None for row in self.rows for engine in self.engines):
             sentences.append(
-                f"Times are on one thread, and ratios to {self.reference} from calls that take turns; in brackets the "
-                f"range over five rounds. “No difference”: nearer to 1 than {SAME:g}, or a range that holds 1. The "
-                f"range beside {self.reference} is that of the model against itself, widened to hold 1: the noise."
+                f"Times are on one thread, and ratios to {self.reference} from calls of all models that take turns; in "
+                f"brackets the range over {ROUNDS} rounds, in each of which every model lies elsewhere in memory. “No "
+                f"difference”: nearer to 1 than {SAME:g}, or a range that holds 1. The range beside {self.reference} "
+                "is that of the model against itself at another place, widened to hold 1: the noise. A range that "
+                "meets it holds it too."
             )
         if any(row.get("P") is not None for row in self.rows):
             sentences.append(self._words_of_score())

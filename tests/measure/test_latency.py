@@ -54,8 +54,8 @@ def test_flags_come_back_after_an_error():
 
 def test_pairs_follow_the_budget():
     inputs = ForwardInputs((torch.randn(1, 64),))
-    assert interleaved_latency(Net(8), inputs, seconds=0.0, least=3, most=9).pairs == 3
-    assert interleaved_latency(Net(8), inputs, Net(8), seconds=60.0, least=3, most=9).pairs == 9
+    assert interleaved_latency(Net(8), inputs, seconds=0.0, least=16, most=72).pairs == 16
+    assert interleaved_latency(Net(8), inputs, Net(8), seconds=60.0, least=16, most=72).pairs == 72
 
 
 def test_rows_that_cannot_be_cut_raise_and_ragged_inputs_are_taken_as_given():

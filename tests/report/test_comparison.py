@@ -95,13 +95,18 @@ def test_times_stand_in_every_engine_beside_their_range(compared):
 @pytest.mark.parametrize(("low", "high", "shown"), [(0.9, 0.95, (0.9, 1.0)), (1.1, 1.2, (1.0, 1.2)), (0.9, 1.1, None)])
 def test_the_range_of_the_reference_holds_its_ratio(monkeypatch, low, high, shown):
     time = LatencyResult(1.0, 1.0, ratio=(low + high) / 2, low=low, high=high)
-    monkeypatch.setattr("lightning_optim.report.comparison.interleaved_latency", lambda *args, **words: time)
+    monkeypatch.setattr(
+        "lightning_optim.report.comparison.latencies",
+        lambda models, batches, **words: [[time] * len(models)] * len(batches),
+    )
     report = quick()
     row = report["a"]
     assert (row["torch_ratio"], row["torch_differs"]) == (1.0, False)
     assert (row["torch_low"], row["torch_high"]) == (shown or (low, high))
     assert (report["b"]["torch_low"], report["b"]["torch_high"]) == (low, high)
-    assert any("of the model against itself, widened to hold 1" in sentence for sentence in report.reading())
+    assert any(
+        "of the model against itself at another place, widened to hold 1" in sentence for sentence in report.reading()
+    )
 
 
 def test_p_is_that_of_the_formula_against_the_reference(compared):
