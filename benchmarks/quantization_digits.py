@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader
 
 from lightning_optim import ExportReport, QuantizationAwareTraining, export_onnx, quantize_post_training
 from lightning_optim.demo import DigitsNet
+from lightning_optim.export.session import ExportedModel
 
 BITS = (8, 4, 3)
 MORE_EPOCHS = 5
@@ -94,9 +95,8 @@ class Scores:
         images, labels = self.data["test"][:TEST_IMAGES]
         path = Path(self.folder) / "model.onnx"
         report = export_onnx(model, path, images[:32], inputs=images, least_agreement=0.0)
-        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-        (logits,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
-        self.runtime[row].append(float((torch.from_numpy(logits).argmax(1) == labels).float().mean()))
+        logits = ExportedModel(path)(images)
+        self.runtime[row].append(float((logits.argmax(1) == labels).float().mean()))
         self.agreement.append(report.agreement)
         self.reports[row] = report
 

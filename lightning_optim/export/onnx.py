@@ -403,6 +403,8 @@ def _verified(
             twin.write(file, {})
             float_bytes = file.stat().st_size
             latency = compare_latency(loaded, _load(file, runtime), tensors[0])
+    note = getattr(loaded, "note", "")  # of an engine that has something to say
+    report = replace(report, notes=[*report.notes, note] if note else report.notes)
     return _with_figures(report, runtime, comparison, loaded.kernels(), float_bytes, latency)
 
 

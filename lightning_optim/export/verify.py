@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_optim.export.report import Kernels
+from lightning_optim.export.saturation import NOTE, overflows, unsigned_weights
 from lightning_optim.measure.latency import LatencyResult, against_first
 from lightning_optim.measure.rounds import Subject, time_in_rounds
 from lightning_optim.registry import Registry
@@ -38,8 +39,15 @@ MOST_MEAN_DIFFERENCE = 0.02
 """Of every floating output, as a fraction of its range: what a few values on edges make stays far below."""
 
 
+MOST_BYTES = 2_000_000_000
+"""Of a file that is written anew in memory: protocol buffers end at 2 GiB."""
+
+
 class Runtime(Protocol):
-    """A file that is loaded in an engine, on one thread of the CPU."""
+    """A file that is loaded in an engine, on one thread of the CPU.
+
+    It may have a ``note``: what the export report is to say of how the engine runs the file on this processor.
+    """
 
     clock: Callable[[], float]
     names: list[str]
@@ -87,7 +95,7 @@ class _OnnxRuntime:
             import onnxruntime  # type: ignore[import-not-found, import-untyped, unused-ignore]
         except ImportError as error:
             raise missing_package("onnxruntime", "onnx") from error
-        self._path = path
+        self._source, self.note = _right_here(path)
         with TemporaryDirectory() as folder:
             optimized = Path(folder) / "optimized.onnx"
             self._session = self._load(onnxruntime, optimized_model_filepath=str(optimized))
@@ -100,7 +108,7 @@ class _OnnxRuntime:
         options.log_severity_level = 3
         for word, value in words.items():
             setattr(options, word, value)
-        return onnxruntime.InferenceSession(str(self._path), options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(self._source, options, providers=["CPUExecutionProvider"])
 
     def again(self) -> "_OnnxRuntime":
         import onnxruntime  # type: ignore[import-not-found, import-untyped, unused-ignore]
@@ -123,6 +131,16 @@ class _OnnxRuntime:
             count(self._MATMULS, self._INTEGER_MATMULS),
             count(self._INTEGER_MATMULS),
         )
+
+
+def _right_here(path: Path) -> tuple[str | bytes, str]:
+    """Return what a session on this processor is made of so that it gives the file's answers, and what to say of it."""
+    if path.stat().st_size > MOST_BYTES or not overflows():
+        return str(path), ""
+    import onnx
+
+    model = onnx.load(str(path))
+    return (model.SerializeToString(), NOTE) if unsigned_weights(model) else (str(path), "")
 
 
 def _operators(path: Path) -> list[str]:

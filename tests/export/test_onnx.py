@@ -14,7 +14,7 @@ from helpers.exported import NETS, TwoTowers, quantized
 from helpers.models import Classifier, data, new, train_loader, trainer, val_loader
 from lightning_optim.checkpoint import plain_plan
 from lightning_optim.export import export_onnx, integer
-from lightning_optim.export.verify import compare
+from lightning_optim.export.verify import RUNTIMES, compare
 from lightning_optim.quantization.calibrate import quantize_post_training
 from lightning_optim.quantization.prepare import quantized_layers, set_phase
 
@@ -24,7 +24,8 @@ pytest.importorskip("onnxscript")
 
 
 def session(path):
-    return onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    """The file in ONNX Runtime, right on this processor too."""
+    return RUNTIMES["onnxruntime"](path)._session
 
 
 def run(path, *tensors):
