@@ -48,6 +48,7 @@ class Case:
         options: The Trainer's arguments that the documentation gives.
         inputs: What forward receives, where the training step calls something else; for ``example_inputs`` too.
         logits_from: The layer that the step calls for its answers then.
+        class_dim: Of answers in more dimensions than a classifier's, as :class:`DistillationModule` asks for it.
     """
 
     make: Callable[[int], Any]
@@ -56,6 +57,7 @@ class Case:
     options: Mapping[str, Any] = field(default_factory=dict)
     inputs: Callable[[], Any] | None = None
     logits_from: str = ""
+    class_dim: int | None = None
 
     def fresh(self, seed: int = 3) -> Any:
         seed_everything(seed)
@@ -68,6 +70,7 @@ class Case:
         if recipe is not None:
             if recipe.distillation is not None:
                 fitted = recipe.wrap(module, self.fresh(4), logits_from=self.logits_from)
+                fitted.class_dim = self.class_dim
             ours = recipe.callbacks(example_inputs=None if self.inputs is None else self.inputs())
         trainer = self.trainer(
             max_epochs=EPOCHS,
@@ -157,6 +160,7 @@ class Alone:
     resumes: bool = False
     loads_by_class: bool = False
     exports: bool = False
+    dynamic_batch: bool = True
     inputs: Any = None
 
     def run(self, case: Case, folder: Path) -> None:
@@ -169,8 +173,21 @@ class Alone:
         self.resumes = same(resumed, fitted)
         if not self.resumes:
             raise Ends("resume: without a technique too the resumed run is another")
-        step("export", lambda: export(fitted, self.inputs, folder))
+        try:
+            step("export", lambda: export(fitted, self.inputs, folder))
+        except Ends as ends:
+            self.dynamic_batch = False
+            self.exports = exports_as_it_is(fitted, self.inputs, folder)
+            raise Ends(f"{ends} (with dynamic_batch=False: yes)" if self.exports else str(ends)) from ends
         self.exports = True
+
+
+def exports_as_it_is(module: Any, inputs: Any, folder: Path) -> bool:
+    try:
+        export(module, inputs, folder, dynamic_batch=False)
+    except Exception:  # noqa: BLE001 - the other reason is told
+        return False
+    return True
 
 
 def loads_by_class(fitted: Any, file: Path, **words: Any) -> bool:
@@ -190,7 +207,7 @@ def compressed(case: Case, recipe: Recipe, folder: Path, alone: Alone) -> None:
             raise Ends("resume: the resumed run is another")
     step("reload", lambda: reload(case, recipe, fitted, last, by_class=alone.loads_by_class))
     if alone.exports:
-        step("export", lambda: export(module, alone.inputs, folder))
+        step("export", lambda: export(module, alone.inputs, folder, dynamic_batch=alone.dynamic_batch))
 
 
 def reload(case: Case, recipe: Recipe, fitted: Any, file: Path, *, by_class: bool) -> None:
@@ -204,9 +221,10 @@ def reload(case: Case, recipe: Recipe, fitted: Any, file: Path, *, by_class: boo
         raise ValueError("the file is another")
 
 
-def export(module: Any, inputs: Any, folder: Path) -> None:
+def export(module: Any, inputs: Any, folder: Path, *, dynamic_batch: bool = True) -> None:
     """Export and compare by the distance of the numbers: the largest of a row of forecasts is no class."""
-    export_onnx(module, folder / "module.onnx", inputs, inputs=inputs, least_agreement=0.0)
+    options = {"inputs": inputs, "least_agreement": 0.0, "dynamic_batch": dynamic_batch}
+    export_onnx(module, folder / "module.onnx", inputs, **options)
 
 
 def step(name: str, call: Callable[[], Any]) -> Any:
@@ -218,7 +236,8 @@ def step(name: str, call: Callable[[], Any]) -> Any:
 
 def first_words(error: Exception) -> str:
     """Return the first sentence of an error, or as much of it as fits into a footnote."""
-    text = re.split(r"(?<=\.) ", " ".join(str(error).split()))[0].rstrip(".") or type(error).__name__
+    sentences = re.split(r"(?<=[\w)`'\"]{2}\.) (?=[A-Z`])", " ".join(str(error).split()))  # not after "e.g."
+    text = re.sub(r"/\S*/site-packages/", "", sentences[0]).rstrip(".") or type(error).__name__
     return text if len(text) <= 200 else f"{text[:200].rpartition(' ')[0]} ..."
 
 

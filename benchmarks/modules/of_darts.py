@@ -55,6 +55,7 @@ def case(model: Callable[..., Any], /, **options: Any) -> Case:
         make=lambda seed: fitted(model, seed, **options).module,
         data=lambda: fitted(model, 0, **options).loader,
         trainer=pl.Trainer,
+        class_dim=-1,  # [rows, steps, components, parameters of the likelihood]
     )
 
 
