@@ -251,12 +251,23 @@ def load_from_checkpoint(
         arguments = checkpoint.get(cls.CHECKPOINT_HYPER_PARAMS_KEY, {})
         if "_class_path" in arguments:
             return _load_instance(_made_by_cli(cls_or_module, {**arguments, **init_args}), checkpoint)
-        with _conforming(cls_or_module):
-            loaded: M = cls_or_module.load_from_checkpoint(path, weights_only=weights_only, **init_args)
-        return loaded
+        return _load_by_class(cls_or_module, path, weights_only, init_args)
     if init_args:
         raise TypeError(f"init arguments ({', '.join(init_args)}) go with a class; an instance was given.")
     return _load_instance(cls_or_module, checkpoint)
+
+
+def _load_by_class(cls: type[M], path: str | Path, weights_only: bool, init_args: Mapping[str, Any]) -> M:
+    """Let the class make itself from its file; the file was read with ``weights_only`` before."""
+    loaded: M
+    with _conforming(cls):
+        try:
+            loaded = cls.load_from_checkpoint(path, weights_only=weights_only, **init_args)
+        except TypeError as error:
+            if "'weights_only'" not in str(error):
+                raise
+            loaded = cls.load_from_checkpoint(path, **init_args)  # a loader of its own sets it itself (chemprop 2.3)
+    return loaded
 
 
 def _made_by_cli(cls: type[M], arguments: Mapping[str, Any]) -> M:

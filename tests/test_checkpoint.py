@@ -297,6 +297,43 @@ def test_a_file_with_objects_loads_where_it_is_trusted(tmp_path, give):
     assert_same_state(module, loaded)
 
 
+class SetsItself(Classifier):
+    """Reads its files with a loader that sets ``weights_only`` itself, and passes all else on."""
+
+    @classmethod
+    def load_from_checkpoint(cls, path, map_location=None, **arguments):
+        return super().load_from_checkpoint(path, map_location, weights_only=False, **arguments)
+
+
+class TakesPathOnly(Classifier):
+    """Reads its files with a loader that takes the path and the width."""
+
+    @classmethod
+    def load_from_checkpoint(cls, path, width=16):
+        return super().load_from_checkpoint(path, width=width)
+
+
+@pytest.mark.parametrize("weights_only", [True, False])
+@pytest.mark.parametrize("cls", [SetsItself, TakesPathOnly])
+def test_a_class_may_read_its_files_by_a_loader_of_its_own(tmp_path, cls, weights_only):
+    module, path = trained_file(tmp_path, cls)
+    loaded = load_from_checkpoint(cls, path, weights_only=weights_only, width=16)
+    assert type(loaded) is cls
+    assert_same_state(module, loaded)
+
+
+def test_a_type_error_of_the_module_is_its_own(tmp_path):
+    class Once(Classifier):
+        def __init__(self, width=16, **others):
+            super().__init__(width)
+            if "height" in others:
+                raise TypeError("unknown: height")
+
+    _, path = trained_file(tmp_path, Once)
+    with pytest.raises(TypeError, match="unknown: height"):
+        load_from_checkpoint(Once, path, height=2)
+
+
 def test_an_object_whose_class_is_gone_is_named(tmp_path):
     _, path = trained_file(tmp_path, Scaled, scale=Scale(3))
     own = globals().pop("Scale")

@@ -31,12 +31,14 @@ class Environment:
         name: Of its folder.
         peer: Requirements beside those of the task.
         alone: Requirements that are installed without what they require.
+        options: More of ``pip install``.
         variables: Set for what runs in it; ``{}`` stands for its folder.
     """
 
     name: str
     peer: tuple[str, ...] = ()
     alone: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()
     variables: tuple[tuple[str, str], ...] = ()
 
     def make(self, folder: Path) -> Path:
@@ -55,7 +57,8 @@ class Environment:
         reasons = []
         for constraints in (CONSTRAINTS, self._few(folder)):
             venv.create(place, with_pip=True, clear=True)
-            pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+            pip = [str(python), "-m", "pip", "install", "--disable-pip-version-check"]
+            pip += self.options
             found = subprocess.run([*pip, "-c", str(constraints), *wanted], capture_output=True, text=True, check=False)
             if found.returncode == 0 and self.alone:
                 alone = [*pip, "--no-deps", *self.alone]

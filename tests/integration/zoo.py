@@ -10,7 +10,7 @@ import re
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -402,13 +402,18 @@ def first_sentence(error: Exception) -> str:
     return re.split(r"(?<=[.:]) ", text)[0].rstrip(".:")[:160]
 
 
-def table(found: Mapping[tuple[str, str], str]) -> str:
+def table(
+    found: Mapping[tuple[str, str], str],
+    names: Iterable[str] = tuple(ARCHITECTURES),
+    techniques: Iterable[str] = tuple(TECHNIQUES),
+) -> str:
     """Return the table: a mark where all four steps work, else a number of a reason below."""
     reasons: list[str] = []
-    lines = [f"| | {' | '.join(TECHNIQUES)} |", f"| --- |{' --- |' * len(TECHNIQUES)}"]
-    for name in ARCHITECTURES:
+    techniques = tuple(techniques)
+    lines = [f"| | {' | '.join(techniques)} |", f"| --- |{' --- |' * len(techniques)}"]
+    for name in names:
         cells = []
-        for technique in TECHNIQUES:
+        for technique in techniques:
             outcome = found[name, technique]
             if outcome != "yes" and outcome not in reasons:
                 reasons.append(outcome)
@@ -416,6 +421,12 @@ def table(found: Mapping[tuple[str, str], str]) -> str:
         lines.append(f"| {name} | {' | '.join(cells)} |")
     notes = [f"{number}. {reason.replace('|', '/')}" for number, reason in enumerate(reasons, start=1)]
     return "\n".join([*lines, "", *notes]).rstrip()
+
+
+def put_on_page(text: str, begin: str = BEGIN, end: str = END, page: Path = PAGE) -> None:
+    """Write between two marks of a page."""
+    head, _, rest = page.read_text(encoding="utf-8").partition(begin)
+    page.write_text(f"{head}{begin}\n{text}\n{end}{rest.partition(end)[2]}", encoding="utf-8")
 
 
 def quiet() -> None:
@@ -433,9 +444,7 @@ def main() -> None:
                 found[name, technique] = try_out(copy.copy(name), technique, Path(folder))
             sys.stdout.write(f"{name} | {technique}: {found[name, technique]}\n")
             sys.stdout.flush()
-    text = PAGE.read_text(encoding="utf-8")
-    head, _, rest = text.partition(BEGIN)
-    PAGE.write_text(f"{head}{BEGIN}\n{table(found)}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
+    put_on_page(table(found))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,39 @@
+"""Runs in the environment of a package: every module of it through every technique."""
+
+import argparse
+import importlib
+import json
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
+
+from case import outcomes
+from zoo import quiet
+
+COMMON = ("torch", "lightning", "pytorch-lightning", "torch-pruning", "onnx", "onnxruntime", "numpy", "pandas")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--cases", required=True, help="the script that holds CASES")
+    parser.add_argument("--distribution", required=True, help="whose version is told")
+    parser.add_argument("--models", help="some of its models, with commas; default all")
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--keep", action="store_true", help="take what was found earlier in that folder")
+    words = parser.parse_args()
+    cases = importlib.import_module(words.cases).CASES
+    quiet()
+    found = {}
+    for name in words.models.split(",") if words.models else cases:
+        place = words.folder / name
+        place.mkdir(parents=True, exist_ok=True)
+        found[name] = outcomes(cases[name], place, keep=words.keep)
+        print(name, json.dumps(found[name], indent=1), flush=True)
+    versions = {name: version(name) for name in (words.distribution, *COMMON)}
+    (words.folder / "found.json").write_text(json.dumps({"versions": versions, "models": found}))
+
+
+if __name__ == "__main__":
+    main()
