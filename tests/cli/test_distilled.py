@@ -6,7 +6,16 @@ from helpers.distilled import distilled
 from helpers.models import Files, fit, new
 from lightning_optim.cli.main import main
 
-OFF = ["--trainer.logger", "false", "--trainer.accelerator", "cpu", "--trainer.max_epochs", "1"]
+OFF = [
+    "--seed_everything",
+    "1",
+    "--trainer.logger",
+    "false",
+    "--trainer.accelerator",
+    "cpu",
+    "--trainer.max_epochs",
+    "1",
+]
 
 
 def shown(path, capsys):
