@@ -497,7 +497,8 @@ class DistillationModule(StandsForStudent, pl.LightningModule):
         needs_labels = "targets" in self._objective.needs
         labels = self._labels(item, inputs, told=needs_labels or student.ndim > 2)
         mask = self.padding_mask(item, inputs) if student.ndim > 2 else None
-        dim = self._positions.dim_of(student, labels, mask=mask, told=self.class_dim)
+        matters = not self._objective.elementwise
+        dim = self._positions.dim_of(student, labels, mask=mask, told=self.class_dim, matters=matters)
         if not is_overridden("padding_mask", self, DistillationModule):
             mask = fitting_mask(mask, student, labels, dim)
         teacher = self._combined(answers, dim, student.shape[dim] == 1) if answers else student.detach()
@@ -837,7 +838,8 @@ class DistillationModule(StandsForStudent, pl.LightningModule):
             return answers[0].float()
         first = one_a_row(answers[0])
         labels = self._labels(item, inputs, told=first.ndim > 2)
-        dim = self._positions.dim_of(first, labels, told=self.class_dim)
+        matters = not self._objective.elementwise
+        dim = self._positions.dim_of(first, labels, told=self.class_dim, matters=matters)
         binary = first.shape[dim] == 1 or self._objective.binary
         return teacher.combine([one_a_row(answer) for answer in answers], dim=dim, binary=binary).reshape(
             answers[0].shape

@@ -101,6 +101,11 @@ class LogitLosses:
         return all(getattr(_unwrapped(function), "binary", False) for function in self.functions.values())
 
     @property
+    def elementwise(self) -> bool:
+        """Whether every loss compares entry by entry, so that it does not matter which dimension holds the classes."""
+        return all(getattr(_unwrapped(function), "elementwise", False) for function in self.functions.values())
+
+    @property
     def teacher_free(self) -> bool:
         """Whether no loss looks at a teacher."""
         return all(getattr(_unwrapped(function), "teacher_free", False) for function in self.functions.values())

@@ -169,7 +169,15 @@ class Positions:
         self._dim: int | None = None
         self._shifts: bool | None = None
 
-    def dim_of(self, logits: Tensor, labels: Any, *, mask: Tensor | None = None, told: int | None = None) -> int:
+    def dim_of(
+        self,
+        logits: Tensor,
+        labels: Any,
+        *,
+        mask: Tensor | None = None,
+        told: int | None = None,
+        matters: bool = True,
+    ) -> int:
         """Return which dimension of logits holds the classes.
 
         Args:
@@ -177,9 +185,10 @@ class Positions:
             labels: Labels of the batch; what is no tensor tells nothing.
             mask: Which positions count, which tells as much where labels do not.
             told: What the user says, 1 or -1; None: find out.
+            matters: Whether the losses depend on it; else the last dimension where nothing tells.
 
         Raises:
-            ValueError: If neither the shapes nor an earlier batch tell.
+            ValueError: If neither the shapes nor an earlier batch tell, and it matters.
         """
         last = logits.ndim - 1
         if told is not None or last == 1:
@@ -194,6 +203,8 @@ class Positions:
             return known
         if not fitting and not isinstance(labels, Tensor):
             fitting = class_dims(logits.shape, None)
+        if not fitting and not matters:
+            return last
         if not fitting:
             raise ValueError(_unknown(tuple(logits.shape), labels, mask))
         return fitting[-1] if logits.ndim == 3 else fitting[0]

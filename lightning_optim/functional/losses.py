@@ -213,6 +213,9 @@ def mse(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     return F.mse_loss(student, teacher)
 
 
+mse.elementwise = True  # type: ignore[attr-defined]
+
+
 @LOSSES.register("bce")
 def bce(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
     """For several labels a row, or one logit: ``T**2`` times the KL divergence of each label's yes and no.
@@ -230,6 +233,7 @@ def bce(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 
 
 
 bce.binary = True  # type: ignore[attr-defined]
+bce.elementwise = True  # type: ignore[attr-defined]
 
 
 @LOSSES.register("cosine")

@@ -481,3 +481,16 @@ def test_a_language_model_learns_the_next_token_from_the_control(transformers, t
     trainer(tmp_path, max_epochs=40).fit(module, DataLoader([0], collate_fn=lambda _: batch))
     said = module.student.eval()(input_ids=ids).logits.argmax(-1)
     assert (said[:, ::2] == ids[:, 1::2]).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("loss", ["mse", "bce"])
+def test_losses_of_single_entries_take_outputs_of_any_layout(loss):
+    """A forecast ``[rows, steps, series, quantiles]`` has no dimension of classes, and needs none."""
+    student, teacher = made(segmentation, 0, 4), made(segmentation, 1, 8)
+    targets = torch.randn(4, 5, 6, 6)
+    module, value = plain(student, teacher, (IMAGES, targets), loss=loss, task_loss=F.mse_loss)
+    expected = LOSSES[loss](student(IMAGES).reshape(-1, 1), teacher(IMAGES).reshape(-1, 1))
+    torch.testing.assert_close(value if isinstance(value, torch.Tensor) else value["loss"], expected)
+    assert module.noted[0].numel() == targets.numel()
+    with pytest.raises(ValueError, match="do not tell which dimension holds the classes"):
+        plain(student, teacher, (IMAGES, targets), loss={loss: 0.5, "kd": 0.5}, task_loss=F.mse_loss)
