@@ -328,7 +328,7 @@ _UNSAFE = (
 
 def _reason(error: Exception) -> str:
     """Return what torch could not read, without its colours and its advice."""
-    lines = [re.sub("\x1b\\[[0-9;]*m", "", line).strip() for line in str(error).splitlines()]
+    lines = [re.sub("\x1b\\[[0-9;]*m", "", line).strip() for line in str(error).splitlines()] or ["empty"]
     line = next((line for line in lines if "WeightsUnpickler error" in line or "Unsupported" in line), lines[0])
     return line.partition(". Please use")[0]
 
@@ -352,7 +352,7 @@ def read_checkpoint(path: str | Path, *, weights_only: bool = True) -> dict[str,
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no checkpoint file {str(path)!r}.")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=weights_only, mmap=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=weights_only, mmap=is_zipfile(path))
     except (ImportError, AttributeError) as error:
         raise ValueError(
             f"{str(path)!r} holds an object whose class cannot be imported here ({error}). Import the module that "
@@ -362,9 +362,8 @@ def read_checkpoint(path: str | Path, *, weights_only: bool = True) -> dict[str,
         if isinstance(error, UnpicklingError) and is_zipfile(path):
             raise ValueError(_UNSAFE.format(str(path), _reason(error))) from error
         raise ValueError(
-            f"{str(path)!r} is not a complete Lightning checkpoint ({type(error).__name__}: "
-            f"{str(error).splitlines()[0] if str(error) else 'empty'}). Was the run killed while writing it? Take an "
-            "earlier file."
+            f"{str(path)!r} is not a complete Lightning checkpoint ({type(error).__name__}: {_reason(error)}). Was the "
+            "run killed while writing it? Take an earlier file."
         ) from error
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise ValueError(f"{str(path)!r} is no Lightning checkpoint: it has no 'state_dict'.")

@@ -199,8 +199,12 @@ def test_a_half_written_file_and_other_files_are_named(tmp_path):
     whole = (tmp_path / "whole.ckpt").read_bytes()
     (tmp_path / "half.ckpt").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "empty.ckpt").write_bytes(b"")
+    (tmp_path / "junk.ckpt").write_bytes(b"no checkpoint at all")
     torch.save({"weights": 1}, tmp_path / "other.ckpt")
-    for name, message in (("half", "not a complete"), ("empty", "not a complete"), ("other", "has no 'state_dict'")):
+    cases = dict.fromkeys(("half", "empty", "junk"), "not a complete Lightning checkpoint") | {
+        "other": "no 'state_dict'"
+    }
+    for name, message in cases.items():
         with pytest.raises(ValueError, match=message):
             load_from_checkpoint(Classifier, tmp_path / f"{name}.ckpt")
     with pytest.raises(FileNotFoundError, match="no checkpoint file"):
@@ -342,3 +346,10 @@ def test_an_object_whose_class_is_gone_is_named(tmp_path):
             load_from_checkpoint(Scaled, path, weights_only=False)
     finally:
         globals()["Scale"] = own
+
+
+def test_a_file_of_torchs_old_format_loads(tmp_path):
+    module, path = trained_file(tmp_path, Classifier)
+    file = torch.load(path, weights_only=True)
+    torch.save(file, tmp_path / "old.ckpt", _use_new_zipfile_serialization=False)
+    assert_same_state(module, load_from_checkpoint(Classifier, tmp_path / "old.ckpt"))
