@@ -359,11 +359,13 @@ def read_checkpoint(path: str | Path, *, weights_only: bool = True) -> dict[str,
             "defines it before loading."
         ) from error
     except (RuntimeError, EOFError, UnpicklingError, ValueError, OSError) as error:
-        if isinstance(error, UnpicklingError) and is_zipfile(path):
+        foreign = isinstance(error, UnpicklingError)
+        if foreign and (is_zipfile(path) or "Unsupported" in str(error)):
             raise ValueError(_UNSAFE.format(str(path), _reason(error))) from error
+        detail = "torch.save did not write it" if foreign else f"{type(error).__name__}: {_reason(error)}"
         raise ValueError(
-            f"{str(path)!r} is not a complete Lightning checkpoint ({type(error).__name__}: {_reason(error)}). Was the "
-            "run killed while writing it? Take an earlier file."
+            f"{str(path)!r} is not a complete Lightning checkpoint ({detail}). Was the run killed while writing it? "
+            "Take an earlier file."
         ) from error
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise ValueError(f"{str(path)!r} is no Lightning checkpoint: it has no 'state_dict'.")
