@@ -360,7 +360,7 @@ def read_checkpoint(path: str | Path, *, weights_only: bool = True) -> dict[str,
         ) from error
     except (RuntimeError, EOFError, UnpicklingError, ValueError, OSError) as error:
         foreign = isinstance(error, UnpicklingError)
-        if foreign and (is_zipfile(path) or "Unsupported" in str(error)):
+        if foreign and (is_zipfile(path) or "Unsupported global" in str(error)):
             raise ValueError(_UNSAFE.format(str(path), _reason(error))) from error
         detail = "torch.save did not write it" if foreign else f"{type(error).__name__}: {_reason(error)}"
         raise ValueError(
