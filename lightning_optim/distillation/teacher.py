@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_optim.calls import describe_inputs
 from lightning_optim.functional.losses import ensemble_logits
 from lightning_optim.target import ForwardInputs, map_inputs
 
@@ -96,8 +97,16 @@ class Teacher:
         device, dtype = _first_device(inputs), _dtype_of(network)
         if device is not None and any(tensor.device != device for tensor in _tensors(network)):
             network.to(device)
-        with torch.no_grad(), self._precision(device):
-            return map_inputs(_moving(device, dtype), inputs).call(network)
+        moved = map_inputs(_moving(device, dtype), inputs)
+        try:
+            with torch.no_grad(), self._precision(device):
+                return moved.call(network)
+        except (AttributeError, LookupError, TypeError) as error:
+            raise ValueError(
+                f"the teacher {type(network).__name__} cannot take what the student's forward (or its layer "
+                f"`logits_from`) receives: {describe_inputs(moved)} ({type(error).__name__}: {error}). Override "
+                "`teacher_inputs(batch)` to give it what it takes."
+            ) from error
 
     def _precision(self, device: torch.device | None) -> contextlib.AbstractContextManager[Any]:
         kind = "cpu" if device is None else device.type

@@ -494,3 +494,12 @@ def test_losses_of_single_entries_take_outputs_of_any_layout(loss):
     assert module.noted[0].numel() == targets.numel()
     with pytest.raises(ValueError, match="do not tell which dimension holds the classes"):
         plain(student, teacher, (IMAGES, targets), loss={loss: 0.5, "kd": 0.5}, task_loss=F.mse_loss)
+
+
+def test_a_teacher_that_cannot_take_the_inputs_is_told_by_the_method_that_gives_it_others():
+    class Named(nn.Module):
+        def forward(self, graph):
+            return graph.nodes
+
+    with pytest.raises(ValueError, match=r"teacher Named cannot take .*: float32 \(4, 3, 6, 6\).*`teacher_inputs"):
+        plain(made(segmentation, 0, 4), Named(), (IMAGES, MAPS))
