@@ -224,7 +224,7 @@ def distil(**words):
 
 FUNCTIONS = {
     distil: {
-        "loss": lambda v: (isinstance(v, str) and v in LOSSES) or (isinstance(v, dict) and False),
+        "loss": lambda v: v is None or (isinstance(v, str) and v in LOSSES),
         "alpha": lambda v: is_number(v, 0, 1),
         "temperature": lambda v: v is None or is_number(v, 1e-6, 1e6),
         "logits_from": lambda v: v == "",

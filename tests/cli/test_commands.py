@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import lightning.pytorch as pl
-import onnxruntime
 import pytest
 import torch
 import yaml
@@ -16,6 +15,7 @@ from lightning_optim.callbacks.weight_pruning import WeightPruning
 from lightning_optim.cli import main
 from lightning_optim.cli.main import COMMANDS
 from lightning_optim.demo import DigitsData, DigitsNet
+from lightning_optim.export.session import ExportedModel
 from lightning_optim.provenance import _versions
 
 MODEL = ["--model", "lightning_optim.demo.DigitsNet"]
@@ -164,12 +164,11 @@ def test_export(runs, tmp_path, capsys):
     arguments = ["export", str(runs / "student" / "student.ckpt"), str(tmp_path / "net.onnx")]
     assert main([*arguments, "--config", str(runs / "student.yaml")]) == 0
     assert "Verified in onnxruntime" in capsys.readouterr().out
-    session = onnxruntime.InferenceSession(tmp_path / "net.onnx")
     images = DigitsData().splits["test"][:50][0]
     model = load_from_checkpoint(DigitsNet, student_only(runs / "student" / "student.ckpt", tmp_path / "alone.ckpt"))
-    (answer,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+    answer = ExportedModel(tmp_path / "net.onnx")(images)  # a plain session errs on processors without VNNI
     with torch.no_grad():
-        assert (torch.from_numpy(answer).argmax(1) == model.eval()(images).argmax(1)).float().mean() > 0.95
+        assert (answer.argmax(1) == model.eval()(images).argmax(1)).float().mean() > 0.95
 
 
 def first_image(model, batch):
@@ -521,7 +520,7 @@ def test_show_prints_brackets_as_they_are(tmp_path, capsys):
     }
     torch.save(content, tmp_path / "[bold]x.ckpt")
     assert main(["show", str(tmp_path / "[bold]x.ckpt")]) == 0
-    shown = capsys.readouterr().out
+    shown = capsys.readouterr().out.replace("\n", "")  # a long folder breaks the line
     for text in ("[bold]x.ckpt", "[encoder, decoder]", "[/data/a]", "[torch.nn.Linear]"):
         assert text in shown
 

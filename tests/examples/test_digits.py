@@ -2,11 +2,11 @@
 
 import json
 
-import onnxruntime
 import pytest
 
 import digits
 from lightning_optim.demo import DigitsData
+from lightning_optim.export.session import ExportedModel
 
 
 @pytest.fixture(scope="module")
@@ -55,9 +55,8 @@ def test_the_report_and_the_deployed_file_are_written(run):
         "PerformanceScore" in (folder / "run" / "report.md").read_text() or (folder / "run" / "report.html").is_file()
     )
     images, labels = DigitsData().splits["test"][:]
-    session = onnxruntime.InferenceSession(folder / "digits.onnx")
-    (scores,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
-    assert float((scores.argmax(1) == labels.numpy()).mean()) == pytest.approx(report["+ int8"]["accuracy"], abs=0.01)
+    scores = ExportedModel(folder / "digits.onnx")(images)
+    assert float((scores.argmax(1) == labels).float().mean()) == pytest.approx(report["+ int8"]["accuracy"], abs=0.01)
 
 
 @pytest.mark.slow
