@@ -1,5 +1,6 @@
 """Distillation from the command line: what a file claims, and a teacher that is missing."""
 
+import pytest
 import torch
 
 from helpers.distilled import distilled
@@ -41,6 +42,7 @@ def test_show_does_not_claim_a_teacher_who_never_taught(tmp_path, capsys):
     assert "distillation: asked, and no batch was taught" in shown(tmp_path / "0.ckpt", capsys)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # jsonargparse's, of what LightningCLI calls
 def test_a_recipe_that_distils_without_a_teacher_is_told_which_arguments_are_missing(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model = ["--model", "lightning_optim.demo.DigitsNet", "--data", "lightning_optim.demo.DigitsData"]
