@@ -70,17 +70,24 @@ STATE = ("statistic", "batches", "scale", "zero_point")
 
 _CALL = nn.Module.__call__.__code__
 _STEPS = ("training_step", "validation_step", "test_step", "predict_step")
+_TORCH_COMPUTES = ("torch.nn.modules.", "torch.nn.functional")
 
 
 def _computing() -> bool:
     """Tell whether the code that reads an attribute runs inside a forward pass or a step of a LightningModule.
 
     Only there may ``layer.weight`` be the rounded weight. Elsewhere it must be the Parameter: for the optimizer that
-    ``configure_optimizers`` builds, and for code that changes weights in place.
+    ``configure_optimizers`` builds, and for code that changes weights in place. torch itself computes with weights in
+    its layers and functions; the rest of it moves Parameters around, also inside a forward pass: ``fully_shard`` reads
+    ``layer.weight`` in the first one (``FSDPParam.reset_sharded_param``) and keeps what it gets as the sharded
+    Parameter.
     """
     if torch.compiler.is_compiling():
         return True
     frame: FrameType | None = sys._getframe(2)  # the code that reads the attribute
+    reader = "" if frame is None else str(frame.f_globals.get("__name__", ""))
+    if reader.startswith("torch.") and not reader.startswith(_TORCH_COMPUTES):
+        return False
     while frame is not None:
         if frame.f_code is _CALL or frame.f_code.co_name in _STEPS:
             return True

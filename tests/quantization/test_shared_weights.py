@@ -11,7 +11,7 @@ from helpers.models import Classifier, fit, new
 from lightning_optim import QuantizationAwareTraining
 from lightning_optim.functional.fake_quantize import fake_quantize_weight
 from lightning_optim.quantization.calibrate import quantize_post_training
-from lightning_optim.quantization.prepare import quantized_layers, select_layers, set_phase
+from lightning_optim.quantization.prepare import QuantizationScheme, prepare, quantized_layers, select_layers, set_phase
 
 
 class NextItem(nn.Module):
@@ -207,3 +207,18 @@ def test_the_report_says_what_forward_does_not_use(tmp_path):
         "spare": "not in the file: forward does not use it",
         "old": "not in the file: forward does not use it",
     }
+
+
+def test_torch_that_shards_in_the_first_forward_gets_the_parameter_and_not_the_rounded_weight(tmp_path):
+    """``fully_shard`` reads ``layer.weight`` there, and what it gets is trained: a resumed run begins rounded."""
+    from torch.distributed.fsdp import fully_shard
+
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    model = NextItem()
+    before = model.items.weight.detach().clone()
+    prepare(model, ["items"], QuantizationScheme(weight_bits=2))
+    set_phase(model, quantized_layers(model), "frozen")
+    fully_shard(model)
+    model(torch.randint(0, 600, (4, 5)))
+    model.reshard()
+    assert torch.equal(model.items._parameters["weight"].full_tensor(), before)
