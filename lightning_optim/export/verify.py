@@ -5,6 +5,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Protocol
@@ -156,18 +157,29 @@ def _operators(path: Path) -> list[str]:
     return list(walk(onnx.load(str(path), load_external_data=False).graph))
 
 
+@cache
+def _core() -> Any:
+    """Return the process's one OpenVINO core.
+
+    A core gives the thread that first compiles with it an alternate signal stack, and takes it back when it is deleted.
+    Two cores that are deleted in the order in which they were made leave the thread with a freed one, and the next
+    signal with a Python handler (a DataLoader's worker that ends, Ctrl-C) crashes the process. Seen in OpenVINO 2026.4.
+    """
+    try:
+        import openvino  # type: ignore[import-not-found, import-untyped, unused-ignore]
+    except ImportError as error:
+        raise missing_package("openvino", "openvino") from error
+    return openvino.Core()
+
+
 @RUNTIMES.register("openvino")
 class _OpenVINO:
     clock = staticmethod(time.process_time)  # calls run in a thread of its own
 
     def __init__(self, path: Path) -> None:
-        try:
-            import openvino  # type: ignore[import-not-found, import-untyped, unused-ignore]
-        except ImportError as error:
-            raise missing_package("openvino", "openvino") from error
         options = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1, "NUM_STREAMS": 1}
         self._path = path
-        self._model = openvino.Core().compile_model(str(path), "CPU", options)
+        self._model = _core().compile_model(str(path), "CPU", options)
         self._request = self._model.create_infer_request()
         self.names = [put.get_any_name() for put in self._model.inputs]
 

@@ -160,9 +160,7 @@ def same(batch):
 def test_a_batch_is_fetched_at_once_where_the_dataset_can(kind, collate, workers):
     dataset = Fetching(kind)
     order = [[5, 2, 9], [1], [63, 0]]
-    # A forked worker of a process that ran an engine's threads may die, and takes the test process with it.
-    words = {"num_workers": workers, "multiprocessing_context": "spawn" if workers else None}
-    batches = list(DataLoader(IndexedDataset(dataset), batch_sampler=order, collate_fn=collate, **words))
+    batches = list(DataLoader(IndexedDataset(dataset), batch_sampler=order, collate_fn=collate, num_workers=workers))
     assert [batch.index.tolist() for batch in batches] == order
     for (x, y), index in batches:
         assert torch.equal(x, data().tensors[0][index])

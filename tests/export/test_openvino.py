@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import pytest
 
 from helpers.exported import quantized
@@ -31,3 +34,28 @@ def test_what_it_cannot_read_is_not_written(tmp_path):
     with pytest.raises(RuntimeError, match="openvino cannot load the exported file"):
         export_onnx(module, tmp_path / "net.onnx", inputs, runtime="openvino")  # circular padding
     assert not list(tmp_path.iterdir())
+
+
+SIGNALS_AFTER_TWO_MODELS = """
+import gc, signal, sys
+from pathlib import Path
+from lightning_optim.export.verify import RUNTIMES
+
+first = RUNTIMES["openvino"](Path(sys.argv[1]))
+second = RUNTIMES["openvino"](Path(sys.argv[1]))
+del first
+gc.collect()
+del second
+gc.collect()
+signal.signal(signal.SIGUSR1, lambda *_: print("handled"))
+signal.raise_signal(signal.SIGUSR1)
+"""
+
+
+def test_a_signal_after_two_models_does_not_crash_the_process(tmp_path):
+    """DataLoader workers that end send one; OpenVINO leaves a freed signal stack behind where it has two cores."""
+    module, inputs = quantized("text convolution")
+    export_onnx(module, tmp_path / "net.onnx", inputs, least_agreement=0.9)
+    command = [sys.executable, "-c", SIGNALS_AFTER_TWO_MODELS, str(tmp_path / "net.onnx")]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (ended.returncode, ended.stdout) == (0, "handled\n"), ended.stderr[-2000:]

@@ -27,12 +27,14 @@ class Launch:
         processes: How many run.
         strategy: Makes the strategy object; hybrid sharding on one machine has to be told its copies.
         cases: ``technique/precision``.
+        quick: Those of the cases that run by default; the others are slow.
     """
 
     preset: str
     processes: int
     strategy: Callable[[], Any]
     cases: tuple[str, ...]
+    quick: tuple[str, ...] = ()
 
 
 ONE = ("weights", "wanda", "columns", "integers", "histogram", "both", "score", "distilled", "all")
@@ -53,8 +55,16 @@ LAUNCHES = {
     "optim_ddp_static": Launch("optim_ddp_static", 2, lambda: build("optim_ddp_static"), _cases(("all", "channels"))),
     "optim_ddp_bf16": Launch("optim_ddp_bf16", 2, lambda: build("optim_ddp_bf16"), _cases(("all", "channels"))),
     "optim_zero2": Launch("optim_zero2", 2, lambda: build("optim_zero2"), _cases(("all", "channels"))),
-    "optim_fsdp": Launch("optim_fsdp", 2, lambda: build("optim_fsdp"), _cases(EVERY, "bf16-mixed", "bf16-true")),
-    "optim_tp": Launch("optim_tp", 2, lambda: build("optim_tp"), _cases(EVERY, "bf16-mixed")),
+    "optim_fsdp": Launch(
+        "optim_fsdp",
+        2,
+        lambda: build("optim_fsdp"),
+        _cases(EVERY, "bf16-mixed", "bf16-true"),
+        quick=("both/32-true", "all/bf16-mixed"),
+    ),
+    "optim_tp": Launch(
+        "optim_tp", 2, lambda: build("optim_tp"), _cases(EVERY, "bf16-mixed"), quick=("both/32-true",)
+    ),
     "optim_hsdp": Launch("optim_hsdp", 4, lambda: OptimFSDP2(replicate=2), _cases(EVERY, "bf16-mixed")),
     "optim_2d": Launch("optim_2d", 4, lambda: build("optim_2d"), _cases(EVERY, "bf16-mixed")),
 }

@@ -1,4 +1,4 @@
-"""Runs the cases of one launch of the matrix: ``sharded_worker.py OUT PRESET`` under torchrun."""
+"""Runs cases of one launch of the matrix under torchrun: ``sharded_worker.py OUT PRESET quick`` or ``slow``."""
 
 import sys
 import warnings
@@ -121,7 +121,8 @@ def main() -> None:
     torch.set_num_threads(1)
     out, launch = Path(sys.argv[1]), LAUNCHES[sys.argv[2]]
     words = {"devices": launch.processes}
-    for case in launch.cases:
+    quick = sys.argv[3] == "quick"
+    for case in launch.quick if quick else [case for case in launch.cases if case not in launch.quick]:
         name, precision = case.split("/")
         folder = out / case.replace("/", "-")
         first = folder / "files" / "0.ckpt"
@@ -136,7 +137,7 @@ def main() -> None:
             runs["ddp before"] = run(folder, name, precision, launch.strategy(), folder / "ddp" / "0.ckpt", **words)
         folder.mkdir(parents=True, exist_ok=True)
         torch.save(runs, folder / f"rank{torch.distributed.get_rank()}.pt")
-    if sys.argv[2] == "optim_fsdp":
+    if sys.argv[2] == "optim_fsdp" and not quick:
         extras = {"best": best(out / "best", launch.strategy(), **words), "others": others(out / "others", **words)}
         torch.save(extras, out / f"extras{torch.distributed.get_rank()}.pt")
     (out / f"refused{torch.distributed.get_rank()}.txt").write_text(refused(out, launch, **words))

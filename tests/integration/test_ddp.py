@@ -1,6 +1,6 @@
 """Two gloo processes: ranks agree, and a resumed run equals the uninterrupted one bit for bit.
 
-One launch runs all cases; a test each then reads what the ranks wrote.
+One launch runs the quick cases and one the slow; a test each then reads what the ranks wrote.
 """
 
 import os
@@ -16,43 +16,59 @@ from helpers.models import Classifier, assert_same_state, data, train_loader, tr
 from lightning_optim import WeightPruning, load_from_checkpoint
 
 WORKER = Path(__file__).with_name("ddp_worker.py")
-CASES = [
-    *(f"{name}/{precision}" for name in ("magnitude", "taylor") for precision in ("32-true", "bf16-mixed")),
+QUICK = ("taylor/bf16-mixed", "wanda/32-true", "score/32-true", "both/32-true", "integers-residual/32-true")
+SLOW = (
+    "magnitude/32-true",
+    "magnitude/bf16-mixed",
+    "taylor/32-true",
     "random/32-true",
-    "wanda/32-true",
     "nofm/32-true",
-    "score/32-true",
     "channels/32-true",
     "channels/bf16-mixed",
     "channels-taylor/32-true",
-    "both/32-true",
     "integers/32-true",
     "integers/bf16-mixed",
-    "integers-residual/32-true",
     "integers-late/32-true",
     "integers-unbroadcast/32-true",
     "integers-histogram/32-true",
     "weights-integers/32-true",
-]
+)
+
+
+def cases(keep=lambda case: True):
+    """Cases as test parameters."""
+    slow = [pytest.param(case, marks=pytest.mark.slow) for case in SLOW if keep(case)]
+    return [case for case in QUICK if keep(case)] + slow
+
 
 pytestmark = pytest.mark.distributed
 
 
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory):
-    out = tmp_path_factory.mktemp("ddp")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(WORKER)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, str(out), *CASES], env=environment, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return out
+    """Return the folder where the ranks of a case wrote."""
+    done = {}
+
+    def launch(case):
+        together = QUICK if case in QUICK else SLOW
+        if together not in done:
+            out = tmp_path_factory.mktemp("ddp")
+            torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+            command = [*torchrun, str(WORKER), str(out), *together]
+            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+            ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
+            assert ended.returncode == 0, ended.stderr[-4000:]
+            done[together] = out
+        return done[together]
+
+    return launch
 
 
-def results(out, case, rank):
-    return torch.load(out / case.replace("/", "-") / f"rank{rank}.pt", weights_only=True)
+def results(launched, case, rank):
+    return torch.load(launched(case) / case.replace("/", "-") / f"rank{rank}.pt", weights_only=True)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", cases())
 def test_ranks_agree_on_masks_and_weights(launched, case):
     first, second = results(launched, case, 0), results(launched, case, 1)
     for run in first:
@@ -62,7 +78,7 @@ def test_ranks_agree_on_masks_and_weights(launched, case):
         assert first[run]["metrics"].keys() == second[run]["metrics"].keys()
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", cases())
 def test_resumed_at_every_epoch_equals_uninterrupted(launched, case):
     runs = results(launched, case, 0)
     for name, run in runs.items():
@@ -71,7 +87,7 @@ def test_resumed_at_every_epoch_equals_uninterrupted(launched, case):
         assert run["step"] == 24
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.startswith(("channels", "both"))])
+@pytest.mark.parametrize("case", cases(lambda case: case.startswith(("channels", "both"))))
 def test_channels_left_on_both_ranks(launched, case):
     for rank in (0, 1):
         run = results(launched, case, rank)["straight"]
@@ -80,7 +96,7 @@ def test_channels_left_on_both_ranks(launched, case):
         assert run["metrics"]["channels/parameters"] < 0.6
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if not case.startswith(("channels", "both", "integers"))])
+@pytest.mark.parametrize("case", cases(lambda case: not case.startswith(("channels", "both", "integers"))))
 def test_what_is_asked_is_reached(launched, case):
     run = results(launched, case, 0)["straight"]
     asked = 0.5 if case.startswith("nofm") else 0.8
@@ -89,7 +105,7 @@ def test_what_is_asked_is_reached(launched, case):
     assert run["metrics"]["pruning/sparsity"] == pytest.approx(asked, abs=1 / 448)
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if "integers" in case])
+@pytest.mark.parametrize("case", cases(lambda case: "integers" in case))
 def test_ranges_are_those_of_both_ranks(launched, case):
     runs = [results(launched, case, rank)["straight"] for rank in (0, 1)]
     ranges = [{n: v for n, v in run["state"].items() if "input_" in n or "output_" in n} for run in runs]

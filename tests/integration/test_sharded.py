@@ -1,6 +1,6 @@
 """Every technique under every preset: as one process, resumed bit for bit, and going on under another preset.
 
-One launch per preset runs its cases of ``matrix.py``; a test each then reads what the ranks wrote.
+One launch per preset runs its quick cases of ``matrix.py``, one the slow; a test each then reads what the ranks wrote.
 """
 
 import os
@@ -20,13 +20,13 @@ DIVIDED = [name for name in LAUNCHES if not name.startswith("optim_ddp")]
 TOLERANCE = {"optim_ddp_bf16": 5e-4, "32-true": 2e-6, "bits": 2e-3}
 
 
-def _marks(name):
-    return [pytest.mark.distributed, *([pytest.mark.slow] if LAUNCHES[name].processes > 2 else [])]
+def _marks(name, case=None):
+    return [pytest.mark.distributed, *([] if case in LAUNCHES[name].quick else [pytest.mark.slow])]
 
 
 def _cases(keep=lambda name, technique, precision: True):
     return [
-        pytest.param(name, case, marks=_marks(name), id=f"{name}-{case}")
+        pytest.param(name, case, marks=_marks(name, case), id=f"{name}-{case}")
         for name, launch in LAUNCHES.items()
         for case in launch.cases
         if keep(name, *case.split("/"))
@@ -45,17 +45,18 @@ def _goes_on(name, technique, precision):
 def launched(tmp_path_factory):
     done = {}
 
-    def launch(name):
-        if name not in done:
-            out = tmp_path_factory.mktemp(name)
+    def launch(name, case=None):
+        speed = "quick" if case in LAUNCHES[name].quick else "slow"
+        if (name, speed) not in done:
+            out = tmp_path_factory.mktemp(f"{name}-{speed}")
             processes = str(LAUNCHES[name].processes)
             torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
             environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-            command = [*torchrun, str(WORKER), str(out), name]
+            command = [*torchrun, str(WORKER), str(out), name, speed]
             ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
             assert ended.returncode == 0, ended.stderr[-4000:]
-            done[name] = out
-        return done[name]
+            done[name, speed] = out
+        return done[name, speed]
 
     return launch
 
@@ -80,7 +81,7 @@ def results(out, case, rank):
 
 @pytest.mark.parametrize(("name", "case"), _cases())
 def test_ranks_agree(launched, name, case):
-    out = launched(name)
+    out = launched(name, case)
     first = results(out, case, 0)
     for rank in range(1, LAUNCHES[name].processes):
         for kind, run_ in results(out, case, rank).items():
@@ -92,7 +93,7 @@ def test_ranks_agree(launched, name, case):
 
 @pytest.mark.parametrize(("name", "case"), _cases(lambda name, technique, precision: technique != "channels"))
 def test_resumed_equals_uninterrupted(launched, name, case):
-    runs = results(launched(name), case, 0)
+    runs = results(launched(name, case), case, 0)
     assert_same_state(runs["straight"]["state"], runs["resumed"]["state"])
     assert_same_state(runs["straight"]["masks"], runs["resumed"]["masks"])
     assert runs["straight"]["test"] == runs["resumed"]["test"]
@@ -104,7 +105,7 @@ def test_resumed_equals_uninterrupted(launched, name, case):
 )
 def test_equals_one_process(launched, alone, name, case):
     technique, precision = case.split("/")
-    ours, theirs = results(launched(name), case, 0)["straight"], alone(technique, precision)
+    ours, theirs = results(launched(name, case), case, 0)["straight"], alone(technique, precision)
     rounds = technique in ("integers", "histogram", "both", "all")
     tolerance = TOLERANCE["bits"] if rounds else TOLERANCE.get(name, TOLERANCE[precision])
     assert ours["losses"] == pytest.approx(theirs["losses"], abs=tolerance)
@@ -119,7 +120,7 @@ def test_equals_one_process(launched, alone, name, case):
 @pytest.mark.parametrize(("name", "case"), _cases(_has_masks))
 def test_masks_are_those_of_one_process(launched, alone, name, case):
     """A sum in another order moves a weight by an ulp, so of all weights one at the threshold may fall otherwise."""
-    ours = results(launched(name), case, 0)["straight"]["masks"]
+    ours = results(launched(name, case), case, 0)["straight"]["masks"]
     theirs = alone(*case.split("/"))["masks"]
     differ = sum(int((mask != theirs[key]).sum()) for key, mask in ours.items())
     assert differ <= (0 if case.startswith(("weights", "columns", "wanda")) and name != "optim_ddp_bf16" else 24)
@@ -127,7 +128,7 @@ def test_masks_are_those_of_one_process(launched, alone, name, case):
 
 @pytest.mark.parametrize(("name", "case"), _cases(_goes_on))
 def test_goes_on_under_another_preset(launched, name, case):
-    runs = results(launched(name), case, 0)
+    runs = results(launched(name, case), case, 0)
     for kind in ("then ddp", "ddp before"):
         assert runs[kind]["losses"] == pytest.approx(runs["straight"]["losses"][8:], abs=TOLERANCE["bits"])
         assert runs[kind]["reached"] == runs["straight"]["reached"]
@@ -135,7 +136,7 @@ def test_goes_on_under_another_preset(launched, name, case):
 
 @pytest.mark.parametrize(("name", "case"), _cases(lambda name, technique, precision: technique == "channels"))
 def test_a_pruned_file_goes_on_divided(launched, name, case):
-    runs = results(launched(name), case, 0)
+    runs = results(launched(name, case), case, 0)
     straight, resumed = runs["straight"], runs["resumed"]
     widths = {key: value.shape for key, value in straight["state"].items()}
     assert sum(widths[f"net.blocks.{i}.feed.fc1.weight"][0] for i in range(2)) in (120, 128, 136)  # of 256, by eights
@@ -143,15 +144,20 @@ def test_a_pruned_file_goes_on_divided(launched, name, case):
     assert resumed["losses"] == pytest.approx(straight["losses"][8:], abs=TOLERANCE["32-true"])
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=_marks(name)) for name in DIVIDED])
+def _first_quick(name):
+    return next(iter(LAUNCHES[name].quick), None)
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=_marks(name, _first_quick(name))) for name in DIVIDED])
 def test_channels_do_not_leave_a_divided_model(launched, name):
     for rank in range(LAUNCHES[name].processes):
-        message = (launched(name) / f"refused{rank}.txt").read_text()
+        message = (launched(name, _first_quick(name)) / f"refused{rank}.txt").read_text()
         assert "ChannelPruning cannot remove channels under OptimFSDP2" in message
         assert "optim_ddp" in message
 
 
 @pytest.mark.distributed
+@pytest.mark.slow
 def test_the_best_file_scores_what_it_was_chosen_for(launched):
     for rank in range(2):
         scores = torch.load(launched("optim_fsdp") / f"extras{rank}.pt", weights_only=True)["best"]
@@ -161,6 +167,7 @@ def test_the_best_file_scores_what_it_was_chosen_for(launched):
 
 
 @pytest.mark.distributed
+@pytest.mark.slow
 def test_a_learning_rate_finder_and_compiled_blocks_under_fsdp(launched, alone):
     others = torch.load(launched("optim_fsdp") / "extras0.pt", weights_only=True)["others"]
     assert 1e-5 < others["rate"] < 1e-1
@@ -175,10 +182,11 @@ def test_the_support_table_is_that_of_the_matrix(file):
     assert with_table(file.read_text()) == file.read_text()
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=_marks(name)) for name in ("optim_fsdp", "optim_tp")])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=_marks(name, "both/32-true")) for name in ("optim_fsdp", "optim_tp")])
 def test_masks_and_phases_of_several_ranks_go_on_in_one_process(launched, tmp_path, name):
-    runs = results(launched(name), "both/32-true", 0)
-    first = launched(name) / "both-32-true" / "files" / "0.ckpt"
+    out = launched(name, "both/32-true")
+    runs = results(out, "both/32-true", 0)
+    first = out / "both-32-true" / "files" / "0.ckpt"
     ours = run(tmp_path, "both", "32-true", "optim_single", first)
     assert ours["losses"] == pytest.approx(runs["straight"]["losses"][8:], abs=TOLERANCE["bits"])
     assert ours["reached"] == runs["straight"]["reached"]
