@@ -28,6 +28,8 @@ ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^(?P<indent> *)```(?P<language>\w+)[^\n]*\n(?P<code>.*?)^ *```$", re.MULTILINE | re.DOTALL)
 MOST_EPOCHS = 4
+LONG = ("index.md", "report.md")
+"""Pages whose blocks compare several models in several engines."""
 
 
 @dataclass(frozen=True)
@@ -159,7 +161,14 @@ def write_files(folder: Path) -> None:
     run.save_checkpoint(folder / "best.ckpt")
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, marks=[pytest.mark.slow] if page.name in LONG else [], id=page.name)
+        for page in PAGES
+        if blocks(page, "python")
+    ],
+)
 @pytest.mark.filterwarnings("ignore:.*prefers the epochs before:UserWarning")
 @pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty:UserWarning")
@@ -235,6 +244,7 @@ MODELS = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty:UserWarning")
 def test_the_commands_of_the_command_line_page_run(monkeypatch, tmp_path, capsys):
     """In a folder with ``my_models.py``, ``my_data.py`` and the page's YAML as ``small.yaml``."""

@@ -15,6 +15,7 @@ def run(tmp_path_factory):
     return digits.main(["--fast", "--report", str(folder)]), folder
 
 
+@pytest.mark.slow
 def test_every_stage_makes_it_smaller_and_it_still_reads(run):
     report, _ = run
     names = [digits.TEACHER, "distilled", "+ channels", "+ weights", "+ int8"]
@@ -32,6 +33,7 @@ def test_every_stage_makes_it_smaller_and_it_still_reads(run):
     assert all(row["onnx_agreement"] >= 0.99 for row in report.rows)
 
 
+@pytest.mark.slow
 def test_the_controls_are_there(run):
     report, _ = run
     assert [row["name"] for row in report.rows if row["kind"] == "control"] == [
@@ -44,6 +46,7 @@ def test_the_controls_are_there(run):
     assert report[digits.RANDOM]["nonzero"] == pytest.approx(report["+ int8"]["nonzero"], rel=0.2)
 
 
+@pytest.mark.slow
 def test_the_report_and_the_deployed_file_are_written(run):
     report, folder = run
     page = (folder / "report.html").read_text()

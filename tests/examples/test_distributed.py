@@ -52,6 +52,7 @@ PARAMETERS = 64 * ITEMS * 2 + ITEMS + 64 * 128 * 2 + 128 + 64 + 128 + 9
 """Both tables, the biases of the items, both matrices with their biases, the norm, the three added terms."""
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_each_of_two_processes_holds_half_of_the_recommender():
     finished = run("--strategy", "optim_fsdp")

@@ -137,6 +137,7 @@ def test_words_that_come_twice_are_whole_and_others_are_split_but_not_unknown():
     assert sorted(vocabulary.numbers.values()) == list(range(2, len(vocabulary)))
 
 
+@pytest.mark.slow
 def test_pieces_have_the_same_numbers_in_every_process():
     code = "from word_pieces import learn_pieces; print(learn_pieces(['my card', 'lost cards carded'] * 8).numbers)"
 
@@ -237,6 +238,7 @@ def generated(tmp_path_factory):
     return intents.main(["--synthetic", "--report", str(folder)]), folder
 
 
+@pytest.mark.slow
 def test_every_stage_is_in_the_table_with_its_controls_and_word_counts(generated):
     report, folder = generated
     kinds = {row["name"]: row["kind"] for row in report.rows}
@@ -251,6 +253,7 @@ def test_every_stage_is_in_the_table_with_its_controls_and_word_counts(generated
     assert all(f"| {name} |" in (folder / "report.md").read_text(encoding="utf-8") for name in kinds)
 
 
+@pytest.mark.slow
 def test_every_technique_takes_from_the_net_what_its_name_says(generated):
     report, _ = generated
     large, scratch, taught, channels, weights, integers = report.rows[:6]
@@ -274,6 +277,7 @@ def test_every_technique_takes_from_the_net_what_its_name_says(generated):
     assert report["its shape, from scratch"]["parameters"] == integers["parameters"]
 
 
+@pytest.mark.slow
 def test_the_net_reads_what_word_counts_cannot_and_keeps_it_through_the_chain(generated):
     report, _ = generated
     counts, deployed = report["word counts (TF-IDF)"]["accuracy"], report["+ int8"]
@@ -286,6 +290,7 @@ def test_the_net_reads_what_word_counts_cannot_and_keeps_it_through_the_chain(ge
     assert deployed["P"] < report["+ weights"]["P"] < report["large"]["P"]
 
 
+@pytest.mark.slow
 def test_the_deployed_file_answers_as_its_row_says(generated):
     report, folder = generated
     pieces = IntentsData(synthetic=True).task.held_out_pieces
@@ -293,6 +298,7 @@ def test_the_deployed_file_answers_as_its_row_says(generated):
     assert found == pytest.approx(report["+ int8"]["accuracy"], abs=0.01)
 
 
+@pytest.mark.slow
 def test_a_student_of_cached_logits_repeats_bit_for_bit(tmp_path):
     files = tmp_path / "files"
     assert intents.main(["--synthetic", "--prepare", "--files", str(files), "--report", str(tmp_path)]) is None

@@ -271,6 +271,7 @@ def shop_report(tmp_path_factory):
     return recommender.main(["--synthetic", "--report", str(folder)]), folder
 
 
+@pytest.mark.slow
 def test_every_stage_is_in_the_table_with_its_controls_and_what_needs_no_net(shop_report):
     report, folder = shop_report
     kinds = {row["name"]: row["kind"] for row in report.rows}
@@ -289,6 +290,7 @@ def test_every_stage_is_in_the_table_with_its_controls_and_what_needs_no_net(sho
     assert all(f"| {name} |" in (folder / "report.md").read_text(encoding="utf-8") for name in kinds)
 
 
+@pytest.mark.slow
 def test_every_technique_takes_from_the_model_what_its_name_says(shop_report):
     report, _ = shop_report
     large, scratch, taught, channels, weights, integers = report.rows[:6]
@@ -315,6 +317,7 @@ def test_every_technique_takes_from_the_model_what_its_name_says(shop_report):
     assert report["its shape, from scratch"]["parameters"] == integers["parameters"]
 
 
+@pytest.mark.slow
 def test_the_chain_keeps_what_was_learned_and_a_choice_by_lot_does_not(shop_report):
     report, _ = shop_report
     popular, deployed = report["popularity, last 30 days"], report["+ int8"]
@@ -327,6 +330,7 @@ def test_the_chain_keeps_what_was_learned_and_a_choice_by_lot_does_not(shop_repo
     assert deployed["P"] < 0.5 * report["large"]["P"]
 
 
+@pytest.mark.slow
 def test_the_deployed_file_ranks_as_its_row_says(shop_report):
     report, folder = shop_report
     found = recommender.judge(ExportedModel(folder / "recommender.onnx"), RetailData(synthetic=True).task)
@@ -334,6 +338,7 @@ def test_the_deployed_file_ranks_as_its_row_says(shop_report):
         assert found[metric] == pytest.approx(report["+ int8"][metric], abs=0.005)
 
 
+@pytest.mark.slow
 def test_rows_without_a_net_are_the_baselines(shop_report):
     report, _ = shop_report
     task = RetailData(synthetic=True).task

@@ -34,6 +34,7 @@ def assert_equal(model: torch.nn.Module, state: dict[str, torch.Tensor]) -> None
     assert all(torch.equal(value, state[name]) for name, value in ours.items())
 
 
+@pytest.mark.slow
 def test_the_recommender(monkeypatch, tmp_path):
     short = ["--trainer.max_epochs", "1", "--data.synthetic", "true", "--model.items", str(ITEMS)]
     for name, words in (("recommender_teacher", []), ("recommender", ["--teacher.items", str(ITEMS)])):

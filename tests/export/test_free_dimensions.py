@@ -101,6 +101,7 @@ def test_a_length_that_the_code_fixes_is_named_and_not_the_batch(tmp_path):
     assert "batch" not in str(raised.value)
 
 
+@pytest.mark.slow
 def test_a_mixture_of_experts_names_the_operator_that_onnx_lacks(tmp_path, monkeypatch):
     (tmp_path / "details").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "details"))

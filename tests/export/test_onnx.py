@@ -68,7 +68,11 @@ PROMISES = {
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.slow) if n in ("bert", "branches", "tied") else n for n in PROMISES]
+    "name",
+    [
+        pytest.param(n, marks=pytest.mark.slow) if n in ("bert", "branches", "tied", "encoder", "recommender") else n
+        for n in PROMISES
+    ],
 )
 def test_every_net_runs_with_integers_and_gives_its_answers(name, tmp_path):
     kernels, size, difference = PROMISES[name]
@@ -157,7 +161,7 @@ class Bags(nn.Module):
         return torch.stack([bag(ids) for bag in self.bags] + weighted, 1)
 
 
-@pytest.mark.parametrize("granularity", [None, "per_channel", "per_group:4"])
+@pytest.mark.parametrize("granularity", [pytest.param(None, marks=pytest.mark.slow), "per_channel", "per_group:4"])
 def test_bags_are_gathered_and_reduced(granularity, tmp_path):
     module = Bags()
     if granularity is not None:

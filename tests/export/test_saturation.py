@@ -22,7 +22,9 @@ def without_vnni(request, monkeypatch):
     return request.param
 
 
-@pytest.mark.parametrize("name", ["residual", "recommender", "text convolution"])
+@pytest.mark.parametrize(
+    "name", ["text convolution", *(pytest.param(n, marks=pytest.mark.slow) for n in ("residual", "recommender"))]
+)
 def test_files_give_the_answers_of_the_module(name, without_vnni, tmp_path):
     module, inputs = quantized(name)
     report = export_onnx(module, tmp_path / "net.onnx", inputs, least_agreement=0.9)

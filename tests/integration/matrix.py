@@ -62,9 +62,7 @@ LAUNCHES = {
         _cases(EVERY, "bf16-mixed", "bf16-true"),
         quick=("both/32-true", "all/bf16-mixed"),
     ),
-    "optim_tp": Launch(
-        "optim_tp", 2, lambda: build("optim_tp"), _cases(EVERY, "bf16-mixed"), quick=("both/32-true",)
-    ),
+    "optim_tp": Launch("optim_tp", 2, lambda: build("optim_tp"), _cases(EVERY, "bf16-mixed"), quick=("both/32-true",)),
     "optim_hsdp": Launch("optim_hsdp", 4, lambda: OptimFSDP2(replicate=2), _cases(EVERY, "bf16-mixed")),
     "optim_2d": Launch("optim_2d", 4, lambda: build("optim_2d"), _cases(EVERY, "bf16-mixed")),
 }

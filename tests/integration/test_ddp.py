@@ -3,9 +3,6 @@
 One launch runs the quick cases and one the slow; a test each then reads what the ranks wrote.
 """
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,10 +10,11 @@ import torch
 from torch.utils.data import DistributedSampler
 
 from helpers.models import Classifier, assert_same_state, data, train_loader, trainer, val_loader
+from helpers.ranks import Launches, quick_and_slow
 from lightning_optim import WeightPruning, load_from_checkpoint
 
 WORKER = Path(__file__).with_name("ddp_worker.py")
-QUICK = ("taylor/bf16-mixed", "wanda/32-true", "score/32-true", "both/32-true", "integers-residual/32-true")
+QUICK = ("taylor/bf16-mixed", "wanda/32-true", "score/32-true", "both/32-true", "integers/32-true")
 SLOW = (
     "magnitude/32-true",
     "magnitude/bf16-mixed",
@@ -26,8 +24,8 @@ SLOW = (
     "channels/32-true",
     "channels/bf16-mixed",
     "channels-taylor/32-true",
-    "integers/32-true",
     "integers/bf16-mixed",
+    "integers-residual/32-true",
     "integers-late/32-true",
     "integers-unbroadcast/32-true",
     "integers-histogram/32-true",
@@ -36,9 +34,7 @@ SLOW = (
 
 
 def cases(keep=lambda case: True):
-    """Cases as test parameters."""
-    slow = [pytest.param(case, marks=pytest.mark.slow) for case in SLOW if keep(case)]
-    return [case for case in QUICK if keep(case)] + slow
+    return quick_and_slow(QUICK, SLOW, keep)
 
 
 pytestmark = pytest.mark.distributed
@@ -46,22 +42,7 @@ pytestmark = pytest.mark.distributed
 
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory):
-    """Return the folder where the ranks of a case wrote."""
-    done = {}
-
-    def launch(case):
-        together = QUICK if case in QUICK else SLOW
-        if together not in done:
-            out = tmp_path_factory.mktemp("ddp")
-            torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-            command = [*torchrun, str(WORKER), str(out), *together]
-            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-            ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
-            assert ended.returncode == 0, ended.stderr[-4000:]
-            done[together] = out
-        return done[together]
-
-    return launch
+    return Launches(WORKER, tmp_path_factory.mktemp, QUICK, SLOW)
 
 
 def results(launched, case, rank):
@@ -140,8 +121,8 @@ def test_all_ranks_log_the_same_p(launched):
 
 
 def test_a_file_of_two_processes_loads_in_one(launched, tmp_path):
-    path = launched / "magnitude-32-true" / "files" / "2.ckpt"
-    expected = results(launched, "magnitude/32-true", 0)["straight"]["state"]
+    path = launched("wanda/32-true") / "wanda-32-true" / "files" / "2.ckpt"
+    expected = results(launched, "wanda/32-true", 0)["straight"]["state"]
     assert_same_state(load_from_checkpoint(Classifier, path), expected)
     fresh = Classifier()
     trainer(tmp_path, WeightPruning(0.8)).test(fresh, val_loader(), path, verbose=False)
@@ -150,7 +131,7 @@ def test_a_file_of_two_processes_loads_in_one(launched, tmp_path):
 
 def test_masks_that_differ_between_ranks_are_found_at_the_event(launched):
     for rank in (0, 1):
-        message = (launched / f"disagree{rank}.txt").read_text()
+        message = (launched(QUICK[0]) / f"disagree{rank}.txt").read_text()
         assert f"rank {rank} computed other masks than another rank" in message
 
 

@@ -1,11 +1,8 @@
 """Distillation on two gloo processes: ranks agree, resumed equals uninterrupted, and no rank waits for an error.
 
-One launch runs all cases; a test each then reads what the ranks wrote.
+One launch runs the quick cases and one the slow; a test each then reads what the ranks wrote.
 """
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,39 +10,33 @@ import torch
 
 from helpers.distilled import teacher
 from helpers.models import Classifier, assert_same_state
+from helpers.ranks import Launches, quick_and_slow
 from lightning_optim import load_from_checkpoint
 from lightning_optim.distillation import LogitCache, Teacher, student_only
 
 WORKER = Path(__file__).with_name("distillation_worker.py")
-CASES = [
-    "kd/32-true",
+QUICK = ("kd/32-true", "cache/32-true", "channels/32-true")
+SLOW = (
     "kd/bf16-mixed",
     "hint/32-true",
     "hint/bf16-true",
     "ramps/32-true",
-    "cache/32-true",
     "ema/32-true",
     "weights/32-true",
-    "channels/32-true",
     "integers/32-true",
-]
-every_case = pytest.mark.parametrize("case", CASES)
+)
+every_case = pytest.mark.parametrize("case", quick_and_slow(QUICK, SLOW))
 
 pytestmark = pytest.mark.distributed
 
 
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory):
-    out = tmp_path_factory.mktemp("ddp")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(WORKER)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, str(out), *CASES], env=environment, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return out
+    return Launches(WORKER, tmp_path_factory.mktemp, QUICK, SLOW)
 
 
-def results(out, case, rank):
-    return torch.load(out / case.replace("/", "-") / f"rank{rank}.pt", weights_only=True)
+def results(launched, case, rank):
+    return torch.load(launched(case) / case.replace("/", "-") / f"rank{rank}.pt", weights_only=True)
 
 
 @every_case
@@ -70,13 +61,13 @@ def test_the_teacher_stays_as_it_was_and_out_of_the_file(launched, case):
     expected = Teacher([teacher()]).checksum()
     for rank in (0, 1):
         assert all(run["teacher"] == expected for run in results(launched, case, rank).values())
-    file = torch.load(launched / case.replace("/", "-") / "files" / "2.ckpt", weights_only=True)
+    file = torch.load(launched(case) / case.replace("/", "-") / "files" / "2.ckpt", weights_only=True)
     assert all(name.startswith(("student.", "projectors.")) for name in file["state_dict"])
 
 
 @every_case
 def test_the_student_alone_loads_in_one_process(launched, case, tmp_path):
-    file = launched / case.replace("/", "-") / "files" / "2.ckpt"
+    file = launched(case) / case.replace("/", "-") / "files" / "2.ckpt"
     bare = load_from_checkpoint(Classifier, student_only(file, tmp_path / "student.ckpt"))
     state = results(launched, case, 0)["straight"]["state"]
     expected = {n.removeprefix("student."): v for n, v in state.items() if n.startswith("student.")}
@@ -90,7 +81,9 @@ def test_channels_left_the_projector_too(launched):
 
 
 def test_one_rank_wrote_the_cache_and_the_run_is_that_of_a_live_teacher(launched):
-    cache = LogitCache(launched / "cache-32-true" / "logits.cache", teacher=Teacher([teacher()]).checksum(), rows=64)
+    cache = LogitCache(
+        launched("cache/32-true") / "cache-32-true" / "logits.cache", teacher=Teacher([teacher()]).checksum(), rows=64
+    )
     assert cache.shape == (64, 3)
     live, cached = (results(launched, f"{name}/32-true", 0)["straight"]["metrics"] for name in ("kd", "cache"))
     assert cached == pytest.approx(live, rel=1e-2)  # float16
@@ -102,5 +95,5 @@ def test_one_rank_wrote_the_cache_and_the_run_is_that_of_a_live_teacher(launched
 )
 def test_every_rank_raises(launched, name, sentence):
     for rank in (0, 1):
-        assert sentence in torch.load(launched / f"errors{rank}.pt", weights_only=True)[name]
-    assert not list(launched.glob("*nan.cache*"))
+        assert sentence in torch.load(launched(QUICK[0]) / f"errors{rank}.pt", weights_only=True)[name]
+    assert not list(launched(QUICK[0]).glob("*nan.cache*"))

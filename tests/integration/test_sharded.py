@@ -3,15 +3,13 @@
 One launch per preset runs its quick cases of ``matrix.py``, one the slow; a test each then reads what the ranks wrote.
 """
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from helpers.models import assert_same_state
+from helpers.ranks import torchrun
 from integration.matrix import FILES, LAUNCHES, with_table
 from integration.sharded_worker import run
 
@@ -49,12 +47,7 @@ def launched(tmp_path_factory):
         speed = "quick" if case in LAUNCHES[name].quick else "slow"
         if (name, speed) not in done:
             out = tmp_path_factory.mktemp(f"{name}-{speed}")
-            processes = str(LAUNCHES[name].processes)
-            torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
-            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-            command = [*torchrun, str(WORKER), str(out), name, speed]
-            ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
-            assert ended.returncode == 0, ended.stderr[-4000:]
+            torchrun(WORKER, out, name, speed, processes=LAUNCHES[name].processes)
             done[name, speed] = out
         return done[name, speed]
 
@@ -182,7 +175,8 @@ def test_the_support_table_is_that_of_the_matrix(file):
     assert with_table(file.read_text()) == file.read_text()
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=_marks(name, "both/32-true")) for name in ("optim_fsdp", "optim_tp")])
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", ["optim_fsdp", "optim_tp"])
 def test_masks_and_phases_of_several_ranks_go_on_in_one_process(launched, tmp_path, name):
     out = launched(name, "both/32-true")
     runs = results(out, "both/32-true", 0)

@@ -59,6 +59,7 @@ def flags(module):
     return [layer.training for layer in module.modules()]
 
 
+@pytest.mark.slow
 def test_models_are_left_as_they_were(compared):
     _, nets, before = compared
     for name, (weights, training) in before.items():

@@ -52,10 +52,12 @@ def folder(written, tmp_path):
 pytestmark = pytest.mark.distributed
 
 
+@pytest.mark.slow
 def test_nothing_but_the_checkpoint_is_left(written):
     assert [path.name for path in written.parent.iterdir()] == ["last.ckpt"]
 
 
+@pytest.mark.slow
 def test_the_file_holds_callbacks_and_plan_and_loads_into_the_class(folder, tmp_path):
     consolidate(folder, tmp_path / "one.ckpt", progress=False)
     checkpoint = torch.load(tmp_path / "one.ckpt", weights_only=True)
@@ -69,6 +71,7 @@ def test_the_file_holds_callbacks_and_plan_and_loads_into_the_class(folder, tmp_
     assert float((module.net.blocks[0].feed.fc1.weight == 0).float().mean()) > 0.3
 
 
+@pytest.mark.slow
 def test_a_bar_is_shown_only_when_asked(folder, tmp_path, capsys):
     consolidate(folder, tmp_path / "one.ckpt", progress=False)
     assert capsys.readouterr().out == ""
@@ -76,6 +79,7 @@ def test_a_bar_is_shown_only_when_asked(folder, tmp_path, capsys):
     assert "writing" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_what_is_no_such_folder(folder, tmp_path):
     (tmp_path / "file").write_text("x")
     (tmp_path / "empty").mkdir()
@@ -91,6 +95,7 @@ def test_what_is_no_such_folder(folder, tmp_path):
     assert not (tmp_path / "one.ckpt").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["removed", "cut", "index", "rest"])
 def test_a_folder_that_is_incomplete_leaves_the_old_file(folder, tmp_path, damage):
     part = next(folder.glob("*.distcp"))
@@ -105,6 +110,7 @@ def test_a_folder_that_is_incomplete_leaves_the_old_file(folder, tmp_path, damag
     assert (tmp_path / "one.ckpt").read_text() == "old"
 
 
+@pytest.mark.slow
 def test_the_command(folder, tmp_path, capsys):
     assert main(["consolidate", str(folder), str(tmp_path / "one.ckpt"), "--no-progress"]) == 0
     assert (tmp_path / "one.ckpt").is_file()
@@ -114,6 +120,7 @@ def test_the_command(folder, tmp_path, capsys):
         main(["consolidate", str(folder)])
 
 
+@pytest.mark.slow
 def test_a_folder_given_as_a_file_names_consolidate(folder):
     with pytest.raises(ValueError, match=r"strategies\.consolidate"):
         load_from_checkpoint(Language, folder)

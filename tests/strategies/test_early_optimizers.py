@@ -75,7 +75,7 @@ def of_lightning_cli(folder, monkeypatch, strategy, optimizer, scheduler=None):
 
 
 @pytest.mark.parametrize("strategy", DIVIDING)
-@pytest.mark.parametrize("name", ["SGD", "LBFGS"])
+@pytest.mark.parametrize("name", ["SGD", pytest.param("LBFGS", marks=pytest.mark.slow)])
 def test_the_optimizer_of_lightning_cli_trains_the_new_parameters(tmp_path, monkeypatch, strategy, name):
     optimizer = {"class_path": f"torch.optim.{name}", "init_args": {"lr": 0.05}}
     scheduler = {"class_path": "torch.optim.lr_scheduler.StepLR", "init_args": {"step_size": 1, "gamma": 0.5}}

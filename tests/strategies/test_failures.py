@@ -43,7 +43,7 @@ def children_of(folder):
     return [line for line in listed.splitlines() if str(folder) in line and "failing_script" in line]
 
 
-@pytest.mark.parametrize("strategy", ["optim_ddp", "optim_fsdp"])
+@pytest.mark.parametrize("strategy", ["optim_ddp", pytest.param("optim_fsdp", marks=pytest.mark.slow)])
 def test_a_rank_that_raises_ends_the_run_and_is_named(tmp_path, strategy):
     code, output, _ = run(tmp_path, strategy, "raise")
     assert code != 0
@@ -53,6 +53,7 @@ def test_a_rank_that_raises_ends_the_run_and_is_named(tmp_path, strategy):
     assert not children_of(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs_ends_with_the_timeout(tmp_path):
     code, output, seconds = run(tmp_path, "optim_fsdp", "hang")
     assert code != 0
@@ -61,6 +62,7 @@ def test_a_rank_that_hangs_ends_with_the_timeout(tmp_path):
     assert not children_of(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_killed_rank_ends_the_run_which_goes_on_from_its_file(tmp_path):
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     succeed(straight, "optim_fsdp", "none")
@@ -74,6 +76,7 @@ def test_a_killed_rank_ends_the_run_which_goes_on_from_its_file(tmp_path):
     assert (left["first epoch"], right["first epoch"]) == (0, 2)
 
 
+@pytest.mark.slow
 def test_torchrun_trains_the_same(tmp_path):
     ours, theirs = tmp_path / "popen", tmp_path / "torchrun"
     succeed(ours, "optim_fsdp", "none")

@@ -63,6 +63,7 @@ def test_the_net_is_counted_by_hand():
     assert DEPTH * block + 2 * 256 * WIDTH + 2 * WIDTH == PARAMETERS == 856_832
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("world", "case"), ALL)
 def test_bytes_held(launch, world, case):
     row = predicted(case, world)
@@ -71,6 +72,7 @@ def test_bytes_held(launch, world, case):
         assert per_parameter(rank[case]["held"]) == pytest.approx(per_parameter(expected), abs=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("world", "case"), SENT)
 def test_bytes_sent(launch, world, case):
     expected = {}
@@ -80,6 +82,7 @@ def test_bytes_sent(launch, world, case):
         assert per_parameter(rank[case]["sent"]) == pytest.approx(per_parameter(expected), abs=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "expected"),
     [
@@ -97,6 +100,7 @@ def test_bytes_sent_by_hand(launch, case, expected):
     assert per_parameter(launch(2)[0][case]["sent"]) == pytest.approx(expected, abs=0.01)
 
 
+@pytest.mark.slow
 def test_split_layers_send_six_activations_per_block(launch):
     """The outputs of o and down, the input gradients of q, k, v and up, of every token."""
     sent = launch(2)[0]["optim_tp/32-true"]
@@ -104,6 +108,7 @@ def test_split_layers_send_six_activations_per_block(launch):
     assert sent["calls"] == {"all-reduce": DEPTH * 6}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "case", [f"optim_{name}/32-true{tied}" for name in ("fsdp", "zero2") for tied in ("", "/tied")]
 )

@@ -38,6 +38,7 @@ def assert_trains_as_ddp(runs, name, strategy, tolerance=EXACT):
         torch.testing.assert_close(value, expected["weights"][key], rtol=0, atol=10 * tolerance)
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     ("name", "strategy"), [*((kind, "fsdp") for kind in KINDS), *((kind, "zero2") for kind in KINDS[:2])]
@@ -46,12 +47,14 @@ def test_every_step_equals_ddp(runs, name, strategy):
     assert_trains_as_ddp(runs, name, strategy)
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize("name", ["ScoresByTable clipped", "Scaled clipped", "EmbedsByHead recomputed"])
 def test_accumulated_clipped_and_recomputed_steps_equal_ddp(runs, name):
     assert_trains_as_ddp(runs, name, "fsdp")
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_a_read_in_half_precision_stays_close(runs):
     half, expected = (runs[0][f"ScoresByTable half {name}"] for name in ("fsdp", "ddp"))
@@ -59,6 +62,7 @@ def test_a_read_in_half_precision_stays_close(runs):
     assert half["val_loss"] == pytest.approx(expected["val_loss"], abs=2e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_a_read_inside_a_unit_is_a_sentence_that_names_units(runs):
     for run in runs:

@@ -3,9 +3,6 @@
 A launch per group runs its cases; a test each then reads what the ranks wrote.
 """
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,30 +11,33 @@ from presets_worker import EPOCHS, Conditional, Grouped, Made, Manual, Plain, en
 
 from helpers.gpt import Language
 from helpers.models import assert_same_state, data
+from helpers.ranks import torchrun
 from lightning_optim import load_from_checkpoint
 
 WORKER = Path(__file__).with_name("presets_worker.py")
-TWO = ("ddp", "ddp_static", "ddp_bf16", "ddp_fp16", "zero2", "fsdp", "tp")
 FOUR = ("hsdp", "2d", "fsdp", "tp")
 GROUPS: dict[str, tuple[int, tuple[str, ...]]] = {
-    "plain": (2, tuple(f"plain/{name}" for name in TWO)),
-    "files": (
+    "quick": (
         2,
-        ("sharded/fsdp", "across/ddp/fsdp", "across/fsdp/ddp", "across/fsdp/tp", "across/tp/fsdp", "groups"),
+        (
+            *("plain/fsdp", "plain/tp", "plain/ddp_bf16", "sharded/fsdp", "across/fsdp/ddp", "clip/fsdp/norm"),
+            *("accumulate/fsdp/sharded", "precision/fsdp/bf16-mixed", "module/fsdp/Tied", "module/fsdp/Made"),
+        ),
     ),
+    "plain": (2, tuple(f"plain/{name}" for name in ("ddp", "ddp_static", "ddp_fp16", "zero2"))),
+    "files": (2, ("across/ddp/fsdp", "across/fsdp/tp", "across/tp/fsdp", "groups")),
     "steps": (
         2,
         (
-            *(f"clip/{name}/{how}" for name in ("fsdp", "tp") for how in ("norm", "value")),
-            *("accumulate/fsdp/sharded", "accumulate/fsdp/unsharded"),
-            *("precision/fsdp/bf16-mixed", "precision/fsdp/bf16-true", "precision/ddp/bf16-mixed"),
+            *("clip/fsdp/value", "clip/tp/norm", "clip/tp/value", "accumulate/fsdp/unsharded"),
+            *("precision/fsdp/bf16-true", "precision/ddp/bf16-mixed"),
             *("statistics/fsdp/32-true", "statistics/fsdp/bf16-mixed"),
         ),
     ),
     "modules": (
         2,
         (
-            *(f"module/fsdp/{kind}" for kind in ("Conditional", "Tied", "Grouped", "Manual", "Made", "ShardsItself")),
+            *(f"module/fsdp/{kind}" for kind in ("Conditional", "Grouped", "Manual", "ShardsItself")),
             *("module/tp/Tied", "meta", "recomputed/fsdp", "short"),
         ),
     ),
@@ -53,12 +53,12 @@ EXACT = 2e-5
 pytestmark = [pytest.mark.distributed]
 
 
-def cases(*groups, start=""):
-    """The cases of groups as test parameters; those of four processes are slow."""
+def cases(start=""):
+    """Return cases as test parameters; all but the quick are slow."""
     return [
-        pytest.param(group, case, id=f"{case}/{GROUPS[group][0]}", marks=[pytest.mark.slow] if group == "four" else [])
-        for group in groups
-        for case in GROUPS[group][1]
+        pytest.param(group, case, id=f"{case}/{processes}", marks=[] if group == "quick" else [pytest.mark.slow])
+        for group, (processes, names) in GROUPS.items()
+        for case in names
         if case.startswith(start)
     ]
 
@@ -72,12 +72,7 @@ def launch(tmp_path_factory):
         if group not in done:
             world, names = GROUPS[group]
             out = tmp_path_factory.mktemp(group)
-            command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
-            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-            ran = subprocess.run(
-                [*command, str(WORKER), str(out), *names], env=environment, capture_output=True, text=True, timeout=400
-            )
-            assert ran.returncode == 0, ran.stderr[-6000:]
+            torchrun(WORKER, out, *names, processes=world)
             done[group] = out
         return done[group]
 
@@ -123,10 +118,7 @@ def assert_near(left, right, tolerance=1e-6):
         torch.testing.assert_close(left[name], right[name], rtol=0, atol=tolerance, msg=lambda text, n=name: n + text)
 
 
-ALL = cases(*GROUPS)
-
-
-@pytest.mark.parametrize(("group", "case"), ALL)
+@pytest.mark.parametrize(("group", "case"), cases())
 def test_ranks_agree(results, group, case):
     first, *others = results(group, case)
     for other in others:
@@ -136,7 +128,7 @@ def test_ranks_agree(results, group, case):
                 assert run["losses"] == other[name]["losses"]
 
 
-@pytest.mark.parametrize(("group", "case"), cases("plain", "four", start="plain"))
+@pytest.mark.parametrize(("group", "case"), cases("plain"))
 def test_every_step_equals_one_process(results, one_process, group, case):
     tolerance = TOLERANCES.get(case.partition("/")[2], EXACT)
     runs = results(group, case)[0]
@@ -152,12 +144,12 @@ def test_every_step_equals_one_process(results, one_process, group, case):
 @pytest.mark.parametrize(
     ("group", "case"),
     [
-        *cases("plain", "four", start="plain"),
-        *cases("files", "four", start="sharded"),
-        *cases("steps", start="precision"),
-        *cases("modules", start="module"),
-        *cases("modules", start="meta"),
-        *cases("modules", start="recomputed"),
+        *cases("plain"),
+        *cases("sharded"),
+        *cases("precision"),
+        *cases("module"),
+        *cases("meta"),
+        *cases("recomputed"),
     ],
 )
 def test_resumed_equals_uninterrupted_bit_for_bit(results, group, case):
@@ -167,7 +159,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(results, group, case):
         assert runs["straight"]["losses"][steps:] == runs["resumed"]["losses"]
 
 
-@pytest.mark.parametrize(("group", "case"), cases("plain", "four", start="plain"))
+@pytest.mark.parametrize(("group", "case"), cases("plain"))
 def test_evaluation_by_the_same_trainer(results, group, case):
     """After fit, the trainer scores what the last validation scored; and a file's model as it was then."""
     runs = results(group, case)[0]
@@ -177,7 +169,7 @@ def test_evaluation_by_the_same_trainer(results, group, case):
     assert evaluated["of the first file"]["val_loss"] > evaluated["tested"]["val_loss"] + 0.1
 
 
-@pytest.mark.parametrize(("group", "case"), cases("plain", "four", start="plain"))
+@pytest.mark.parametrize(("group", "case"), cases("plain"))
 def test_a_second_fit_by_the_same_trainer(results, launch, one_process, tmp_path, group, case):
     """New optimizers, the same module: as in one process."""
     expected = one_process(Language)
@@ -190,13 +182,13 @@ def test_a_second_fit_by_the_same_trainer(results, launch, one_process, tmp_path
     assert len(run["losses"]) == len(expected["losses"]) * (EPOCHS + 1) // EPOCHS
 
 
-@pytest.mark.parametrize(("group", "case"), [*cases("files", start="across"), *cases("files", start="groups")])
+@pytest.mark.parametrize(("group", "case"), [*cases("across"), *cases("groups")])
 def test_resumed_under_another_preset(results, group, case):
     runs = results(group, case)[0]
     assert_near(runs["straight"]["weights"], runs["resumed"]["weights"])
 
 
-@pytest.mark.parametrize(("group", "case"), cases("files", "four", start="sharded"))
+@pytest.mark.parametrize(("group", "case"), cases("sharded"))
 def test_a_folder_and_one_file_of_it_resume(results, one_process, group, case):
     runs = results(group, case)[0]
     assert_close(runs["straight"], one_process(Language))
@@ -205,14 +197,14 @@ def test_a_folder_and_one_file_of_it_resume(results, one_process, group, case):
     assert_near(runs["straight"]["weights"], runs["under tp"]["weights"])
 
 
-@pytest.mark.parametrize(("group", "case"), cases("files", "four", start="sharded"))
+@pytest.mark.parametrize(("group", "case"), cases("sharded"))
 def test_one_file_resumes_in_one_process(results, launch, tmp_path, group, case):
     file = launch(group) / case.replace("/", "-") / "one.ckpt"
     run = ended(*fit(tmp_path, "auto", Language, ckpt_path=file))
     assert_near(run["weights"], results(group, case)[0]["straight"]["weights"])
 
 
-@pytest.mark.parametrize(("group", "case"), cases("plain", "four", start="plain"))
+@pytest.mark.parametrize(("group", "case"), cases("plain"))
 def test_files_load_into_the_bare_class(results, launch, group, case):
     file = launch(group) / case.replace("/", "-") / f"{EPOCHS - 1}.ckpt"
     expected = results(group, case)[0]["straight"]["weights"]
@@ -222,10 +214,10 @@ def test_files_load_into_the_bare_class(results, launch, group, case):
 
 def test_a_folder_is_no_file(launch):
     with pytest.raises(ValueError, match=r"Make one file of it with lightning_optim\.strategies\.consolidate"):
-        load_from_checkpoint(Language, launch("files") / "sharded-fsdp" / "0.ckpt")
+        load_from_checkpoint(Language, launch("quick") / "sharded-fsdp" / "0.ckpt")
 
 
-@pytest.mark.parametrize(("group", "case"), cases("steps", "four", start="clip"))
+@pytest.mark.parametrize(("group", "case"), cases("clip"))
 def test_clipping_equals_one_process(results, one_process, group, case):
     _, _, how = case.split("/")
     words = {"gradient_clip_val": {"norm": 0.3, "value": 0.005}[how], "gradient_clip_algorithm": how}
@@ -237,7 +229,7 @@ def test_clipping_equals_one_process(results, one_process, group, case):
     assert_near(run["weights"], expected["weights"], 1e-5)
 
 
-@pytest.mark.parametrize(("group", "case"), cases("steps", start="accumulate"))
+@pytest.mark.parametrize(("group", "case"), cases("accumulate"))
 def test_accumulation_equals_one_process(results, one_process, group, case):
     expected = one_process(Plain, accumulate_grad_batches=2)
     run = results(group, case)[0]["straight"]
@@ -245,27 +237,20 @@ def test_accumulation_equals_one_process(results, one_process, group, case):
     assert_near(run["weights"], expected["weights"], 1e-5)
 
 
-@pytest.mark.parametrize(
-    ("case", "tolerance"),
-    [
-        ("precision/fsdp/bf16-mixed", 1e-2),
-        ("precision/ddp/bf16-mixed", 1e-2),
-        ("precision/fsdp/bf16-true", 0.1),
-    ],
-)
-def test_half_precision_stays_close(results, one_process, case, tolerance):
-    run = results("steps", case)[0]["straight"]
-    assert_close(run, one_process(Language), tolerance)
+@pytest.mark.parametrize(("group", "case"), cases("precision"))
+def test_half_precision_stays_close(results, one_process, group, case):
+    run = results(group, case)[0]["straight"]
+    assert_close(run, one_process(Language), 0.1 if case.endswith("true") else 1e-2)
     expected = torch.bfloat16 if case.endswith("true") else torch.float32
     assert {weight.dtype for weight in run["weights"].values()} == {expected}
 
 
-@pytest.mark.parametrize("case", [case for case in GROUPS["modules"][1] if case != "short"])
-def test_modules_that_need_care_equal_one_process(results, one_process, case):
+@pytest.mark.parametrize(("group", "case"), [*cases("module"), *cases("meta"), *cases("recomputed")])
+def test_modules_that_need_care_equal_one_process(results, one_process, group, case):
     kind = case.rpartition("/")[2]
     make = {each.__name__: each for each in (Conditional, Grouped, Manual, Made)}
     make |= {"Tied": TIED, "ShardsItself": Made, "meta": Made}
-    run = results("modules", case)[0]["straight"]
+    run = results(group, case)[0]["straight"]
     assert_close(run, one_process(make.get(kind, Language)), 1e-4)
     assert run["divided"]
 
@@ -274,18 +259,20 @@ def TIED():  # one function, so that one process trains it once
     return Language(tied=True)
 
 
-def test_tied_weights_stay_tied(results):
-    for case in ("module/fsdp/Tied", "module/tp/Tied"):
-        weights = results("modules", case)[0]["straight"]["weights"]
-        assert torch.equal(weights["net.embedding.weight"], weights["net.head.weight"])
+@pytest.mark.parametrize(("group", "case"), [*cases("module/fsdp/Tied"), *cases("module/tp/Tied")])
+def test_tied_weights_stay_tied(results, group, case):
+    weights = results(group, case)[0]["straight"]["weights"]
+    assert torch.equal(weights["net.embedding.weight"], weights["net.head.weight"])
 
 
+@pytest.mark.slow
 def test_layers_without_memory_get_values(results):
     run = results("modules", "meta")[0]["fresh"]
     assert run["losses"][0] == pytest.approx(3.5, abs=0.6)  # ln 32
     assert run["losses"][-1] < run["losses"][0] - 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "tolerance"), [("statistics/fsdp/32-true", 1e-6), ("statistics/fsdp/bf16-mixed", 2e-2)]
 )
@@ -295,6 +282,7 @@ def test_batchnorm_trains_as_under_ddp(results, case, tolerance):
     assert runs["straight"]["losses"] == pytest.approx(runs["ddp"]["losses"], abs=tolerance)
 
 
+@pytest.mark.slow
 def test_batchnorm_statistics_are_the_mean_over_ranks(results):
     """By hand: of each rank's eight rows, then the running average with PyTorch's momentum of 0.1."""
     rows = data().tensors[0]
@@ -309,6 +297,7 @@ def test_batchnorm_statistics_are_the_mean_over_ranks(results):
         torch.testing.assert_close(run["still"]["weights"]["net.0.running_var"], variance, rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_layer_with_fewer_rows_than_shards_is_named(results):
     """A device without a part of it trains all the same."""
     runs = results("modules", "short")[0]
