@@ -19,18 +19,12 @@ from lightning_optim.strategies.common import INSTEAD, check_supported
 from lightning_optim.target import Pattern, find_target
 from lightning_optim.window import Window, planned_steps
 
-__all__ = ["CompressionCallback", "callbacks_of", "compressions", "is_compiled", "mro_names", "ranks_per_batch"]
+__all__ = ["CompressionCallback", "callbacks_of", "compressions", "mro_names", "ranks_per_batch"]
 
 
 def mro_names(instance: object) -> set[str]:
     """Return the names of an object's classes: they are the same in ``lightning`` and ``pytorch_lightning``."""
     return {cls.__name__ for cls in type(instance).__mro__}
-
-
-def is_compiled(pl_module: pl.LightningModule) -> bool:
-    """Whether torch.compile compiled the module or a part of it."""
-    parts = any("_orig_mod" in name.split(".") for name, _ in pl_module.named_modules())
-    return parts or getattr(pl_module, "_compiler_ctx", None) is not None
 
 
 def callbacks_of(trainer: pl.Trainer) -> list[Any]:

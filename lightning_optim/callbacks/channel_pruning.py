@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_optim import checkpoint
-from lightning_optim.callbacks.base import CompressionCallback, compressions, is_compiled, mro_names
+from lightning_optim._upstream import BatchNorm
+from lightning_optim.callbacks.base import CompressionCallback, compressions, mro_names
 from lightning_optim.callbacks.example_inputs import InputSource
 from lightning_optim.callbacks.statistics import Squares, dense_gradient
 from lightning_optim.checks import check_choice, check_count, check_flags
@@ -22,6 +23,7 @@ from lightning_optim.functional.schedules import SCHEDULES, Schedule
 from lightning_optim.measure.latency import interleaved_latency
 from lightning_optim.measure.macs import count_macs
 from lightning_optim.measure.size import SIZES
+from lightning_optim.modules import copy_module, is_compiled
 from lightning_optim.sharding import is_sharded
 from lightning_optim.structured.allocation import Allocation, Pool, Shortfall, one_pool, shortfall
 from lightning_optim.structured.events import (
@@ -33,7 +35,7 @@ from lightning_optim.structured.events import (
     plan_event,
 )
 from lightning_optim.structured.goal import Goal, smallest_ratio
-from lightning_optim.structured.groups import Removal, copy_for_tracing
+from lightning_optim.structured.groups import Removal
 from lightning_optim.structured.optimizers import check_optimizer, is_flat, slice_optimizer
 from lightning_optim.structured.removal import apply_removal
 from lightning_optim.structured.selection import refuse_shared, select_roots
@@ -211,7 +213,7 @@ class ChannelPruning(CompressionCallback):
     def _average_statistics(self, since: int) -> None:
         """Let this batch's BatchNorm statistics enter a plain mean: momentum 1, 1/2, 1/3 ..."""
         for layer in self._target.modules():
-            if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.track_running_stats:
+            if isinstance(layer, BatchNorm) and layer.track_running_stats:
                 self._momenta.append((layer, layer.momentum))
                 layer.momentum = 1 / (since + 1)
 
@@ -355,7 +357,7 @@ class ChannelPruning(CompressionCallback):
             self._prefix,
             last=self.window.closes_now,
         )
-        smaller = copy_for_tracing(self._target, rounded=False)
+        smaller = copy_module(self._target, rounded=False)
         apply_removal(smaller, event.removal)
         if goal is None or goal.figure == "parameters":
             return SIZES["parameters"](smaller) / dense.parameters
@@ -366,7 +368,7 @@ class ChannelPruning(CompressionCallback):
 
     def _dense_copy(self) -> nn.Module:
         """Return a copy with the structure of the user's class: what a latency is compared with."""
-        duplicate = copy_for_tracing(self._whole, rounded=False)
+        duplicate = copy_module(self._whole, rounded=False)
         checkpoint.conform(duplicate, checkpoint.EMPTY)
         return duplicate.get_submodule(self._prefix.rstrip("."))
 

@@ -17,10 +17,10 @@ from lightning_optim.callbacks.base import (
     CompressionCallback,
     callbacks_of,
     compressions,
-    is_compiled,
     ranks_per_batch,
 )
 from lightning_optim.callbacks.example_inputs import InputSource
+from lightning_optim.modules import is_compiled
 from lightning_optim.quantization.coverage import coverage_table
 from lightning_optim.quantization.layers import PHASES, QuantizedLayer
 from lightning_optim.quantization.outputs import find_outputs, has_convolutions

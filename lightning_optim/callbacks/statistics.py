@@ -9,6 +9,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from lightning_optim.functional.criteria import Statistics
+from lightning_optim.modules import CONVOLUTIONS
 from lightning_optim.sharding import full
 from lightning_optim.structured.removal import keep_channels
 from lightning_optim.target import Weight
@@ -139,7 +140,7 @@ def squared_inputs(layer: nn.Module, inputs: Tensor) -> Tensor:
     """
     if isinstance(layer, nn.Linear):
         return inputs.flatten(0, -2).square().sum(0, keepdim=True) if inputs.ndim > 1 else inputs.square()[None]
-    if not isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+    if not isinstance(layer, CONVOLUTIONS):
         raise TypeError(f"input norms are known for Linear and Conv layers, got {type(layer).__name__}.")
     space = layer.weight.ndim - 2
     channel = inputs.ndim - space - 1
@@ -152,7 +153,7 @@ def squared_inputs(layer: nn.Module, inputs: Tensor) -> Tensor:
 def check_input_norms(weights: Mapping[str, Weight]) -> None:
     """Raise where the layer's inputs have no norm that belongs to its weights."""
     for name, weight in weights.items():
-        if not isinstance(weight.layer, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)) or not name.endswith("weight"):
+        if not isinstance(weight.layer, (nn.Linear, *CONVOLUTIONS)) or not name.endswith("weight"):
             raise MisconfigurationException(
                 f"the criterion needs input norms, which are known for Linear and Conv weights; {name} belongs to a "
                 f"{type(weight.layer).__name__}. Pass it in `exclude`, or take another criterion."

@@ -36,6 +36,7 @@ from lightning_optim.functional.masks import (
 )
 from lightning_optim.functional.schedules import SCHEDULES, Schedule
 from lightning_optim.functional.thresholds import Scores
+from lightning_optim.modules import TRANSPOSED, is_compiled, is_inside_compiled
 from lightning_optim.sharding import copies, full, is_dtensor, local, reshard, shard_like, wrap_like
 from lightning_optim.structured.removal import keep_channels
 from lightning_optim.tables import by_reason, by_stack, render
@@ -418,7 +419,7 @@ class WeightPruning(CompressionCallback):
             return None
         if weight.parameter.ndim < 2:
             return f"a vector, which has no {self._in_force}"
-        if isinstance(weight.layer, nn.modules.conv._ConvTransposeNd) or type(weight.layer).__name__ == "Conv1D":
+        if isinstance(weight.layer, TRANSPOSED) or type(weight.layer).__name__ == "Conv1D":
             return f"{type(weight.layer).__name__}, stored as [in, out, ...]: no {self._in_force}"
         return self._in_force.misfit(weight.parameter.shape)
 
@@ -441,9 +442,8 @@ class WeightPruning(CompressionCallback):
 
     def _check_compiled(self, pl_module: pl.LightningModule) -> None:
         """Inputs are read by hooks that come and go, and a compiled module does not see them come."""
-        compiled = getattr(pl_module, "_compiler_ctx", None) is not None
-        parts = any("_orig_mod" in name.split(".") for name in self._weights)
-        if "input_norm" in self._needs and (compiled or parts):
+        parts = any(is_inside_compiled(name) for name in self._weights)
+        if "input_norm" in self._needs and (parts or is_compiled(pl_module, parts=False)):
             raise MisconfigurationException(
                 "the criterion needs the norms of the layers' inputs, which cannot be read inside a module that "
                 "torch.compile compiled. Take another criterion, or train without compiling."
