@@ -26,6 +26,7 @@ LAYERS = [
         "modules",
         "outputs",
         "structure",
+        "change",
         "plan",
     },
     {"structured", "quantization", "measure", "export", "checkpoint", "target", "calls", "window"},

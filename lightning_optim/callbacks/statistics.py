@@ -1,6 +1,6 @@
 """Squares gathered between two events, for criteria that look at training."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -8,6 +8,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
+from lightning_optim.change import Changed
 from lightning_optim.functional.criteria import Statistics
 from lightning_optim.modules import CONVOLUTIONS
 from lightning_optim.sharding import full
@@ -57,18 +58,23 @@ class Squares:
         """Forget everything: an event has used it."""
         self.sums, self.counts = {}, {}
 
-    def keep(self, name: str, indices: Tensor, shape: tuple[int, ...], *, before: Sequence[int] | None = None) -> None:
-        """Follow channels that left.
+    def follow(self, changed: Changed, prefix: str = "") -> None:
+        """Slice and rename the sums with their weights; those of removed weights are dropped.
 
         Args:
-            name: Of the weight.
-            indices: Flat indices of its entries that stay.
-            shape: Of what stays.
-            before: Shape of the weight until now, where the sums only broadcast to it.
+            changed: What became of the model's parameters.
+            prefix: What precedes the names in the whole model.
         """
-        if name in self.sums:
-            sums = self.sums[name] if before is None else self.sums[name].expand(*before)
-            self.sums[name] = keep_channels(sums, indices, shape)
+        sums, counts = self.sums, self.counts
+        self.clear()
+        for name, tensor in sums.items():
+            successor, kept = changed.successor(prefix + name), changed.surviving(prefix + name)
+            if successor is None:
+                continue
+            if kept is not None:  # norms of inputs broadcast to the weight
+                tensor = keep_channels(tensor.expand(changed.before[prefix + name].shape), kept, successor[1].shape)
+            now = successor[0].removeprefix(prefix)
+            self.sums[now], self.counts[now] = tensor, counts[name]
 
     def to(self, devices: Mapping[str, torch.device]) -> None:
         """Move what was loaded to where the parameters are."""
