@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_optim.structured.groups import FAILURES
+from lightning_optim.errors import FAILURES, first_line
 from lightning_optim.target import ForwardInputs
 
 __all__ = ["describe_inputs", "try_forward"]
@@ -25,9 +25,8 @@ def try_forward(module: nn.Module, inputs: ForwardInputs, *, argument: str, advi
     try:
         return inputs.call(module)
     except FAILURES as error:
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(
-            f"forward of {type(module).__name__} fails with {argument} ({first.rstrip('.')}). They pass "
+            f"forward of {type(module).__name__} fails with {argument} ({first_line(error).rstrip('.')}). They pass "
             f"{describe_inputs(inputs)}; {advice}"
         ) from error
 

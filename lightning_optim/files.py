@@ -1,22 +1,22 @@
-"""Files are written aside and moved into place: a reader finds the old file or the new one, whole."""
+"""Atomic writing: a reader finds either the old file or the whole new one."""
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-__all__ = ["written_aside"]
+__all__ = ["replace_files", "written_aside"]
 
 
 @contextmanager
 def written_aside(path: str | Path) -> Iterator[Path]:
-    """Give a temporary path beside ``path``; what was written there is moved to ``path`` when the block ends well.
+    """Yield a temporary path beside ``path``, and move that file to ``path`` when the block succeeds.
 
-    A file that is read while it is replaced (a checkpoint that is memory-mapped, say) stays readable, and a block that
-    raises leaves the old file as it was. A link stays a link: the file that it names is replaced.
+    A file that is read while it is replaced (a memory-mapped checkpoint, for example) stays readable, and a block that
+    raises leaves the old file as it was. A symbolic link stays one: the file it points to is replaced.
 
     Args:
-        path: The file to write; its folder is made.
+        path: The file to write; its folder is created.
     """
     final = Path(os.path.realpath(path))
     final.parent.mkdir(parents=True, exist_ok=True)
@@ -26,3 +26,15 @@ def written_aside(path: str | Path) -> Iterator[Path]:
         os.replace(temporary, final)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def replace_files(contents: Mapping[Path, str | bytes]) -> None:
+    """Write all files aside, then move them into place one after the other.
+
+    Args:
+        contents: Path -> content, in the order in which the files are moved.
+    """
+    with ExitStack() as stack:
+        for path, content in reversed(list(contents.items())):  # the stack unwinds from the last to the first
+            temporary = stack.enter_context(written_aside(path))
+            temporary.write_bytes(content if isinstance(content, bytes) else content.encode())

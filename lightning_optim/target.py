@@ -14,6 +14,14 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from lightning_optim.modules import (
+    COMPILED_CHILD,
+    CONVOLUTIONS,
+    RECURRENT,
+    TRANSPOSED,
+    is_inside_compiled,
+    without_compiler,
+)
 from lightning_optim.sharding import own_class
 
 __all__ = [
@@ -34,16 +42,7 @@ __all__ = [
 
 Pattern = type[nn.Module] | str  # in this order: jsonargparse takes the first that fits
 
-_LINEAR_AND_CONV = (
-    nn.Linear,
-    nn.Bilinear,
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
-    nn.ConvTranspose1d,
-    nn.ConvTranspose2d,
-    nn.ConvTranspose3d,
-)
+_LINEAR_AND_CONV = (nn.Linear, nn.Bilinear, *CONVOLUTIONS, *TRANSPOSED)
 # Layers whose weights are pruned by default, and the names those weights begin with.
 _PRUNED_BY_DEFAULT: tuple[tuple[tuple[type[nn.Module], ...], str], ...] = (
     (_LINEAR_AND_CONV, "weight"),
@@ -51,7 +50,7 @@ _PRUNED_BY_DEFAULT: tuple[tuple[tuple[type[nn.Module], ...], str], ...] = (
     ((nn.MultiheadAttention,), "q_proj_weight"),
     ((nn.MultiheadAttention,), "k_proj_weight"),
     ((nn.MultiheadAttention,), "v_proj_weight"),
-    ((nn.RNNBase, nn.RNNCellBase), "weight_"),
+    (RECURRENT, "weight_"),
 )
 
 
@@ -134,9 +133,8 @@ def _submodule(root: nn.Module, dotted: str) -> nn.Module:
     module = root
     for part in dotted.split("."):
         children = dict(module.named_children())
-        compiled = children.get("_orig_mod")  # below torch.compile's wrapper
-        if part not in children and compiled is not None:
-            children = dict(compiled.named_children())
+        if part not in children:
+            children = dict(without_compiler(module).named_children())
         if part not in children:
             raise ValueError(
                 f"module={dotted!r} names no module of {type(root).__name__}: there is no {part!r} among "
@@ -290,7 +288,7 @@ def matches(pattern: Pattern, name: str, layer: nn.Module, prefix: str = "") -> 
         return isinstance(layer, pattern) and is_weight
     return any(
         _matches_parameter(pattern, candidate, leaf) or (is_weight and _matches_module(pattern, candidate))
-        for candidate in {name, name.removeprefix(prefix), name.replace("_orig_mod.", "")}
+        for candidate in {name, name.removeprefix(prefix), name.replace(f"{COMPILED_CHILD}.", "")}
     )
 
 
@@ -360,7 +358,7 @@ class catch_forward_inputs:
 
     def __enter__(self) -> "catch_forward_inputs":
         for name, layer in named_layers(self._module):
-            if "_orig_mod" in name.split("."):  # inside a compiled module, where a hook would be traced
+            if is_inside_compiled(name):  # inside a compiled module, where a hook would be traced
                 continue
             self._handles.append(layer.register_forward_pre_hook(self._enter, with_kwargs=True))
             self._handles.append(layer.register_forward_hook(self._leave, always_call=True))

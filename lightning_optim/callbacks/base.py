@@ -1,41 +1,24 @@
-"""What every compression callback shares: selection, window, plan, optimizer hooks, and their removal."""
+"""What every compression callback shares: selection, peers, plan, logging, and structural changes of the model."""
 
-import time
-import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from lightning.pytorch.utilities import rank_zero_info
+from torch import nn
 
 from lightning_optim import checkpoint
-from lightning_optim.callbacks.monitors import check_score_is_logged
+from lightning_optim.callbacks.commit import commit
+from lightning_optim.callbacks.monitors import check_score_is_logged, warn_of_plain_monitors
+from lightning_optim.callbacks.windowed import WindowedCallback, callbacks_of, mro_names
+from lightning_optim.change import Change, Changed
 from lightning_optim.checks import check_name
-from lightning_optim.optimizers import StepWatch, check_current, held_ids, replaced_parameters, unwrapped
 from lightning_optim.strategies.common import INSTEAD, check_supported
-from lightning_optim.target import Pattern, find_target
-from lightning_optim.window import Window, planned_steps
+from lightning_optim.target import Pattern
+from lightning_optim.window import Window
 
-__all__ = ["CompressionCallback", "callbacks_of", "compressions", "is_compiled", "mro_names", "ranks_per_batch"]
-
-
-def mro_names(instance: object) -> set[str]:
-    """Return the names of an object's classes: they are the same in ``lightning`` and ``pytorch_lightning``."""
-    return {cls.__name__ for cls in type(instance).__mro__}
-
-
-def is_compiled(pl_module: pl.LightningModule) -> bool:
-    """Whether torch.compile compiled the module or a part of it."""
-    parts = any("_orig_mod" in name.split(".") for name, _ in pl_module.named_modules())
-    return parts or getattr(pl_module, "_compiler_ctx", None) is not None
-
-
-def callbacks_of(trainer: pl.Trainer) -> list[Any]:
-    """Return the Trainer's callbacks (an attribute that Lightning does not declare)."""
-    return list(trainer.callbacks)  # type: ignore[attr-defined]
+__all__ = ["CompressionCallback", "callbacks_of", "compressions", "mro_names", "ranks_per_batch"]
 
 
 def compressions(trainer: pl.Trainer) -> "list[CompressionCallback]":
@@ -45,16 +28,17 @@ def compressions(trainer: pl.Trainer) -> "list[CompressionCallback]":
 
 def ranks_per_batch(trainer: pl.Trainer) -> int:
     """Return how many ranks get the same batch: those that share layers by tensor parallelism."""
-    words = trainer.distributed_sampler_kwargs
-    return 1 if words is None else trainer.world_size // int(words["num_replicas"])
+    arguments = trainer.distributed_sampler_kwargs
+    return 1 if arguments is None else trainer.world_size // int(arguments["num_replicas"])
 
 
-class CompressionCallback(pl.Callback):
+class CompressionCallback(WindowedCallback):
     """Base of the callbacks that compress the model of a running ``fit``.
 
-    It counts steps, attaches the plan to the module, registers step hooks on the optimizers that hold a target
-    parameter, and takes everything back in ``teardown`` and ``on_exception``. A subclass gives
-    :meth:`target_parameters`, :meth:`apply_event` and what it keeps in the state.
+    :class:`WindowedCallback` says when it acts. This class attaches the plan to the module, refuses a second callback
+    of the same technique on the same layers, logs, and carries a change of the model's structure to everything that
+    holds its parameters (:meth:`commit`). A subclass provides :meth:`target_parameters`, :meth:`start`,
+    :meth:`apply_event`, :meth:`last_line`, and what it keeps in the state.
 
     Args:
         window: When the technique acts.
@@ -64,10 +48,8 @@ class CompressionCallback(pl.Callback):
     """
 
     contributes_to_plan = True
-    order = 2
-    """Where several techniques act on one target, the lower goes first, whatever the order of the Trainer's list."""
     recipe: Mapping[str, Any] | None = None
-    """The words of the recipe it was made from, for the checkpoint."""
+    """The recipe's arguments that it was made from, for the checkpoint."""
     instead = INSTEAD
     """What to do under a strategy that the technique does not support."""
 
@@ -79,55 +61,39 @@ class CompressionCallback(pl.Callback):
         include: Sequence[Pattern] | None = None,
         exclude: Sequence[Pattern] | None = None,
     ) -> None:
-        self.window = window
+        super().__init__(window)
         check_name("module", module, "encoder")
         self.module = module
         self.include = _as_list("include", include)
         self.exclude = _as_list("exclude", exclude)
-        self._event_seconds = 0.0
-        self._restored = False
-        self._handles: list[Any] = []
-        self._stepped = False
-        self._advance = _Advance()
-        self._holders: list[Optimizer] = []
-        self._fitted: tuple[Any, Any] | None = None
 
     @property
     def state_key(self) -> str:
         """Class name with module, include and exclude: several instances can run together."""
-        return self._generate_state_key(module=self.module, include=_words(self.include), exclude=_words(self.exclude))
+        return self._generate_state_key(module=self.module, include=_names(self.include), exclude=_names(self.exclude))
 
     @property
-    def event_seconds(self) -> float:
-        """Wall time of the events so far, which PerformanceScore takes off the training time."""
-        return self._event_seconds
+    def label(self) -> str:
+        """Class name, with the module where one was given: how its messages begin."""
+        name = type(self).__name__
+        return name if self.module is None else f"{name}({self.module})"
 
-    @property
-    def reached_end(self) -> bool:
-        """Whether the model is as compressed as was asked."""
-        return self.window.closed
+    # What a subclass provides.
 
-    # What a subclass gives.
+    def selected(self) -> Mapping[str, Any]:
+        """Return by name what only one callback of this technique may act on."""
+        return self.target_parameters()
 
-    def target_parameters(self) -> dict[str, nn.Parameter]:
-        """Return the parameters whose optimizer steps are counted, by name."""
+    def model_changed(self, pl_module: pl.LightningModule, changed: Changed) -> None:
+        """Follow a change of the model's structure, by this technique or another."""
+
+    def plan_entry(self) -> dict[str, Any]:
+        """Return what the technique adds to the plan, as plain types."""
+        return {}
+
+    def last_line(self, pl_module: pl.LightningModule) -> str:
+        """Return the sentence that says what was requested and what was reached."""
         raise NotImplementedError
-
-    def start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *, fresh: bool) -> None:
-        """Prepare a fit; ``fresh`` unless the run goes on from state."""
-        raise NotImplementedError
-
-    def apply_event(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Change the model as the window asks now."""
-        raise NotImplementedError
-
-    def after_step(self, optimizer: Optimizer) -> None:
-        """Run right after an optimizer that holds a target parameter stepped."""
-
-    def parameters_replaced(
-        self, pl_module: pl.LightningModule, kept: Mapping[str, tuple[Tensor, tuple[int, ...]]]
-    ) -> None:
-        """Another technique made parameters smaller: flat surviving indices and new shape by full name."""
 
     # Trainer events.
 
@@ -137,206 +103,87 @@ class CompressionCallback(pl.Callback):
         if stage == "fit":
             check_supported(type(self).__name__, trainer.strategy, self.instead)
             check_score_is_logged(callbacks_of(trainer))
-            self._warn_of_plain_monitors(trainer)
-
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Select the layers and resolve the window; a run that goes on keeps what it had."""
-        goes_on = self._fitted is not None and (self._fitted[0]() is trainer and self._fitted[1]() is pl_module)
-        fresh = not self._restored and not goes_on
-        self._fitted = None  # until this fit has really started
-        if fresh:
-            self.window.restart()
-        if not self.window.resolved:
-            self._resolve_window(trainer, pl_module)
-        self.start(trainer, pl_module, fresh=fresh)
-        self._fitted = (weakref.ref(trainer), weakref.ref(pl_module))
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Register the step hooks; an event that is due before the first step happens here."""
-        self._register_hooks(trainer)
-        if self.window.step == 0 and trainer.global_step > 0:  # joined a run that had begun without it
-            self._resolve_window(trainer, pl_module, passed=trainer.global_step)
-        self._advance = _Advance(self.window.step)
-        if compressions(trainer)[-1] is self:  # all are ready
-            self._finish_all(trainer, pl_module)
-
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        """A new batch: its first optimizer step will count."""
-        self._stepped = False
-
-    def on_before_optimizer_step(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
-    ) -> None:
-        """Count a step that a loss scaler may go on to skip: Lightning's ``global_step`` counts it too."""
-        self._count(optimizer)
-
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Finish the batch for all techniques in their order; those that did it already have nothing left to do."""
-        self._advance.batches += 1
-        self._finish_all(trainer, pl_module)
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Raise where the first epoch brought no step of an optimizer that holds a target parameter.
-
-        Raises:
-            MisconfigurationException: If there was none. Where the Trainer has optimizers for other parameters too,
-                theirs may begin later: that is a warning.
-        """
-        self._advance.check(type(self).__name__, self.window.step, self._holders, trainer.optimizers)
-
-    def _finish_all(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        for callback in sorted(compressions(trainer), key=lambda callback: callback.order):
-            callback.finish_batch(trainer, pl_module)
-
-    def finish_batch(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Run the event that is due; calling it twice in a batch is harmless."""
-        self._run_event_if_due(trainer, pl_module)
+            if compressions(trainer)[0] is self and not self.reached_end:
+                warn_of_plain_monitors(type(self).__name__, callbacks_of(trainer))
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Write the plan; the module's own hook does the same where callbacks are not asked."""
-        self._write_plan(pl_module, checkpoint)
-
-    def _write_plan(self, pl_module: pl.LightningModule, file: dict[str, Any]) -> None:
-        if checkpoint.KEY not in file:  # one callback writes it for all
-            checkpoint.write_plan(checkpoint.plan_of(pl_module), file)
-        if not self._attached(pl_module):
-            checkpoint.detach(pl_module)
-
-    def _attached(self, pl_module: pl.LightningModule) -> bool:
-        return "on_load_checkpoint" in pl_module.__dict__
-
-    def plan_entry(self) -> dict[str, Any]:
-        """Return what the technique adds to the plan, as plain types."""
-        return {}
+        _write_plan(pl_module, checkpoint)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say what was reached."""
         rank_zero_info(self.last_line(pl_module))
 
-    def last_line(self, pl_module: pl.LightningModule) -> str:
-        """Return the sentence that says what was asked and what was reached."""
-        raise NotImplementedError
-
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Take everything back."""
-        self._release(pl_module)
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Take everything back: Lightning calls no ``teardown`` after an exception."""
-        self._release(pl_module)
-
-    def _release(self, pl_module: pl.LightningModule) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles, self._holders = [], []
-        self._restored = False
+    def release(self, pl_module: pl.LightningModule) -> None:
+        """Remove hooks from optimizers and from the module."""
+        super().release(pl_module)
         checkpoint.detach(pl_module)
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the window; a subclass restores the rest."""
-        self.window.load_state_dict(state_dict["window"])
-        self._event_seconds = state_dict["event_seconds"]
-        self._restored = self.window.resolved
+    # What a subclass calls.
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the window as plain types; a subclass adds the rest."""
-        return {"window": self.window.state_dict(), "event_seconds": self._event_seconds}
+    def check_peers(self, trainer: pl.Trainer) -> None:
+        """Refuse another callback of the same technique that selects the same.
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_handles": [], "_holders": [], "_fitted": None}
+        Raises:
+            MisconfigurationException: With a name that both select.
+        """
+        ours = {id(value): name for name, value in self.selected().items()}
+        for peer in compressions(trainer):
+            if peer is self or _technique(peer) is not _technique(self):
+                continue
+            both = [ours[id(value)] for value in peer.selected().values() if id(value) in ours]
+            if both:
+                raise MisconfigurationException(
+                    f"{both[0]} is selected by two {_technique(self).__name__} callbacks: {self.state_key} and "
+                    f"{peer.state_key}. Select different layers with `module`, `include` or `exclude`."
+                )
 
-    # How it is done.
+    def log_event(self, trainer: pl.Trainer, pl_module: pl.LightningModule, metrics: Mapping[str, float]) -> None:
+        """Give metrics to the loggers at this step, and to other callbacks and the progress bar.
 
-    def _warn_of_plain_monitors(self, trainer: pl.Trainer) -> None:
-        plain = [c for c in callbacks_of(trainer) if _prefers_the_dense_model(c)]
-        if compressions(trainer)[0] is self and plain and not self.reached_end:
-            named = " and ".join(f"{type(c).__name__}(monitor={c.monitor!r})" for c in plain)
-            rank_zero_warn(
-                f"{named} watches a metric while {type(self).__name__} compresses, so it prefers the epochs before. "
-                "Use lightning_optim.CompressedCheckpoint, or monitor PerformanceScore's 'P', whose infeasible "
-                "values are never the best."
-            )
-
-    def _resolve_window(self, trainer: pl.Trainer, pl_module: pl.LightningModule, passed: int = 0) -> None:
-        planned = planned_steps(trainer, automatic_optimization=pl_module.automatic_optimization)
-        self.window.resolve(planned - passed, clamp=bool(getattr(trainer, "fast_dev_run", False)))
-
-    def _register_hooks(self, trainer: pl.Trainer) -> None:
-        if any(replaced_parameters(optimizer) for optimizer in trainer.optimizers):
-            check_current("Restoring the checkpoint's structure", trainer.lightning_module, trainer.optimizers)
-        targets = {id(parameter) for parameter in self.target_parameters().values()}
-        holders = [optimizer for optimizer in trainer.optimizers if targets & held_ids(optimizer)]
-        if not holders and not self.reached_end:
-            raise MisconfigurationException(
-                f"no optimizer of the Trainer holds a parameter that {type(self).__name__} selected, so its window "
-                "would never advance. Give the parameters to an optimizer, or select others. An optimizer that was "
-                "built before the module's parameters were replaced (in `__init__`) holds the old ones: build it in "
-                "`configure_optimizers`."
-            )
-        self._holders = holders
-        self._handles = [StepWatch(optimizer, self._after_step) for optimizer in holders]
-
-    def _after_step(self, optimizer: Optimizer) -> None:
-        self._count(optimizer)
-        self.after_step(optimizer)
-
-    def _count(self, optimizer: Optimizer) -> None:
-        optimizer = unwrapped(optimizer)
-        if not self._stepped and any(optimizer is holder for holder in self._holders):
-            self._stepped = True
-            self.window.count_step()
-
-    def _run_event_if_due(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not self.window.due():
+        ``log_dict`` alone would reach loggers only at every ``log_every_n_steps``-th step, or at the epoch's end.
+        """
+        if trainer.barebones:
             return
-        started = time.perf_counter()
-        self.apply_event(trainer, pl_module)
-        self.window.event_done()
-        self._event_seconds += time.perf_counter() - started
+        for logger in trainer.loggers:
+            logger.log_metrics(dict(metrics), step=trainer.global_step)
+        pl_module.log_dict(dict(metrics), logger=False)
 
-    def find_target(self, pl_module: pl.LightningModule) -> tuple[str, nn.Module]:
-        """Return the prefix and the module the technique acts on."""
-        return find_target(pl_module, self.module)
+    def commit(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, change: Change, *, reset: bool = False
+    ) -> Changed:
+        """Change the model's structure while it trains, and let everything follow that holds its parameters.
 
+        These are the optimizers, averaged copies, DDP, compiled graphs, a distillation module's projectors, and the
+        Trainer's compression callbacks, by :meth:`model_changed`.
 
-class _Advance:
-    """Whether the window advanced in the first epoch that trained a batch."""
+        Args:
+            trainer: The running Trainer.
+            pl_module: The LightningModule.
+            change: ``change(root)``, see :data:`lightning_optim.change.Change`; called again for each averaged copy.
+            reset: Whether parameters that lost entries lose their optimizer state too.
 
-    def __init__(self, first_step: int = 0) -> None:
-        self.first_step = first_step
-        self.batches = 0
-
-    def check(self, who: str, step: int, holders: Sequence[Optimizer], optimizers: Sequence[Optimizer]) -> None:
-        if not self.batches or not holders or step > self.first_step:
-            return
-        names = ", ".join(sorted({type(optimizer).__name__ for optimizer in holders}))
-        said = (
-            f"{who}: {self.batches} batches were trained, and no step of the optimizer that holds the selected "
-            f"parameters ({names}) was seen, so its window does not advance."
-        )
-        if len(holders) < len(optimizers):
-            rank_zero_warn(f"{said} It begins with the first such step.")
-            self.first_step = -1  # once
-            return
-        raise MisconfigurationException(
-            f"{said} Step the optimizer that `configure_optimizers` returned: under manual optimization "
-            "`self.optimizers().step()`."
-        )
+        Returns:
+            What became of the model's parameters and layers.
+        """
+        changed = commit(trainer, pl_module, change, who=self.label, reset=reset)
+        for callback in compressions(trainer):
+            callback.model_changed(pl_module, changed)
+        return changed
 
 
-def _prefers_the_dense_model(callback: Any) -> bool:
-    names = mro_names(callback)
-    watches = "EarlyStopping" in names or ("ModelCheckpoint" in names and "CompressedCheckpoint" not in names)
-    monitor = getattr(callback, "monitor", None)
-    if monitor is None or monitor in ("step", "epoch", "P"):
-        return False
-    return watches and not monitor.startswith("P/")
+def _technique(callback: CompressionCallback) -> type:
+    """Return the class that makes a callback's technique: the one right below CompressionCallback."""
+    return next(cls for cls in type(callback).__mro__ if CompressionCallback in cls.__bases__)
+
+
+def _write_plan(pl_module: pl.LightningModule, file: dict[str, Any]) -> None:
+    if checkpoint.KEY not in file:  # one callback writes it for all
+        checkpoint.write_plan(checkpoint.plan_of(pl_module), file)
+    if "on_load_checkpoint" not in vars(pl_module):  # after the fit: nothing stays attached
+        checkpoint.detach(pl_module)
 
 
 def _as_list(name: str, patterns: Sequence[Pattern] | None) -> list[Pattern] | None:
@@ -353,5 +200,5 @@ def _as_list(name: str, patterns: Sequence[Pattern] | None) -> list[Pattern] | N
     return list(patterns)
 
 
-def _words(patterns: list[Pattern] | None) -> list[str] | None:
+def _names(patterns: list[Pattern] | None) -> list[str] | None:
     return None if patterns is None else [p if isinstance(p, str) else p.__qualname__ for p in patterns]

@@ -1,27 +1,28 @@
 """ChannelPruning: channels leave the model while it trains, and the run goes on."""
 
-import gc
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import lightning.pytorch as pl
-import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_optim import checkpoint
-from lightning_optim.callbacks.base import CompressionCallback, compressions, is_compiled, mro_names
+from lightning_optim._upstream import BatchNorm
+from lightning_optim.callbacks.base import CompressionCallback
 from lightning_optim.callbacks.example_inputs import InputSource
 from lightning_optim.callbacks.statistics import Squares, dense_gradient
+from lightning_optim.change import Changed
 from lightning_optim.checks import check_choice, check_count, check_flags
 from lightning_optim.functional.channels import ChannelCriterion
 from lightning_optim.functional.schedules import SCHEDULES, Schedule
 from lightning_optim.measure.latency import interleaved_latency
 from lightning_optim.measure.macs import count_macs
 from lightning_optim.measure.size import SIZES
+from lightning_optim.modules import copy_module
 from lightning_optim.sharding import is_sharded
 from lightning_optim.structured.allocation import Allocation, Pool, Shortfall, one_pool, shortfall
 from lightning_optim.structured.events import (
@@ -33,12 +34,11 @@ from lightning_optim.structured.events import (
     plan_event,
 )
 from lightning_optim.structured.goal import Goal, smallest_ratio
-from lightning_optim.structured.groups import Removal, copy_for_tracing
-from lightning_optim.structured.optimizers import check_optimizer, is_flat, slice_optimizer
-from lightning_optim.structured.removal import apply_removal
+from lightning_optim.structured.optimizers import check_optimizer
+from lightning_optim.structured.removal import ChannelRemoval, apply_removal
 from lightning_optim.structured.selection import refuse_shared, select_roots
 from lightning_optim.tables import by_reason, by_stack, render
-from lightning_optim.target import ForwardInputs, Pattern, averaged_copies
+from lightning_optim.target import ForwardInputs, Pattern, find_target
 from lightning_optim.window import Window
 
 __all__ = ["ChannelPruning"]
@@ -183,7 +183,7 @@ class ChannelPruning(CompressionCallback):
                 "(ckpt_path) once the window is over, or load it with lightning_optim.load_from_checkpoint and leave "
                 "ChannelPruning out."
             )
-        self._prefix, self._target = self.find_target(pl_module)
+        self._prefix, self._target = find_target(pl_module, self.module)
         self._whole = pl_module
         self._report = None
         if fresh:
@@ -211,7 +211,7 @@ class ChannelPruning(CompressionCallback):
     def _average_statistics(self, since: int) -> None:
         """Let this batch's BatchNorm statistics enter a plain mean: momentum 1, 1/2, 1/3 ..."""
         for layer in self._target.modules():
-            if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.track_running_stats:
+            if isinstance(layer, BatchNorm) and layer.track_running_stats:
                 self._momenta.append((layer, layer.momentum))
                 layer.momentum = 1 / (since + 1)
 
@@ -220,13 +220,19 @@ class ChannelPruning(CompressionCallback):
             layer.momentum = momentum  # type: ignore[assignment]
         self._momenta = []
 
-    def parameters_replaced(
-        self, pl_module: pl.LightningModule, kept: Mapping[str, tuple[Tensor, tuple[int, ...]]]
-    ) -> None:
-        """Another instance removed channels: gradients gathered here lose the same entries."""
-        for name, (indices, shape) in kept.items():
-            if name.startswith(self._prefix):
-                self._squares.keep(name.removeprefix(self._prefix), indices, shape)
+    def model_changed(self, pl_module: pl.LightningModule, changed: Changed) -> None:
+        """Slice the gathered gradients with their parameters, and rename what moved."""
+        self._squares.follow(changed, self._prefix)
+        if self._dense is None:
+            return
+        layers = {name: changed.layer(self._prefix + name) for name in self._dense.channels}
+        if all(new == self._prefix + old for old, new in layers.items()):
+            return
+        self._dense.channels = {
+            new.removeprefix(self._prefix): self._dense.channels[old] for old, new in layers.items() if new is not None
+        }
+        if self._report is not None:
+            self._report = known_groups(self._target, self._called_inputs(), self._dense.channels)
 
     def finish_batch(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Read what was caught, and run the event that is due."""
@@ -238,8 +244,9 @@ class ChannelPruning(CompressionCallback):
                 self._find_groups(trainer)
         super().finish_batch(trainer, pl_module)
 
-    def _register_hooks(self, trainer: pl.Trainer) -> None:
-        super()._register_hooks(trainer)
+    def register_hooks(self, trainer: pl.Trainer) -> None:
+        """Watch the optimizers, refuse those that cannot follow a removal, and warm up their learning rates."""
+        super().register_hooks(trainer)
         if not self.window.closed:
             self._check_optimizers()
         if self.warmup_steps:
@@ -318,7 +325,8 @@ class ChannelPruning(CompressionCallback):
         problem = event_damage(self._target, self._called_inputs(), report.groups, event) if self.check else None
         if problem is not None:
             raise RuntimeError(f"ChannelPruning at step {self.window.step} changed nothing: {problem}.")
-        self._commit(trainer, pl_module, event.removal)
+        change = ChannelRemoval(self._prefix, event.removal)
+        self.commit(trainer, pl_module, change, reset=self.optimizer_state == "reset")
         self._removed_at, self._batches_since = self.window.step, 0
 
     def _ratio_for(self, trainer: pl.Trainer, goal: Goal, due: float) -> float:
@@ -331,7 +339,7 @@ class ChannelPruning(CompressionCallback):
             report, _ = self._known()
             smallest, left = ", ".join(report.groups), ", ".join(report.left_out) or "none"
             sentence = (
-                f"{self._label()}: asked {goal.figure} at {due:.2%} of the dense model's, reached {reached:.2%}. What "
+                f"{self.label}: asked {goal.figure} at {due:.2%} of the dense model's, reached {reached:.2%}. What "
                 f"stops it: {smallest} are at their smallest; left alone are {left}."
             )
             if self.strict:
@@ -355,7 +363,7 @@ class ChannelPruning(CompressionCallback):
             self._prefix,
             last=self.window.closes_now,
         )
-        smaller = copy_for_tracing(self._target, rounded=False)
+        smaller = copy_module(self._target, rounded=False)
         apply_removal(smaller, event.removal)
         if goal is None or goal.figure == "parameters":
             return SIZES["parameters"](smaller) / dense.parameters
@@ -366,7 +374,7 @@ class ChannelPruning(CompressionCallback):
 
     def _dense_copy(self) -> nn.Module:
         """Return a copy with the structure of the user's class: what a latency is compared with."""
-        duplicate = copy_for_tracing(self._whole, rounded=False)
+        duplicate = copy_module(self._whole, rounded=False)
         checkpoint.conform(duplicate, checkpoint.EMPTY)
         return duplicate.get_submodule(self._prefix.rstrip("."))
 
@@ -405,21 +413,15 @@ class ChannelPruning(CompressionCallback):
         else:
             self._report = known_groups(self._target, self._called_inputs(), self._dense.channels)
         self._final_ratios()
-        self._check_peers(trainer)
+        self.check_peers(trainer)
         if self.round_to is None and trainer.strategy.root_device.type == "cuda":
             self.allocation = self.allocation.rounded(8)
         rank_zero_info(self._table())
 
-    def _check_peers(self, trainer: pl.Trainer) -> None:
-        ours = {self._prefix + name for name in self._known()[0].groups}
-        for peer in compressions(trainer):
-            if isinstance(peer, ChannelPruning) and peer is not self and peer._report is not None:
-                both = sorted(ours & {peer._prefix + name for name in peer._report.groups})
-                if both:
-                    raise MisconfigurationException(
-                        f"the channels of {both[0]} are selected by two ChannelPruning callbacks: {self.state_key} and "
-                        f"{peer.state_key}. Select different layers with `module`, `include` or `exclude`."
-                    )
+    def selected(self) -> dict[str, nn.Module]:
+        """Return the layers whose outputs may be removed, once they are known."""
+        names = [] if self._report is None else self._report.groups
+        return {self._prefix + name: self._target.get_submodule(name) for name in names}
 
     def _prunable(self) -> ChannelReport:
         inputs = self._called_inputs()
@@ -436,44 +438,6 @@ class ChannelPruning(CompressionCallback):
             return dict.fromkeys(self._report.groups, self.pruning_ratio)
         return self._report.ratios(self.pruning_ratio, self._prefix)
 
-    # The change.
-
-    def _commit(self, trainer: pl.Trainer, pl_module: pl.LightningModule, removal: Removal) -> None:
-        follow = self._followed(pl_module, removal)
-        wrapped = "DDPStrategy" in mro_names(trainer.strategy)
-        if wrapped:
-            trainer.strategy.model = trainer.strategy.lightning_module
-            gc.collect()
-        replaced = self._shrink(pl_module, removal)
-        follow(trainer)
-        for optimizer in trainer.optimizers:
-            for sentence in slice_optimizer(optimizer, replaced, reset=self.optimizer_state == "reset"):
-                (rank_zero_warn if is_flat(optimizer) else rank_zero_info)(f"{self._label()}: {sentence}.")
-        for copy in averaged_copies(trainer):
-            self._shrink(copy, removal)
-        kept = {self._prefix + name: (indices, removal.shapes[name]) for name, indices in removal.kept.items()}
-        for callback in compressions(trainer):
-            callback.parameters_replaced(pl_module, kept)
-        if is_compiled(pl_module):
-            torch._dynamo.reset()  # graphs of earlier shapes count towards its limit, beyond which it runs eager
-        if wrapped:
-            trainer.strategy.configure_ddp()  # type: ignore[attr-defined]
-
-    def _followed(self, pl_module: pl.LightningModule, removal: Removal) -> Callable[[pl.Trainer], None]:
-        """Ask a module that has more than the target (a distillation module: projectors) how that will follow."""
-        ask = getattr(pl_module, "follow_removal", None)
-        answer: Callable[[pl.Trainer], None] = (lambda _: None) if ask is None else ask(self._target, removal)
-        return answer
-
-    def _shrink(self, root: nn.Module, removal: Removal) -> dict[nn.Parameter, tuple[nn.Parameter, Tensor]]:
-        """Remove from the model, or from an averaged copy of it, and let its plan know."""
-        plan = checkpoint.plan_of(root)
-
-        def track(name: str, attributes: tuple[str, ...]) -> None:
-            plan.track(f"{self._prefix}{name}" if name else self._prefix.rstrip("."), *attributes)
-
-        return apply_removal(root.get_submodule(self._prefix.rstrip(".")), removal, track)
-
     def _say(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         report, dense = self._known()
         left = self._fraction_left()
@@ -484,19 +448,15 @@ class ChannelPruning(CompressionCallback):
         miss = None if self.target is not None else self._shortfall()
         fewer = f", {miss.channels} fewer than asked" if miss is not None and miss.channels else ""
         rank_zero_info(
-            f"{self._label()}: step {self.window.step}, asked {self._words_of_asked()}; {before - now} of {before} "
+            f"{self.label}: step {self.window.step}, asked {self._words_of_asked()}; {before - now} of {before} "
             f"channels gone in {len(report.groups)} groups{rounded}{fewer}; {left:.2%} of the parameters are left."
         )
         if miss is not None and miss.exceeds and self.window.closes_now:
-            rank_zero_warn(f"{self._label()}: {miss.sentence()}")
-        if trainer.barebones:
-            return
+            rank_zero_warn(f"{self.label}: {miss.sentence()}")
         metrics = {"channels/parameters": left}
         if self.target is not None and self.target.figure != "parameters" and self._reached is not None:
             metrics[f"channels/{self.target.figure}"] = self._reached
-        for logger in trainer.loggers:
-            logger.log_metrics(metrics, step=trainer.global_step)
-        pl_module.log_dict(metrics, logger=False)
+        self.log_event(trainer, pl_module, metrics)
 
     def _words_of_asked(self) -> str:
         progress = self.window.progress()
@@ -554,17 +514,18 @@ class ChannelPruning(CompressionCallback):
     def last_line(self, pl_module: pl.LightningModule) -> str:
         """Return the sentence that says what was asked and what is left."""
         if self._dense is None:
-            return f"{self._label()}: the run ended before a batch was seen."
+            return f"{self.label}: the run ended before a batch was seen."
         ended = "" if self.reached_end else f"the run ended at step {self.window.step}, before the window's end; "
-        return f"{self._label()}: {ended}{self._fraction_left():.2%} of the parameters are left."
+        return f"{self.label}: {ended}{self._fraction_left():.2%} of the parameters are left."
 
-    def _release(self, pl_module: pl.LightningModule) -> None:
+    def release(self, pl_module: pl.LightningModule) -> None:
+        """Remove what the fit installed, and restore momenta and learning rates."""
         self._inputs.release()
         self._restore_momenta()
         for warm_up in self._warm_ups:
             warm_up.restore()
         self._warm_ups = []
-        super()._release(pl_module)
+        super().release(pl_module)
 
     def __getstate__(self) -> dict[str, Any]:
         return {
@@ -575,9 +536,6 @@ class ChannelPruning(CompressionCallback):
             "_momenta": [],
             "_warm_ups": [],
         }
-
-    def _label(self) -> str:
-        return "ChannelPruning" if self.module is None else f"ChannelPruning({self.module})"
 
     def _table(self) -> str:
         if self._report is None or self._dense is None:
@@ -594,7 +552,7 @@ class ChannelPruning(CompressionCallback):
         )
         rows += [(names, "", "-", reason) for names, reason in by_reason(self._report.left_out)]
         return render(
-            f"{self._label()}: steps {self.window.start_step} to {self.window.end_step}",
+            f"{self.label}: steps {self.window.start_step} to {self.window.end_step}",
             ("channels of", "dense", "removed at the end", "layers that change with it, or why not"),
             rows,
         )

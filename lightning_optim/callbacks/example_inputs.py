@@ -8,6 +8,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
+from lightning_optim.modules import is_compiled
 from lightning_optim.target import (
     ForwardInputs,
     as_forward_calls,
@@ -61,7 +62,7 @@ class InputSource:
             inputs = map_inputs(convert, move_inputs(read(example), pl_module.device))
             self.layer = prefix.rstrip(".")
             self.inputs = inputs if self.given is not None else _rows_or_all(inputs, self.rows)
-        elif getattr(pl_module, "_compiler_ctx", None) is not None:
+        elif is_compiled(pl_module, parts=False):
             raise MisconfigurationException(
                 f"{user} cannot catch inputs from a compiled LightningModule. Pass `example_inputs`."
             )

@@ -1,11 +1,14 @@
-"""What monitors of the score P need."""
+"""Callbacks that watch a metric, and what they need while a model is compressed."""
 
 from collections.abc import Iterable
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities import rank_zero_warn
 
-__all__ = ["check_score_is_logged"]
+from lightning_optim.callbacks.windowed import mro_names
+
+__all__ = ["check_score_is_logged", "warn_of_plain_monitors"]
 
 
 def check_score_is_logged(callbacks: Iterable[Any]) -> None:
@@ -15,7 +18,7 @@ def check_score_is_logged(callbacks: Iterable[Any]) -> None:
         MisconfigurationException: With the callback and what to add.
     """
     callbacks = list(callbacks)
-    if any("PerformanceScore" in _names(callback) for callback in callbacks):
+    if any("PerformanceScore" in mro_names(callback) for callback in callbacks):
         return
     for callback in callbacks:
         monitor = getattr(callback, "monitor", None)
@@ -27,5 +30,22 @@ def check_score_is_logged(callbacks: Iterable[Any]) -> None:
             )
 
 
-def _names(callback: Any) -> set[str]:
-    return {cls.__name__ for cls in type(callback).__mro__}
+def warn_of_plain_monitors(technique: str, callbacks: Iterable[Any]) -> None:
+    """Warn where a checkpoint or early stopping watches a metric that falls while a technique compresses."""
+    plain = [callback for callback in callbacks if _prefers_the_dense_model(callback)]
+    if plain:
+        named = " and ".join(f"{type(c).__name__}(monitor={c.monitor!r})" for c in plain)
+        rank_zero_warn(
+            f"{named} watches a metric while {technique} compresses, so it prefers the epochs before. "
+            "Use lightning_optim.CompressedCheckpoint, or monitor PerformanceScore's 'P', whose infeasible "
+            "values are never the best."
+        )
+
+
+def _prefers_the_dense_model(callback: Any) -> bool:
+    names = mro_names(callback)
+    watches = "EarlyStopping" in names or ("ModelCheckpoint" in names and "CompressedCheckpoint" not in names)
+    monitor = getattr(callback, "monitor", None)
+    if monitor is None or monitor in ("step", "epoch", "P"):
+        return False
+    return watches and not monitor.startswith("P/")

@@ -1,6 +1,5 @@
 """PerformanceScore: the score P of the model at the end of every epoch, as it would be deployed."""
 
-import copy
 import math
 import time
 import weakref
@@ -23,6 +22,7 @@ from lightning_optim.checks import check_choice, check_count, check_fraction, ch
 from lightning_optim.functional.score import Terms, checked_weights, guarded, performance_score
 from lightning_optim.measure.latency import interleaved_latency
 from lightning_optim.measure.size import SIZES, bytes_of, free_bytes
+from lightning_optim.modules import copy_module
 from lightning_optim.quantization.layers import float_kernels
 from lightning_optim.sharding import is_sharded, reshard, whole_state
 from lightning_optim.strategies.common import check_supported
@@ -242,7 +242,7 @@ class PerformanceScore(pl.Callback):
             return
         if 2 * bytes_of(pl_module) > free_bytes(torch.device("cpu")):
             return  # said at fit start
-        self._whole = _frozen_copy(pl_module)
+        self._whole = copy_module(pl_module, compiled=True).requires_grad_(False)
         trainer.precision_plugin.convert_module(self._whole)
 
     def _prepare_inference(self, pl_module: pl.LightningModule) -> None:
@@ -258,7 +258,7 @@ class PerformanceScore(pl.Callback):
 
     def _rebuild_reference(self, source: nn.Module) -> nn.Module:
         """Return a frozen copy with the structure the model had at the first fit start."""
-        duplicate = _frozen_copy(source)
+        duplicate = copy_module(source, compiled=True).requires_grad_(False)
         checkpoint.conform(duplicate, self._reference_plan)
         return duplicate
 
@@ -520,14 +520,6 @@ class PerformanceScore(pl.Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_fitted": None, "_reference_copy": None, "_whole": None}
-
-
-def _frozen_copy(module: nn.Module) -> nn.Module:
-    duplicate = copy.deepcopy(module)
-    for patched in ("forward", "training_step", "validation_step", "test_step", "predict_step"):
-        duplicate.__dict__.pop(patched, None)  # bound to the original (compiled, or redirected by DDP)
-    duplicate.__dict__.pop("_compiled_call_impl", None)  # of `module.compile()`: calls the original
-    return duplicate.eval().requires_grad_(False)
 
 
 @contextmanager

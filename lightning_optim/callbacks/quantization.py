@@ -16,11 +16,11 @@ from lightning_optim._upstream import BatchNorm
 from lightning_optim.callbacks.base import (
     CompressionCallback,
     callbacks_of,
-    compressions,
-    is_compiled,
     ranks_per_batch,
 )
 from lightning_optim.callbacks.example_inputs import InputSource
+from lightning_optim.change import Changed
+from lightning_optim.modules import is_compiled
 from lightning_optim.quantization.coverage import coverage_table
 from lightning_optim.quantization.layers import PHASES, QuantizedLayer
 from lightning_optim.quantization.outputs import find_outputs, has_convolutions
@@ -35,7 +35,7 @@ from lightning_optim.quantization.prepare import (
 )
 from lightning_optim.quantization.ranges import copy_ranges, fold_ranges, settle_ranges, unseen_inputs
 from lightning_optim.sharding import is_sharded
-from lightning_optim.target import ForwardInputs, Pattern, averaged_copies, move_inputs
+from lightning_optim.target import ForwardInputs, Pattern, averaged_copies, find_target, move_inputs
 from lightning_optim.window import Window, planned_steps
 
 __all__ = ["QuantizationAwareTraining"]
@@ -150,12 +150,16 @@ class QuantizationAwareTraining(CompressionCallback):
             for leaf, parameter in layer.named_parameters(recurse=False)
         }
 
+    def selected(self) -> dict[str, QuantizedLayer]:
+        """Return the quantized layers."""
+        return self._layers
+
     def start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *, fresh: bool) -> None:
         """Prepare what is not yet, and put the layers into the phase that is due."""
         if fresh:
             self._outputs, self._outputs_known = [], False
         selection = self._prepare(trainer, pl_module)
-        self._check_peers(trainer)
+        self.check_peers(trainer)
         self._strategy, self._ranks_per_batch = trainer.strategy, ranks_per_batch(trainer)
         if fresh:
             self._rounded = [n for n, x in self._layers.items() if x.quantization_phase in ("fake_quantize", "frozen")]
@@ -165,7 +169,7 @@ class QuantizationAwareTraining(CompressionCallback):
             else:
                 self._outputs_known = True
         self._enter(trainer, pl_module, self._phase_due(), say=False)
-        title = f"{self._label()}: steps {self.window.start_step} to {self.window.end_step}"
+        title = f"{self.label}: steps {self.window.start_step} to {self.window.end_step}"
         rank_zero_info(coverage_table(title, self._layers, selection.left_out))
 
     def on_train_batch_start(
@@ -277,7 +281,7 @@ class QuantizationAwareTraining(CompressionCallback):
                 f"pass does not call it in training. Pass exclude={unseen[:5]!r}."
             )
         rank_zero_warn(
-            f"{self._label()}: no input of {named} was seen between `start` and `freeze` (step {self.window.step}), so "
+            f"{self.label}: no input of {named} was seen between `start` and `freeze` (step {self.window.step}), so "
             "it has no range and stays float."
         )
 
@@ -296,7 +300,7 @@ class QuantizationAwareTraining(CompressionCallback):
 
     def _share_norms(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Give every rank the BatchNorm statistics of rank 0: they enter the training forward pass from now on."""
-        for layer in _batch_norms(self.find_target(pl_module)[1]):
+        for layer in _batch_norms(find_target(pl_module, self.module)[1]):
             for buffer in layer.buffers():
                 buffer.copy_(trainer.strategy.broadcast(buffer, src=0))
 
@@ -305,7 +309,7 @@ class QuantizationAwareTraining(CompressionCallback):
         if self.phase != "frozen" or any(getattr(callback, "momenta", None) for callback in callbacks_of(trainer)):
             self._release_norms()
             return
-        for layer in _batch_norms(self.find_target(pl_module)[1]):
+        for layer in _batch_norms(find_target(pl_module, self.module)[1]):
             if layer.training:
                 layer.eval()
                 self._frozen_norms.append(layer)
@@ -318,7 +322,7 @@ class QuantizationAwareTraining(CompressionCallback):
     # Layers.
 
     def _prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> QuantizedLayers:
-        prefix, target = self.find_target(pl_module)
+        prefix, target = find_target(pl_module, self.module)
         selection = select_layers(target, prefix, include=self.include, exclude=self.exclude, root=pl_module)
         self.scheme.check_patterns(selection.chosen, prefix)
         for module in (pl_module, *averaged_copies(trainer)):
@@ -338,7 +342,7 @@ class QuantizationAwareTraining(CompressionCallback):
                 outputs = self._read_outputs(pl_module, self._inputs.inputs)
         except ValueError as error:
             rank_zero_warn(
-                f"{self._label()}: no output of a convolution gets a range, so those before an addition stay float in "
+                f"{self.label}: no output of a convolution gets a range, so those before an addition stay float in "
                 f"the exported file: {error}"
             )
         if trainer.world_size > 1:
@@ -347,7 +351,7 @@ class QuantizationAwareTraining(CompressionCallback):
         self._inputs.release()
         self._whole = None
         self._outputs = list(outputs)
-        prefix, _ = self.find_target(pl_module)
+        prefix, _ = find_target(pl_module, self.module)
         phases = {name: layer.quantization_phase for name, layer in self._layers.items()}
         for module in (pl_module, *averaged_copies(trainer)):
             prepare(module, (), self.scheme, prefix, outputs)
@@ -364,20 +368,11 @@ class QuantizationAwareTraining(CompressionCallback):
         called = self._inputs.called(whole)
         return find_outputs(called, move_inputs(inputs, device), self._layers, self._inputs.layer)
 
-    def _check_peers(self, trainer: pl.Trainer) -> None:
-        for peer in compressions(trainer):
-            if isinstance(peer, QuantizationAwareTraining) and peer is not self:
-                both = sorted(self._layers.keys() & peer._layers.keys())
-                if both:
-                    raise MisconfigurationException(
-                        f"{both[0]} is selected by two QuantizationAwareTraining callbacks: {self.state_key} and "
-                        f"{peer.state_key}. Select different layers with `module`, `include` or `exclude`."
-                    )
-
     # The window.
 
-    def _resolve_window(self, trainer: pl.Trainer, pl_module: pl.LightningModule, passed: int = 0) -> None:
-        super()._resolve_window(trainer, pl_module, passed)
+    def resolve_window(self, trainer: pl.Trainer, pl_module: pl.LightningModule, passed: int = 0) -> None:
+        """Turn the window into steps, and the end of observing with it."""
+        super().resolve_window(trainer, pl_module, passed)
         start, freeze = self.window.start_step, self.window.end_step
         if start is None or freeze is None:
             raise RuntimeError("the window was just resolved.")
@@ -433,23 +428,24 @@ class QuantizationAwareTraining(CompressionCallback):
             "phase": self.phase,
         }
 
-    def parameters_replaced(
-        self, pl_module: pl.LightningModule, kept: Mapping[str, tuple[Tensor, tuple[int, ...]]]
-    ) -> None:
-        """Channels left: scales of weights come from the weights, and those of activations have no channels."""
+    def model_changed(self, pl_module: pl.LightningModule, changed: Changed) -> None:
+        """Rename layers that moved and drop those that were removed.
+
+        Where channels left, scales of weights come from the weights, and those of activations have no channels.
+        """
+        names = {name: changed.layer(name) for name in self._layers}
+        self._layers = {new: self._layers[old] for old, new in names.items() if new is not None}
+        self._rounded = [new for old in self._rounded if (new := names.get(old)) is not None]
+        self._outputs = [new for old in self._outputs if (new := names.get(old)) is not None]
+        self._unseen = {new for old in self._unseen if (new := names.get(old)) is not None}
 
     # Words.
 
     def _report(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         words = {"observe": "observing ranges", "fake_quantize": "rounding", "frozen": "ranges frozen", "off": "off"}
         count = len(self._layers) - len(self._unseen)
-        rank_zero_info(f"{self._label()}: step {self.window.step}, {words[self.phase]} in {count} layers.")
-        if trainer.barebones:
-            return
-        metrics = {"quantization/phase": float(PHASES.index(self.phase))}
-        for logger in trainer.loggers:
-            logger.log_metrics(metrics, step=trainer.global_step)
-        pl_module.log_dict(metrics, logger=False)
+        rank_zero_info(f"{self.label}: step {self.window.step}, {words[self.phase]} in {count} layers.")
+        self.log_event(trainer, pl_module, {"quantization/phase": float(PHASES.index(self.phase))})
 
     def last_line(self, pl_module: pl.LightningModule) -> str:
         """Return the sentence that says what was asked and in which phase the model is."""
@@ -460,23 +456,20 @@ class QuantizationAwareTraining(CompressionCallback):
         if self._unseen:
             asked += f", of which {len(self._unseen)} never ran and stay float"
         if self.reached_end:
-            return f"{self._label()}: {asked}; they are {self.phase.replace('_', ' ')}."
+            return f"{self.label}: {asked}; they are {self.phase.replace('_', ' ')}."
         return (
-            f"{self._label()}: the run ended at step {self.window.step}, before the window's end at step "
+            f"{self.label}: the run ended at step {self.window.step}, before the window's end at step "
             f"{self.window.end_step}: {asked}; they are in phase {self.phase!r}."
         )
 
-    def _label(self) -> str:
-        name = type(self).__name__
-        return name if self.module is None else f"{name}({self.module})"
-
-    def _release(self, pl_module: pl.LightningModule) -> None:
+    def release(self, pl_module: pl.LightningModule) -> None:
+        """Remove what the fit installed, and drop what was observed since the last step."""
         self._inputs.release()
         self._release_norms()
         self._strategy = self._whole = None
         self._stop_observing()
         self._forget_seen()
-        super()._release(pl_module)
+        super().release(pl_module)
 
     def _forget_seen(self) -> None:
         for layer in self._layers.values():

@@ -1,6 +1,6 @@
 """Squares gathered between two events, for criteria that look at training."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -8,7 +8,9 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
+from lightning_optim.change import Changed
 from lightning_optim.functional.criteria import Statistics
+from lightning_optim.modules import CONVOLUTIONS
 from lightning_optim.sharding import full
 from lightning_optim.structured.removal import keep_channels
 from lightning_optim.target import Weight
@@ -56,18 +58,23 @@ class Squares:
         """Forget everything: an event has used it."""
         self.sums, self.counts = {}, {}
 
-    def keep(self, name: str, indices: Tensor, shape: tuple[int, ...], *, before: Sequence[int] | None = None) -> None:
-        """Follow channels that left.
+    def follow(self, changed: Changed, prefix: str = "") -> None:
+        """Slice and rename the sums with their weights; those of removed weights are dropped.
 
         Args:
-            name: Of the weight.
-            indices: Flat indices of its entries that stay.
-            shape: Of what stays.
-            before: Shape of the weight until now, where the sums only broadcast to it.
+            changed: What became of the model's parameters.
+            prefix: What precedes the names in the whole model.
         """
-        if name in self.sums:
-            sums = self.sums[name] if before is None else self.sums[name].expand(*before)
-            self.sums[name] = keep_channels(sums, indices, shape)
+        sums, counts = self.sums, self.counts
+        self.clear()
+        for name, tensor in sums.items():
+            successor, kept = changed.successor(prefix + name), changed.surviving(prefix + name)
+            if successor is None:
+                continue
+            if kept is not None:  # norms of inputs broadcast to the weight
+                tensor = keep_channels(tensor.expand(changed.before[prefix + name].shape), kept, successor[1].shape)
+            now = successor[0].removeprefix(prefix)
+            self.sums[now], self.counts[now] = tensor, counts[name]
 
     def to(self, devices: Mapping[str, torch.device]) -> None:
         """Move what was loaded to where the parameters are."""
@@ -139,7 +146,7 @@ def squared_inputs(layer: nn.Module, inputs: Tensor) -> Tensor:
     """
     if isinstance(layer, nn.Linear):
         return inputs.flatten(0, -2).square().sum(0, keepdim=True) if inputs.ndim > 1 else inputs.square()[None]
-    if not isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+    if not isinstance(layer, CONVOLUTIONS):
         raise TypeError(f"input norms are known for Linear and Conv layers, got {type(layer).__name__}.")
     space = layer.weight.ndim - 2
     channel = inputs.ndim - space - 1
@@ -152,7 +159,7 @@ def squared_inputs(layer: nn.Module, inputs: Tensor) -> Tensor:
 def check_input_norms(weights: Mapping[str, Weight]) -> None:
     """Raise where the layer's inputs have no norm that belongs to its weights."""
     for name, weight in weights.items():
-        if not isinstance(weight.layer, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)) or not name.endswith("weight"):
+        if not isinstance(weight.layer, (nn.Linear, *CONVOLUTIONS)) or not name.endswith("weight"):
             raise MisconfigurationException(
                 f"the criterion needs input norms, which are known for Linear and Conv weights; {name} belongs to a "
                 f"{type(weight.layer).__name__}. Pass it in `exclude`, or take another criterion."

@@ -24,6 +24,7 @@ from lightning_optim.callbacks.statistics import (
     needs_of,
     restore,
 )
+from lightning_optim.change import Changed
 from lightning_optim.functional.criteria import CRITERIA, Criterion, Statistics, parameter_generator, scores_of
 from lightning_optim.functional.masks import (
     Granularity,
@@ -36,10 +37,11 @@ from lightning_optim.functional.masks import (
 )
 from lightning_optim.functional.schedules import SCHEDULES, Schedule
 from lightning_optim.functional.thresholds import Scores
+from lightning_optim.modules import TRANSPOSED, is_compiled, is_inside_compiled
 from lightning_optim.sharding import copies, full, is_dtensor, local, reshard, shard_like, wrap_like
 from lightning_optim.structured.removal import keep_channels
 from lightning_optim.tables import by_reason, by_stack, render
-from lightning_optim.target import Pattern, Selection, Weight, averaged_copies, matches, select_weights
+from lightning_optim.target import Pattern, Selection, Weight, averaged_copies, find_target, matches, select_weights
 from lightning_optim.window import Window
 
 __all__ = ["WeightPruning"]
@@ -188,14 +190,14 @@ class WeightPruning(CompressionCallback):
 
     def start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *, fresh: bool) -> None:
         """Select the weights, take up masks from state or from the zeros that are there, and set the goals."""
-        prefix, target = self.find_target(pl_module)
+        prefix, target = find_target(pl_module, self.module)
         self._in_force = self.granularity if fresh else self._in_force
         selected_before = () if fresh else tuple(self._initial)
         selection = self._that_fit(self._with_a_pattern(self._select(target, prefix), prefix), selected_before)
         self._weights = selection.chosen
         self._check_weights(selection)
         self._check_compiled(pl_module)
-        self._check_peers(trainer)
+        self.check_peers(trainer)
         if fresh:
             self._keeps, self._restored_masks = {}, {}
             self._forget_statistics()
@@ -223,23 +225,28 @@ class WeightPruning(CompressionCallback):
         if "gradient" in self._needs and self.window.within:
             self._note_gradients(self._selected_by(optimizer))
 
-    def parameters_replaced(
-        self, pl_module: pl.LightningModule, kept: Mapping[str, tuple[Tensor, tuple[int, ...]]]
-    ) -> None:
-        """Follow channels that left: masks and statistics lose the same entries.
+    def model_changed(self, pl_module: pl.LightningModule, changed: Changed) -> None:
+        """Slice masks and statistics with their weights, and follow weights that moved or were removed.
 
-        What leaves holds more zeros than what stays, so the sparsity that was reached is reached anew.
+        Removed channels held more zeros than those that stay, so the sparsity that was reached is reached anew.
         """
         self._to_reach_anew = bool(self._keeps) and self.sparsity != "hold"
-        parameters = dict(pl_module.named_parameters())
-        for name in self._weights.keys() & kept.keys():
-            indices, shape = kept[name]
-            before = self._weights[name].parameter.shape
-            self._weights[name] = replace(self._weights[name], parameter=parameters[name])
-            for gathered in self._squares.values():
-                gathered.keep(name, indices, shape, before=before)
-            if name in self._keeps:
-                self._keeps[name] = keep_channels(self._keeps[name], indices, shape)
+        successors = {name: now for name in self._weights if (now := changed.successor(name)) is not None}
+        for name, (_, parameter) in successors.items():
+            kept = changed.surviving(name)
+            if name in self._keeps and kept is not None:
+                self._keeps[name] = keep_channels(self._keeps[name], kept, tuple(parameter.shape))
+        self._weights = {
+            now: replace(self._weights[name], name=now, parameter=parameter)
+            for name, (now, parameter) in successors.items()
+        }
+        self._keeps = {now: self._keeps[name] for name, (now, _) in successors.items() if name in self._keeps}
+        self._initial = {now: self._initial[name] for name, (now, _) in successors.items() if name in self._initial}
+        for goal in self._goals:
+            goal.names = [successors[name][0] for name in goal.names if name in successors]
+        self._goals = [goal for goal in self._goals if goal.names]
+        for gathered in self._squares.values():
+            gathered.follow(changed)
         self._removed = sum(keep.numel() - int(torch.count_nonzero(keep)) for keep in self._keeps.values())
 
     def finish_batch(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -251,9 +258,7 @@ class WeightPruning(CompressionCallback):
         if not again:
             return
         if self._squares:
-            rank_zero_info(
-                f"{self._label()}: channels left; {self._reached():.2%} of the selected weights are zero now."
-            )
+            rank_zero_info(f"{self.label}: channels left; {self._reached():.2%} of the selected weights are zero now.")
         else:
             self.apply_event(trainer, pl_module)
 
@@ -269,9 +274,9 @@ class WeightPruning(CompressionCallback):
                 for name, weight in self._weights.items()
             ]
 
-    def _count(self, optimizer: Optimizer) -> None:
+    def count_step(self, optimizer: Optimizer) -> None:
         """Count the step; the one that leads to the event ends the watch, before other techniques call the model."""
-        super()._count(optimizer)
+        super().count_step(optimizer)
         if self._input_handles and self.window.due():
             self._stop_watching_inputs()
 
@@ -361,22 +366,24 @@ class WeightPruning(CompressionCallback):
         zeros = sum(_zeros(weight.parameter) for weight in self._weights.values())
         reached = f"{zeros / self._numel(self._weights):.2%} of the selected weights are zero"
         if self.sparsity == "hold":
-            return f"{self._label()}: held the zeros of the module; {reached}."
+            return f"{self.label}: held the zeros of the module; {reached}."
         asked = sum(goal.final * self._numel(goal.names) for goal in self._goals) / self._numel(self._weights)
         if self.reached_end:
-            return f"{self._label()}: asked {asked:.2%} zeros; {reached}."
+            return f"{self.label}: asked {asked:.2%} zeros; {reached}."
         return (
-            f"{self._label()}: the run ended at step {self.window.step}, before the window's end at step "
+            f"{self.label}: the run ended at step {self.window.step}, before the window's end at step "
             f"{self.window.end_step}: asked {asked:.2%} zeros; {reached}."
         )
 
-    def _resolve_window(self, trainer: pl.Trainer, pl_module: pl.LightningModule, passed: int = 0) -> None:
+    def resolve_window(self, trainer: pl.Trainer, pl_module: pl.LightningModule, passed: int = 0) -> None:
+        """Turn the window into steps, where there are events."""
         if self.sparsity != "hold":
-            super()._resolve_window(trainer, pl_module, passed)
+            super().resolve_window(trainer, pl_module, passed)
 
-    def _release(self, pl_module: pl.LightningModule) -> None:
+    def release(self, pl_module: pl.LightningModule) -> None:
+        """Remove what the fit installed."""
         self._stop_watching_inputs()
-        super()._release(pl_module)
+        super().release(pl_module)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_input_handles": []}
@@ -418,7 +425,7 @@ class WeightPruning(CompressionCallback):
             return None
         if weight.parameter.ndim < 2:
             return f"a vector, which has no {self._in_force}"
-        if isinstance(weight.layer, nn.modules.conv._ConvTransposeNd) or type(weight.layer).__name__ == "Conv1D":
+        if isinstance(weight.layer, TRANSPOSED) or type(weight.layer).__name__ == "Conv1D":
             return f"{type(weight.layer).__name__}, stored as [in, out, ...]: no {self._in_force}"
         return self._in_force.misfit(weight.parameter.shape)
 
@@ -441,24 +448,12 @@ class WeightPruning(CompressionCallback):
 
     def _check_compiled(self, pl_module: pl.LightningModule) -> None:
         """Inputs are read by hooks that come and go, and a compiled module does not see them come."""
-        compiled = getattr(pl_module, "_compiler_ctx", None) is not None
-        parts = any("_orig_mod" in name.split(".") for name in self._weights)
-        if "input_norm" in self._needs and (compiled or parts):
+        parts = any(is_inside_compiled(name) for name in self._weights)
+        if "input_norm" in self._needs and (parts or is_compiled(pl_module, parts=False)):
             raise MisconfigurationException(
                 "the criterion needs the norms of the layers' inputs, which cannot be read inside a module that "
                 "torch.compile compiled. Take another criterion, or train without compiling."
             )
-
-    def _check_peers(self, trainer: pl.Trainer) -> None:
-        for peer in compressions(trainer):
-            if isinstance(peer, WeightPruning) and peer is not self:
-                ours = {id(w.parameter): name for name, w in self._weights.items()}
-                both = [ours[id(w.parameter)] for w in peer._weights.values() if id(w.parameter) in ours]
-                if both:
-                    raise MisconfigurationException(
-                        f"{both[0]} is selected by two WeightPruning callbacks: {self.state_key} and {peer.state_key}. "
-                        "Select different layers with `module`, `include` or `exclude`."
-                    )
 
     def _take_up_zeros(self) -> None:
         """Hold the zeros that the module has: what was once removed stays removed."""
@@ -506,7 +501,7 @@ class WeightPruning(CompressionCallback):
         kernels = [name for name, weight in self._weights.items() if weight.parameter.ndim > 2]
         if self._in_force != self.granularity and self.sparsity != "hold" and kernels:
             rank_zero_warn(
-                f"{self._label()}: the file was written by 0.1, which grouped {self.granularity} along input channel x "
+                f"{self.label}: the file was written by 0.1, which grouped {self.granularity} along input channel x "
                 f"kernel. The run keeps its masks and goes on as {str(self._in_force)!r}, which sparse tensor cores do "
                 f"not take for kernels ({', '.join(kernels[:3])}). For {self.granularity} along input channels prune "
                 "the dense model anew."
@@ -677,7 +672,7 @@ class WeightPruning(CompressionCallback):
     def _report(self, trainer: pl.Trainer, pl_module: pl.LightningModule, asked: float) -> None:
         reached = self._reached()
         rank_zero_info(
-            f"{self._label()}: step {self.window.step}, asked {asked:.2%} zeros, achieved {reached:.2%} "
+            f"{self.label}: step {self.window.step}, asked {asked:.2%} zeros, achieved {reached:.2%} "
             f"in {len(self._weights)} tensors."
         )
         if trainer.barebones:
@@ -697,9 +692,6 @@ class WeightPruning(CompressionCallback):
         place = peers.index(self)
         return f"/{names[place]}" if names.count(names[place]) == 1 else f"/{names[place]}.{place}"
 
-    def _label(self) -> str:
-        return "WeightPruning" if self.module is None else f"WeightPruning({self.module})"
-
     def _table(self, selection: Selection) -> str:
         finals = {name: goal.final for goal in self._goals for name in goal.names}
         asked = {name: f"{finals[name]:.2%}" if name in finals else "held" for name in selection.chosen}
@@ -709,7 +701,7 @@ class WeightPruning(CompressionCallback):
         )
         rows += [(names, "", "-", reason) for names, reason in by_reason(selection.left_out)]
         start, end = self.window.start_step, self.window.end_step
-        title = f"{self._label()}: steps {start} to {end}" if self._goals else f"{self._label()}: hold"
+        title = f"{self.label}: steps {start} to {end}" if self._goals else f"{self.label}: hold"
         return render(title, ("parameter", "shape", "zeros asked", "how, or why not"), rows)
 
 

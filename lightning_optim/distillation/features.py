@@ -11,8 +11,17 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from lightning_optim.functional.losses import FEATURE_LOSSES, FeatureLoss
+from lightning_optim.modules import (
+    CONVOLUTIONS,
+    EMBEDDINGS,
+    INPUTS_FIRST,
+    TRANSPOSED,
+    copy_module,
+    evaluating,
+    without_compiler,
+)
 from lightning_optim.outputs import output_tensors
-from lightning_optim.structured.groups import Removal, copy_for_tracing
+from lightning_optim.structured.groups import Removal
 from lightning_optim.structured.removal import apply_removal
 from lightning_optim.target import ForwardInputs
 
@@ -26,8 +35,7 @@ __all__ = [
     "tensor_of",
 ]
 
-_SWAPPED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Embedding, nn.EmbeddingBag)
-_LAST_AXIS = (nn.Linear, nn.LayerNorm, nn.Embedding, nn.EmbeddingBag)
+_LAST_AXIS = (nn.Linear, nn.LayerNorm, *EMBEDDINGS)
 
 
 @dataclass(frozen=True)
@@ -186,7 +194,7 @@ def _refuse_compiled(root: nn.Module, name: str) -> None:
     parts = name.split(".") if name else []
     for depth in range(len(parts)):
         above = root.get_submodule(".".join(parts[:depth]))
-        if getattr(above, "_compiled_call_impl", None) is not None or "_orig_mod" in above._modules:
+        if getattr(above, "_compiled_call_impl", None) is not None or without_compiler(above) is not above:
             raise MisconfigurationException(
                 f"layer {name!r} lies inside {'.'.join(parts[:depth]) or type(root).__name__!r}, which is compiled: "
                 "its output cannot be seen from outside. Compile the parts below or beside it instead."
@@ -221,14 +229,8 @@ def observe(root: nn.Module, call: nn.Module, inputs: ForwardInputs, names: Iter
     Raises:
         ValueError: If a layer is not called.
     """
-    modes = [(module, module.training) for module in root.modules()]
-    try:
-        root.eval()
-        with torch.no_grad(), Capture(root, names) as caught:
-            inputs.call(call)
-    finally:
-        for module, training in modes:
-            module.training = training
+    with evaluating(root), Capture(root, names) as caught:
+        inputs.call(call)
     for name in caught.layers:
         if not caught.calls[name]:
             raise ValueError(f"feature {name!r} of {type(root).__name__} is not called by its forward.")
@@ -288,7 +290,7 @@ def candidate_layers(root: nn.Module) -> list[str]:
     ]
     if len(blocks) > 1:
         return [block for block in blocks if not any(block.startswith(f"{other}.") for other in blocks)]
-    kinds = (nn.Linear, nn.modules.conv._ConvNd)
+    kinds = (nn.Linear, *CONVOLUTIONS, *TRANSPOSED)
     return [name for name, module in root.named_modules() if isinstance(module, kinds)][:-1]
 
 
@@ -316,7 +318,7 @@ def surviving_channels(
     Raises:
         ValueError: If a feature changes its width and its channels cannot be followed.
     """
-    before, after = copy_for_tracing(student, rounded=False), copy_for_tracing(student, rounded=False)
+    before, after = copy_module(student, rounded=False), copy_module(student, rounded=False)
     apply_removal(after, removal)
     names = list(layers)
     old = observe(before, before.get_submodule(called), inputs, names)
@@ -359,7 +361,7 @@ def _leaving(student: nn.Module, removal: Removal) -> list[tuple[str, Tensor, in
         parameter = layer._parameters.get(leaf)
         if parameter is None or leaf not in ("weight", "bias"):
             continue
-        axis = 1 if isinstance(layer, _SWAPPED) and leaf == "weight" else 0
+        axis = 1 if isinstance(layer, INPUTS_FIRST) and leaf == "weight" else 0
         after = math.prod(parameter.shape[axis + 1 :])
         stay = kept.cpu() // after % parameter.shape[axis]
         leave = torch.ones(parameter.shape[axis], dtype=torch.bool)

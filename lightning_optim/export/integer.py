@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lightning_optim._upstream import BatchNorm as _BatchNorm
 from lightning_optim.functional.fake_quantize import grouped, integer_range, symmetric_scale
+from lightning_optim.modules import EMBEDDINGS
 from lightning_optim.quantization.layers import QuantizedLayer
 
 __all__ = ["convert", "dequantize", "quantize", "rounds", "rounds_output"]
@@ -377,7 +378,7 @@ class _Store:
 def _renormalise(module: nn.Module) -> None:
     """Apply ``max_norm`` to whole tables, which look-ups would do row by row, in place."""
     for layer in module.modules():
-        if isinstance(layer, (nn.Embedding, nn.EmbeddingBag)) and layer.max_norm is not None:
+        if isinstance(layer, EMBEDDINGS) and layer.max_norm is not None:
             with torch.no_grad():
                 F.embedding(torch.arange(layer.num_embeddings), layer.weight, None, layer.max_norm, layer.norm_type)
             layer.max_norm = None

@@ -24,10 +24,10 @@ from lightning_optim.export.program import OPSET, Program, export_program
 from lightning_optim.export.report import ExportReport, Kernels, describe_layers, notes_on
 from lightning_optim.export.verify import RUNTIMES, Comparison, Runtime, compare, compare_latency, missing_package
 from lightning_optim.measure.latency import LatencyResult
+from lightning_optim.modules import CONVOLUTIONS, copy_module, without_fast_path
 from lightning_optim.outputs import output_fields, output_tensors
-from lightning_optim.quantization.graph import read_graph, without_fast_path
+from lightning_optim.quantization.graph import read_graph
 from lightning_optim.quantization.layers import QuantizedLayer
-from lightning_optim.structured.groups import copy_for_tracing
 from lightning_optim.target import ForwardInputs, as_forward_inputs, first_rows, map_inputs
 
 __all__ = ["export_onnx"]
@@ -36,8 +36,6 @@ LARGEST_FILE = 2**31 - 2**20
 """Bytes of weights that fit into one ONNX file."""
 
 _ADVICE = "a tensor, a tuple of arguments or a dict of keyword arguments is expected."
-
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def export_onnx(
@@ -166,7 +164,7 @@ def _on_cpu(inputs: ForwardInputs) -> ForwardInputs:
 
 
 def _deployed(module: nn.Module, *, rounded: bool) -> nn.Module:
-    return copy_for_tracing(module, rounded=rounded).cpu().float().requires_grad_(False)
+    return copy_module(module, rounded=rounded).cpu().float().requires_grad_(False)
 
 
 class _Flat(nn.Module):
@@ -347,7 +345,7 @@ def _argument_names(module: nn.Module, inputs: ForwardInputs) -> list[str]:
 
 def _batch_norms(module: nn.Module, inputs: ForwardInputs) -> dict[str, str]:
     layers = {name: layer for name, layer in module.named_modules() if rounds(layer)}
-    convolutions = {name for name, layer in layers.items() if isinstance(layer, _CONVOLUTIONS)}
+    convolutions = {name for name, layer in layers.items() if isinstance(layer, CONVOLUTIONS)}
     found = read_graph(module, inputs, convolutions, layers).batch_norms
     return {name: norm for name, norm in found.items() if not rounds_output(layers[name])}  # rounded before the norm
 

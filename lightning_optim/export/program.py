@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_optim.errors import FAILURES
 from lightning_optim.quantization.failures import export_failure, quiet_export
-from lightning_optim.structured.groups import FAILURES
 
 __all__ = ["OPSET", "FreeDimensions", "Program", "export_program"]
 

@@ -9,6 +9,7 @@ from torch import nn
 from lightning_optim._upstream import BatchNorm as _BatchNorm
 from lightning_optim.export.integer import rounds, rounds_output
 from lightning_optim.measure.latency import LatencyResult
+from lightning_optim.modules import EMBEDDINGS
 from lightning_optim.quantization.layers import QuantizedLayer
 from lightning_optim.tables import by_reason, render
 
@@ -210,4 +211,4 @@ def notes_on(module: nn.Module, exported: nn.Module, held: Collection[int]) -> l
 
 
 def _is_table(layer: nn.Module) -> bool:
-    return isinstance(layer, (nn.Embedding, nn.EmbeddingBag, _BatchNorm))
+    return isinstance(layer, (*EMBEDDINGS, _BatchNorm))

@@ -24,6 +24,7 @@ from lightning_optim.measure.rounds import (
     places_in_memory,
     time_in_rounds,
 )
+from lightning_optim.modules import evaluating
 from lightning_optim.target import ForwardInputs, as_forward_inputs, first_rows
 
 __all__ = [
@@ -38,24 +39,15 @@ __all__ = [
 
 @contextmanager
 def _inference(*modules: nn.Module) -> Iterator[None]:
-    """Set eval, no_grad, one thread and a forked RNG, and put everything back flag by flag.
-
-    ``no_grad`` and not ``inference_mode``: a module that caches a tensor in its forward would fail at the next
-    training step.
-    """
-    flags = [(layer, layer.training) for module in modules for layer in module.modules()]
+    """Set eval mode, no_grad, one thread and a forked RNG; restore them and the buffers afterwards."""
     buffers = [(buffer, buffer.detach().clone()) for module in modules for buffer in module.buffers()]
     threads = torch.get_num_threads()
     devices = {p.device for module in modules for p in module.parameters() if p.device.type == "cuda"}
     torch.set_num_threads(1)
     try:
-        for module in modules:
-            module.eval()
-        with torch.no_grad(), torch.random.fork_rng(devices=sorted(devices, key=str)):
+        with evaluating(*modules), torch.random.fork_rng(devices=sorted(devices, key=str)):
             yield
     finally:
-        for layer, training in flags:
-            layer.training = training
         with torch.no_grad():
             for buffer, value in buffers:  # of a module that counts its calls, say
                 buffer.copy_(value)

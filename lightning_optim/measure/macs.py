@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from lightning_optim.modules import evaluating, without_fast_path
 from lightning_optim.target import as_forward_inputs
 
 __all__ = ["count_macs"]
@@ -28,18 +29,15 @@ def count_macs(module: nn.Module, example_inputs: Any) -> int:
         >>> count_macs(nn.Linear(8, 4), torch.zeros(2, 8))
         64
     """
-    flags = [(layer, layer.training) for layer in module.modules()]
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
     counter = FlopCounterMode(display=False)
-    try:
-        module.eval()
-        with torch.no_grad(), torch.random.fork_rng(devices=[]), sdpa_kernel(SDPBackend.MATH), counter:
-            as_forward_inputs(example_inputs).call(module)
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-        for layer, training in flags:
-            layer.training = training
+    with (
+        evaluating(module),
+        without_fast_path(),
+        torch.random.fork_rng(devices=[]),
+        sdpa_kernel(SDPBackend.MATH),
+        counter,
+    ):
+        as_forward_inputs(example_inputs).call(module)
     macs = counter.get_total_flops() // 2
     if macs == 0:
         rank_zero_warn(f"no operation of {type(module).__name__} was counted: it has no matrix product, or hides them.")

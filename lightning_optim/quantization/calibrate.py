@@ -1,7 +1,6 @@
 """Post-training quantization: ranges from a few batches, no training."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from contextlib import contextmanager
 from itertools import chain, islice
 from typing import Any, TypeVar
 
@@ -12,8 +11,8 @@ from torch import nn
 
 from lightning_optim.calls import try_forward
 from lightning_optim.checkpoint import conform, plain_plan
+from lightning_optim.modules import evaluating, without_fast_path
 from lightning_optim.quantization.coverage import coverage_table
-from lightning_optim.quantization.graph import without_fast_path
 from lightning_optim.quantization.layers import QuantizedLayer
 from lightning_optim.quantization.outputs import find_outputs
 from lightning_optim.quantization.prepare import (
@@ -95,7 +94,7 @@ def quantize_post_training(
             first = next(calls, None)
             if first is None:
                 raise ValueError("the dataloader gave no batch to take ranges from.")
-            with _evaluating(model):
+            with evaluating(model), without_fast_path():
                 try_forward(model, first, argument=_ARGUMENT[inputs is None], advice=_ADVICE)
             outputs = _outputs(model, first, layers)
             prepare(model, (), scheme, prefix, outputs)
@@ -172,21 +171,8 @@ def _calibrate(
         for which in layer.watched:
             layer.state_of(which)["statistic"].zero_()
             layer.state_of(which)["batches"].zero_()
-    with _evaluating(model), observing(layers):
+    with evaluating(model), without_fast_path(), observing(layers):
         for received in track(calls, "calibrating", total, disable=not shown):
             received.call(model)
             fold_ranges(layers)
     settle_ranges(layers)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model into eval mode, without gradients, for a while."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        with torch.no_grad(), without_fast_path():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training

@@ -6,8 +6,7 @@ its own; which of both, and which BatchNorm and ReLU stand between, only the gra
 """
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,12 +14,13 @@ import torch
 from torch import nn
 
 from lightning_optim._upstream import BatchNorm as _BatchNorm
+from lightning_optim.errors import FAILURES
+from lightning_optim.modules import copy_module, without_fast_path
 from lightning_optim.outputs import output_tensors
 from lightning_optim.quantization.failures import export_failure, quiet_export
-from lightning_optim.structured.groups import FAILURES, copy_for_tracing
 from lightning_optim.target import ForwardInputs
 
-__all__ = ["GraphFacts", "read_graph", "without_fast_path"]
+__all__ = ["GraphFacts", "read_graph"]
 
 _CONVOLUTION, _BATCH_NORM, _RELU = ("aten::conv1d", "aten::conv2d", "aten::conv3d"), "aten::batch_norm", "aten::relu"
 
@@ -79,7 +79,7 @@ def read_graph(
 
 
 def _exported_nodes(module: nn.Module, inputs: ForwardInputs) -> list[Any]:
-    copy = copy_for_tracing(module, rounded=False)
+    copy = copy_module(module, rounded=False)
     copy.register_forward_hook(lambda layer, args, output: tuple(output_tensors(output)))  # export knows no others
     try:
         with quiet_export() as printed, without_fast_path(), torch.no_grad(), torch.random.fork_rng(devices=[]):
@@ -90,17 +90,6 @@ def _exported_nodes(module: nn.Module, inputs: ForwardInputs) -> list[Any]:
             "convolutions need a range, and which BatchNorms fold into them."
         ) from error
     return list(program.graph.nodes)
-
-
-@contextmanager
-def without_fast_path() -> Iterator[None]:
-    """Keep PyTorch's fused inference path of attention off, which never calls the layers inside."""
-    enabled = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(enabled)
 
 
 def _use_first_names(module: nn.Module, nodes: Sequence[Any]) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
+from lightning_optim.modules import CONVOLUTIONS
 from lightning_optim.quantization.graph import read_graph
 from lightning_optim.quantization.layers import QUANTIZED, QuantizedLayer
 from lightning_optim.sharding import own_class
@@ -11,12 +12,10 @@ from lightning_optim.target import ForwardInputs
 
 __all__ = ["find_outputs", "has_convolutions"]
 
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-
 
 def has_convolutions(layers: Mapping[str, QuantizedLayer]) -> bool:
     """Tell whether outputs can matter: engines run an integer convolution only where its output is quantized."""
-    return any(isinstance(layer, _CONVOLUTIONS) and layer.activation_bits is not None for layer in layers.values())
+    return any(isinstance(layer, CONVOLUTIONS) and layer.activation_bits is not None for layer in layers.values())
 
 
 def find_outputs(
@@ -38,7 +37,7 @@ def find_outputs(
     dot = f"{called_name}." if called_name else ""
     inside = {name.removeprefix(dot): layer for name, layer in layers.items() if name.startswith(dot)}
     readers = {name for name, layer in inside.items() if layer.activation_bits is not None}
-    convolutions = {name for name in readers if isinstance(inside[name], _CONVOLUTIONS)}
+    convolutions = {name for name in readers if isinstance(inside[name], CONVOLUTIONS)}
     found = read_graph(called, inputs, convolutions, readers).outputs
     for name in found:
         layer = called.get_submodule(name)

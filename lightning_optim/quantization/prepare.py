@@ -11,6 +11,7 @@ from lightning_optim.checkpoint import plan_of
 from lightning_optim.checks import check_mapping
 from lightning_optim.functional.fake_quantize import integer_range, parse_weight_granularity
 from lightning_optim.functional.observers import OBSERVERS
+from lightning_optim.modules import CONVOLUTIONS, EMBEDDINGS, RECURRENT, TRANSPOSED
 from lightning_optim.quantization.layers import ATTRIBUTES, PHASES, QUANTIZED, QuantizedLayer
 from lightning_optim.quantization.ranges import write_scales
 from lightning_optim.sharding import own_class, set_class
@@ -26,8 +27,6 @@ __all__ = [
     "set_phase",
 ]
 
-_EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _FROM: dict[type[nn.Module], type[nn.Module]] = {
     **{cls: cls for cls in QUANTIZED if cls not in _BATCH_NORMS},
@@ -40,11 +39,8 @@ _NOT_INCLUDED = "not in include"
 # Layers with matrices that stay float, and why; the first that applies.
 _WHY_FLOAT: tuple[tuple[tuple[type[nn.Module], ...], str], ...] = (
     ((nn.MultiheadAttention,), "nn.MultiheadAttention computes in one fused call; its projections stay float"),
-    ((nn.RNNBase, nn.RNNCellBase), "a recurrent layer: no integer kernels to export to"),
-    (
-        (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Bilinear),
-        "transposed and bilinear layers stay float",
-    ),
+    (RECURRENT, "a recurrent layer: no integer kernels to export to"),
+    ((*TRANSPOSED, nn.Bilinear), "transposed and bilinear layers stay float"),
 )
 
 
@@ -310,9 +306,7 @@ def prepare(
 def drop_outputs(root: nn.Module, chosen: Collection[str]) -> None:
     """Take back the ranges of outputs where all convolutions are among the chosen: their inputs become float."""
     layers = quantized_layers(root)
-    others = [
-        n for n, layer in layers.items() if isinstance(layer, _CONVOLUTIONS) and layer.watched and n not in chosen
-    ]
+    others = [n for n, layer in layers.items() if isinstance(layer, CONVOLUTIONS) and layer.watched and n not in chosen]
     for layer in layers.values() if not others else ():
         if layer.quantizes_output:
             layer.quantizes_output, layer.output_phase = False, "off"
@@ -334,7 +328,7 @@ def _swap(root: nn.Module, name: str, scheme: QuantizationScheme, prefix: str) -
     layer.weight_bits = scheme.bits_of(name, layer, prefix) if has_weight else None
     layer.weight_granularity = scheme.weight_granularity
     bits_before = getattr(layer, "activation_bits", scheme.activation_bits)
-    layer.activation_bits = None if isinstance(layer, _EMBEDDINGS) else scheme.activation_bits
+    layer.activation_bits = None if isinstance(layer, EMBEDDINGS) else scheme.activation_bits
     if layer.activation_bits not in (None, bits_before):
         write_scales([layer.state_of(which) for which in layer.watched], layer)
     _watch_anew(layer, scheme, has_weight)

@@ -26,12 +26,12 @@ from lightning_optim.functional.score import Terms, checked_weights, performance
 from lightning_optim.measure.latency import LatencyResult, latencies
 from lightning_optim.measure.macs import count_macs
 from lightning_optim.measure.size import SIZES
+from lightning_optim.modules import copy_module
 from lightning_optim.quantization.layers import QuantizedLayer
 from lightning_optim.report.columns import Row
 from lightning_optim.report.document import environment
 from lightning_optim.report.layers import layer_facts
 from lightning_optim.report.result import RESERVED, ComparisonReport
-from lightning_optim.structured.groups import copy_for_tracing
 from lightning_optim.target import ForwardInputs, as_forward_inputs, first_rows, move_inputs
 
 __all__ = ["ComparisonReport", "compare"]
@@ -289,7 +289,7 @@ class _Bench:
     def measure(self, name: str, model: nn.Module) -> Row:
         """Return a model's figures but its times; the first is what later ones are compared with."""
         metrics = self._metrics(name, model)
-        plain = copy_for_tracing(model, rounded=False)  # rounding in PyTorch takes time, deployed integers do not
+        plain = copy_module(model, rounded=False)  # rounding in PyTorch takes time, deployed integers do not
         files, exported = self._export(name, model)
         self.subjects[name] = subject = _Subject(self.size(model), plain, files)
         if any(isinstance(layer, QuantizedLayer) for layer in model.modules()) and "torch" in self.engines:
@@ -329,7 +329,7 @@ class _Bench:
             if self.weights["accuracy"]:
                 self._note("P has an accuracy in it: pass `evaluate`, or weights without accuracy.")
             return {}
-        found = self.evaluate(copy_for_tracing(model))
+        found = self.evaluate(copy_module(model))
         metrics = {k: float(v) for k, v in (found if isinstance(found, Mapping) else {self.accuracy: found}).items()}
         taken = sorted(RESERVED & metrics.keys())
         if taken:

@@ -16,6 +16,7 @@ import torch
 from rich.console import Console, Group
 from rich.text import Text
 
+from lightning_optim.files import replace_files
 from lightning_optim.report.columns import (
     Column,
     Row,
@@ -32,7 +33,7 @@ from lightning_optim.report.parts import Card, Section
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Card", "Report", "Section", "as_json", "environment", "replace_files", "svg_file"]
+__all__ = ["Card", "Report", "Section", "as_json", "environment", "svg_file"]
 
 
 def environment() -> str:
@@ -149,23 +150,6 @@ def svg_file(figure: "Figure") -> bytes:
     file = BytesIO()
     figure.savefig(file, format="svg", metadata={"Date": None})
     return file.getvalue()
-
-
-def replace_files(contents: Mapping[Path, str | bytes]) -> None:
-    """Write files beside their places, then move all there: a reader finds the old ones or the new.
-
-    Args:
-        contents: Path -> content, moved in this order.
-    """
-    temporary = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in contents}
-    try:
-        for path, content in contents.items():
-            temporary[path].write_bytes(content if isinstance(content, bytes) else content.encode())
-        for path, written in temporary.items():
-            os.replace(written, path)
-    finally:
-        for written in temporary.values():
-            written.unlink(missing_ok=True)
 
 
 def as_json(value: Any) -> str:

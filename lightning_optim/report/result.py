@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console, ConsoleOptions, Group, RenderResult
 
 from lightning_optim.checks import listed
+from lightning_optim.files import replace_files
 from lightning_optim.measure.rounds import ROUNDS, SAME, LatencyResult
 from lightning_optim.report.columns import ENGINES, Column, Row, formatted
-from lightning_optim.report.document import Card, Report, as_json, replace_files
+from lightning_optim.report.document import Card, Report, as_json
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.state_dict_loader import load
 
+from lightning_optim.errors import first_line
 from lightning_optim.files import written_aside
 from lightning_optim.strategies.sharded_files import METADATA
 
@@ -73,7 +74,9 @@ def _read_rest(folder: Path) -> dict[str, Any]:
     try:
         rest: dict[str, Any] = torch.load(folder / METADATA, map_location="cpu", weights_only=True)
     except _UNREADABLE as error:
-        raise _no_such_checkpoint(folder, f"its {METADATA!r} cannot be read ({_first_line(error)})") from error
+        raise _no_such_checkpoint(
+            folder, f"its {METADATA!r} cannot be read ({type(error).__name__}: {first_line(error)})"
+        ) from error
     return rest
 
 
@@ -84,7 +87,9 @@ def _read_index(reader: FileSystemReader, folder: Path) -> Metadata:
     except FileNotFoundError:
         raise _incomplete(folder, "'.metadata', which is written last,") from None
     except _UNREADABLE as error:
-        raise _no_such_checkpoint(folder, f"its '.metadata' cannot be read ({_first_line(error)})") from error
+        raise _no_such_checkpoint(
+            folder, f"its '.metadata' cannot be read ({type(error).__name__}: {first_line(error)})"
+        ) from error
 
 
 def _check_complete(folder: Path, index: Metadata) -> None:
@@ -154,7 +159,3 @@ def _incomplete(folder: Path, what: str) -> ValueError:
         f"{str(folder)!r} is incomplete: {what} is missing or too short. Each process writes its part: copy those of "
         "all nodes, or take an earlier checkpoint."
     )
-
-
-def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"

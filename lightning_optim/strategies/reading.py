@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
+from lightning_optim.modules import EMBEDDINGS
 from lightning_optim.strategies.cost import DEVICES, OPTIMIZERS, Cluster, Model, OptimizerState, compute_seconds
 from lightning_optim.strategies.tensor import find_pairs
 from lightning_optim.strategies.units import find_units
@@ -96,7 +97,7 @@ def _looked_up(module: nn.Module) -> int:
     others: set[int] = set()
     for layer in module.modules():
         for parameter in layer.parameters(recurse=False):
-            if isinstance(layer, (nn.Embedding, nn.EmbeddingBag)):
+            if isinstance(layer, EMBEDDINGS):
                 embeddings[id(parameter)] = parameter.numel()
             else:
                 others.add(id(parameter))

@@ -11,6 +11,7 @@ from typing import Literal
 
 from torch import nn
 
+from lightning_optim.modules import COMPILED_CHILD, without_compiler
 from lightning_optim.sharding import own_class
 
 __all__ = ["Units", "find_units"]
@@ -103,11 +104,11 @@ def _given(module: nn.Module, units: Sequence[str]) -> NamedModules:
 def _parts(module: nn.Module) -> NamedModules:
     """Return the parts with parameters; of one that torch.compile wrapped, the wrapper stands for what is inside."""
     named = [(name, part) for name, part in module.named_modules() if name and _size(part)]
-    return [(name, part) for name, part in named if not name.endswith("_orig_mod")]
+    return [(name, part) for name, part in named if not name.endswith(COMPILED_CHILD)]
 
 
 def _class_of(part: nn.Module) -> type[nn.Module]:
-    return own_class(part._modules.get("_orig_mod") or part)
+    return own_class(without_compiler(part))
 
 
 def _automatic(module: nn.Module, total: int) -> tuple[NamedModules, str]:

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_optim._upstream import dispatch_mode, tree_map_only
+from lightning_optim.modules import without_fast_path
 
 __all__ = ["absent_entries", "in_float64"]
 
@@ -48,18 +49,14 @@ def absent_entries() -> Iterator[None]:
 
     Fused kernels are off: they would hide their sums.
     """
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with (
-            torch.no_grad(),
-            torch.backends.cudnn.flags(enabled=False),
-            sdpa_kernel(SDPBackend.MATH),
-            dispatch_mode(_with_absence),
-        ):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
+    with (
+        torch.no_grad(),
+        without_fast_path(),
+        torch.backends.cudnn.flags(enabled=False),
+        sdpa_kernel(SDPBackend.MATH),
+        dispatch_mode(_with_absence),
+    ):
+        yield
 
 
 def _has_absent(value: Any) -> bool:

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lightning_optim.errors import FAILURES, first_line
+from lightning_optim.modules import copy_module
 from lightning_optim.outputs import output_tensors
 from lightning_optim.structured.absent import absent_entries, in_float64
-from lightning_optim.structured.groups import FAILURES, Removal, copy_for_tracing
+from lightning_optim.structured.groups import Removal
 from lightning_optim.structured.removal import apply_removal
 from lightning_optim.target import ForwardInputs, map_inputs
 
@@ -54,14 +56,13 @@ def damage(module: nn.Module, inputs: ForwardInputs, removal: Removal) -> Damage
         removal: What would be left.
     """
     whole, inputs, arithmetic, before = _with_random_weights(module, inputs)
-    removed = copy_for_tracing(whole, rounded=False)
+    removed = copy_module(whole, rounded=False)
     try:
         apply_removal(removed, removal)
         with arithmetic():
             after = _outputs(removed, inputs)
     except FAILURES as error:
-        message = (str(error).splitlines() or [""])[0][:120]
-        return Damage(f"the forward pass fails afterwards{_place(removed, error)} ({message})")
+        return Damage(f"the forward pass fails afterwards{_place(removed, error)} ({first_line(error, 120)})")
     if [t.shape for t in before] != [t.shape for t in after]:
         return Damage("the output would change its shape")
     if not all(bool(torch.isfinite(t).all()) for t in after):
@@ -100,7 +101,7 @@ def _with_random_weights(
     for arithmetic, drawn in ways:
         last = (arithmetic, drawn) == ways[-1]
         try:
-            copy = copy_for_tracing(module, rounded=False)
+            copy = copy_module(module, rounded=False)
             received = inputs
             if arithmetic is in_float64:
                 copy, received = copy.double(), map_inputs(_double, inputs)

@@ -9,13 +9,14 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from lightning_optim._upstream import NormBase
+from lightning_optim.errors import FAILURES, first_line
 from lightning_optim.functional.channels import Slices, channels_to_remove, group_scores
 from lightning_optim.functional.criteria import parameter_generator
+from lightning_optim.modules import INPUTS_FIRST, NORMS
 from lightning_optim.structured.allocation import Allocation, Pool, kept_channels, one_pool
 from lightning_optim.structured.attention import as_heads, in_attention
 from lightning_optim.structured.check import Damage, damage, trusted
-from lightning_optim.structured.groups import FAILURES, ChannelGroup, Member, Removal, TracedModel
+from lightning_optim.structured.groups import ChannelGroup, Member, Removal, TracedModel
 from lightning_optim.structured.splits import with_counted_parts
 from lightning_optim.structured.unreached import possible_readers, unreached_layers
 from lightning_optim.target import ForwardInputs
@@ -33,8 +34,6 @@ __all__ = [
 
 _UNREACHED = "not reached by the example inputs"
 _CHANNEL_DIM = {"out": 0, "in": 1}
-_NORMS = (nn.LayerNorm, nn.GroupNorm, NormBase)
-_SWAPPED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Embedding, nn.EmbeddingBag)
 
 
 def check_ratio(ratio: float | dict[str, float]) -> float | dict[str, float]:
@@ -198,7 +197,7 @@ def _probe(
     try:
         removal = _remove(TracedModel(module, inputs), groups, leaving)
     except FAILURES as error:
-        return Damage(f"torch-pruning cannot remove its channels ({(str(error).splitlines() or [''])[0][:120]})")
+        return Damage(f"torch-pruning cannot remove its channels ({first_line(error, 120)})")
     return damage(module, inputs, removal)
 
 
@@ -342,7 +341,7 @@ def _slices(
         weight = getattr(layer, "weight", None)
         if not isinstance(weight, Tensor):
             continue
-        norm = isinstance(layer, _NORMS)
+        norm = isinstance(layer, NORMS)
         if weight.ndim == 1 and not norm:  # slopes of a PReLU
             continue
         matrix = _of_group(layer, weight.detach(), member, group)
@@ -375,7 +374,7 @@ def _by_channel(
 
     None where that cannot be told: inputs of a grouped convolution, or a layer that sees only some of the channels.
     """
-    dim = 0 if weight.ndim == 1 else _CHANNEL_DIM[side] ^ isinstance(layer, _SWAPPED)
+    dim = 0 if weight.ndim == 1 else _CHANNEL_DIM[side] ^ isinstance(layer, INPUTS_FIRST)
     entries = Counter(root)
     if weight.shape[dim] <= max(index) or len(entries) < channels or len(set(entries.values())) > 1:
         return None

@@ -4,43 +4,27 @@ torch-pruning traces a copy of the model and says which layers are coupled; noth
 touches the model itself.
 """
 
-import copy
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from lightning_optim.outputs import output_tensors
+from lightning_optim.errors import FAILURES, first_line
+from lightning_optim.modules import CONVOLUTIONS, EMBEDDINGS, RECURRENT, TRANSPOSED, copy_module, without_fast_path
 from lightning_optim.structured.patience import Patience
 from lightning_optim.structured.pruners import own_pruners, treats_channels_alike
 from lightning_optim.structured.reach import called_layers, differentiable, parameters_behind
 from lightning_optim.structured.splits import SplitTracer, blocks_of_parts, map_parts
 from lightning_optim.target import ForwardInputs, is_computed, named_layers
 
-__all__ = ["FAILURES", "ChannelGroup", "Member", "Removal", "TracedModel", "copy_for_tracing"]
+__all__ = ["ChannelGroup", "Member", "Removal", "TracedModel"]
 
-FAILURES = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    LookupError,
-    NotImplementedError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
-"""What torch-pruning, or a forward after a wrong removal, may raise."""
-
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
-_ROOTS = (nn.Linear, *_CONVOLUTIONS, *_TRANSPOSED, *_EMBEDDINGS)
+_ROOTS = (nn.Linear, *CONVOLUTIONS, *TRANSPOSED, *EMBEDDINGS)
 
 
 @dataclass(frozen=True)
@@ -113,44 +97,6 @@ class Removal:
     attributes: dict[str, dict[str, Any]]
 
 
-def copy_for_tracing(module: nn.Module, *, rounded: bool = True) -> nn.Module:
-    """Return a deep copy in eval mode that can be called and traced by itself.
-
-    A LightningModule's patched ``forward`` and steps stay bound to the original in a copy, so they are dropped.
-
-    Args:
-        module: What is copied.
-        rounded: Whether quantized layers round as they do in ``module``; else the copy computes in float.
-    """
-    duplicate = copy.deepcopy(module, _shared_values(module))
-    for layer in duplicate.modules():
-        for patched in ("forward", "training_step", "validation_step", "test_step", "predict_step"):
-            if not isinstance(layer.__dict__.get(patched), MethodType):  # a bound method follows the copy
-                layer.__dict__.pop(patched, None)
-        if "_orig_mod" in layer._modules:  # torch.compile's wrapper: its module is called as it is
-            layer.__dict__["forward"] = layer._modules["_orig_mod"]
-        layer.__dict__.pop("_compiled_call_impl", None)  # of `module.compile()`: a LightningModule's copy keeps it
-    for layer in duplicate.modules():
-        if not rounded and hasattr(layer, "quantization_phase"):  # told by its mark: this module does not know them
-            vars(layer).update(quantization_phase="off", output_phase="off")
-    return duplicate.eval()
-
-
-def _shared_values(module: nn.Module) -> dict[int, Any]:
-    """Return a memo for deepcopy: what hangs on the modules and cannot be copied is shared, tensors of a graph cut.
-
-    A LightningModule may keep its steps' outputs, a lock, a client.
-    """
-    memo: dict[int, Any] = {}
-    for layer in module.modules():
-        for value in vars(layer).values():
-            leaves = [leaf for leaf in output_tensors(value, objects=False) if not leaf.is_leaf]
-            memo.update({id(leaf): leaf.detach().clone() for leaf in leaves})
-            if type(value).__module__ in ("_thread", "threading", "_io", "socket"):
-                memo[id(value)] = value
-    return memo
-
-
 class TracedModel:
     """A traced copy of a model: its groups, and what is left of it when channels leave.
 
@@ -163,7 +109,7 @@ class TracedModel:
     """
 
     def __init__(self, module: nn.Module, inputs: ForwardInputs) -> None:
-        self._copy = copy_for_tracing(module, rounded=False)
+        self._copy = copy_module(module, rounded=False)
         for layer in self._copy.modules():
             for parameter in layer.parameters(recurse=False):  # frozen layers are invisible to the tracing
                 one_for_all = not isinstance(layer, _ROOTS) and not is_lazy(parameter) and parameter.numel() == 1
@@ -175,7 +121,7 @@ class TracedModel:
             raise ValueError(f"{error}.") from None
         except FAILURES as error:
             raise ValueError(
-                f"{type(module).__name__} cannot be traced ({_first_line(error)}). Prune a part of it: "
+                f"{type(module).__name__} cannot be traced ({first_line(error, 120)}). Prune a part of it: "
                 "`module='the part'`."
             ) from error
         self._patience = Patience(self._graph)
@@ -220,7 +166,7 @@ class TracedModel:
         try:
             return self._whole(self._walk(layer, range(_outputs_of(layer))))
         except FAILURES as error:
-            return f"torch-pruning cannot follow its channels ({_first_line(error)})"
+            return f"torch-pruning cannot follow its channels ({first_line(error, 120)})"
 
     def _whole(self, group: Any) -> Any:
         """Return the group from a layer that has all of its channels: of a split tensor's layer it may hold a part."""
@@ -261,7 +207,7 @@ class TracedModel:
             side = "out" if self._graph.is_out_channel_pruning_fn(item.dep.handler) else "in"
             members.append(Member(self._names[layer], side, tuple(item.idxs), tuple(item.root_idxs)))
             blocks = math.lcm(blocks, _blocks(layer))
-            if side == "out" and isinstance(layer, (*_CONVOLUTIONS, *_TRANSPOSED)) and _blocks(layer) > 1:
+            if side == "out" and isinstance(layer, (*CONVOLUTIONS, *TRANSPOSED)) and _blocks(layer) > 1:
                 fewest = 2  # with one output a block it would be a depthwise convolution
         problem = self._computed(members) or self._misaligned(members, channels, blocks)
         return ChannelGroup(
@@ -389,10 +335,6 @@ def _outputs_of(layer: Any) -> int:
     return next(int(getattr(layer, name)) for name in names if hasattr(layer, name))
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:120]
-
-
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
     """Return floating-point parameters and buffers, all names of a shared one too."""
     parameters = dict(module.named_parameters(remove_duplicate=False))
@@ -411,25 +353,13 @@ def _plain_attributes(layer: nn.Module) -> dict[str, Any]:
 def _blocks(layer: nn.Module) -> int:
     if isinstance(layer, nn.GroupNorm):
         return layer.num_groups
-    if isinstance(layer, (*_CONVOLUTIONS, *_TRANSPOSED)) and not _is_depthwise(layer):
+    if isinstance(layer, (*CONVOLUTIONS, *TRANSPOSED)) and not _is_depthwise(layer):
         return layer.groups
     return 1
 
 
 def _is_depthwise(layer: Any) -> bool:
     return bool(layer.groups == layer.out_channels == layer.in_channels)
-
-
-@contextmanager
-def _without_flash_paths():  # type: ignore[no-untyped-def]
-    """Trace with gradients and without the fused path of ``nn.TransformerEncoder``, which hides its layers."""
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with torch.enable_grad(), torch.inference_mode(False):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 class _Untraceable(ValueError):
@@ -454,7 +384,9 @@ def _trace(module: nn.Module, inputs: ForwardInputs) -> tuple[Any, list[Tensor],
         return [leaf if leaf.ndim > 1 else leaf.reshape(-1, 1) for leaf in outputs]  # it takes dimension 1 as theirs
 
     with (
-        _without_flash_paths(),
+        without_fast_path(),
+        torch.enable_grad(),
+        torch.inference_mode(False),
         torch.random.fork_rng(devices=[]),
         _opaque_recurrent_layers(module),
         _without_metrics(module),
@@ -506,7 +438,7 @@ def _opaque_recurrent_layers(module: nn.Module):  # type: ignore[no-untyped-def]
         traced = _Opaque.apply(source, *(leaf.detach() for leaf in leaves))  # type: ignore[no-untyped-call]
         return tree_unflatten(list(traced), structure)
 
-    recurrent = (layer for layer in module.modules() if isinstance(layer, (nn.RNNBase, nn.RNNCellBase)))
+    recurrent = (layer for layer in module.modules() if isinstance(layer, RECURRENT))
     handles = [layer.register_forward_hook(opaque) for layer in recurrent]
     try:
         yield

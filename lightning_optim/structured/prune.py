@@ -7,7 +7,7 @@ from typing import Any, Literal
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
-from lightning_optim.checkpoint import plain_plan, plan_of
+from lightning_optim.checkpoint import plain_plan
 from lightning_optim.functional.channels import ChannelCriterion
 from lightning_optim.measure.size import SIZES
 from lightning_optim.structured.allocation import Allocation, one_pool, shortfall
@@ -20,7 +20,7 @@ from lightning_optim.structured.events import (
     plan_event,
 )
 from lightning_optim.structured.groups import Removal
-from lightning_optim.structured.removal import apply_removal
+from lightning_optim.structured.removal import ChannelRemoval
 from lightning_optim.structured.selection import refuse_shared, select_roots
 from lightning_optim.tables import by_reason, by_stack, render
 from lightning_optim.target import ForwardInputs, Pattern, as_forward_calls, find_target
@@ -123,7 +123,7 @@ def prune_channels(
         raise ValueError(f"prune_channels can remove nothing: {found.reasons()}.")
     removal, channels = _planned(target, inputs, found, ratio, allocation, prefix, check)
     before = SIZES["parameters"](target)
-    _commit(model, prefix, removal)
+    ChannelRemoval(prefix, removal)(model)
     return PruningReport(channels, (int(before), int(SIZES["parameters"](target))), found.left_out, plain_plan(model))
 
 
@@ -147,12 +147,3 @@ def _planned(
     if miss.exceeds:
         rank_zero_warn(f"prune_channels: {miss.sentence()}")
     return event.removal, event.channels
-
-
-def _commit(model: nn.Module, prefix: str, removal: Removal) -> None:
-    plan = plan_of(model)
-
-    def track(name: str, attributes: tuple[str, ...]) -> None:
-        plan.track(f"{prefix}{name}" if name else prefix.rstrip("."), *attributes)
-
-    apply_removal(model.get_submodule(prefix.rstrip(".")), removal, track)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_optim.modules import RECURRENT
 from lightning_optim.structured.splits import Part
 
 __all__ = ["own_pruners", "treats_channels_alike"]
@@ -70,7 +71,7 @@ def own_pruners(graph: Any, module: nn.Module) -> dict[type[nn.Module], Any]:
     class RecurrentPruner(BasePruningFunc):  # type: ignore[misc]
         """Inputs of a recurrent layer; its outputs are states of its gates and stay."""
 
-        TARGET_MODULES = (nn.RNNBase, nn.RNNCellBase)
+        TARGET_MODULES = RECURRENT
 
         def prune_out_channels(self, layer: nn.Module, idxs: Sequence[int]) -> nn.Module:
             raise ValueError(f"{type(layer).__name__} cannot lose outputs")
@@ -130,7 +131,7 @@ def own_pruners(graph: Any, module: nn.Module) -> dict[type[nn.Module], Any]:
     pruners: dict[type[nn.Module], Any] = {Part: PartPruner()}  # an entry also makes the graph look up the one above
     kinds: list[tuple[Any, Any]] = [
         ((nn.EmbeddingBag,), BagPruner()),
-        ((nn.RNNBase, nn.RNNCellBase), RecurrentPruner()),
+        (RECURRENT, RecurrentPruner()),
     ]
     layers = list(module.modules())
     for layer in layers:

@@ -1,15 +1,17 @@
 """Removal: channels leave a live model, its optimizers and its averaged copies, or nothing changes."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_optim.checkpoint import inherit
+from lightning_optim.change import Kept
+from lightning_optim.checkpoint import inherit, plan_of
 from lightning_optim.structured.groups import Removal
 
-__all__ = ["apply_removal", "keep_channels"]
+__all__ = ["ChannelRemoval", "apply_removal", "keep_channels"]
 
 
 def keep_channels(tensor: Tensor, kept: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -87,3 +89,25 @@ def _smaller(old: nn.Parameter, kept: Tensor, shape: tuple[int, ...]) -> nn.Para
     if old.grad is not None:
         new.grad = keep_channels(old.grad, kept, shape)
     return new
+
+
+@dataclass(frozen=True)
+class ChannelRemoval:
+    """A removal as a change of the whole model; the plan of what it is applied to follows.
+
+    Attributes:
+        prefix: Name prefix of the module that was traced; empty or ending in a dot.
+        removal: What is left of that module.
+    """
+
+    prefix: str
+    removal: Removal
+
+    def __call__(self, root: nn.Module) -> Kept:
+        """Remove the channels from a model, or from an averaged copy of it."""
+        plan = plan_of(root)
+
+        def track(name: str, attributes: tuple[str, ...]) -> None:
+            plan.track(f"{self.prefix}{name}" if name else self.prefix.rstrip("."), *attributes)
+
+        return apply_removal(root.get_submodule(self.prefix.rstrip(".")), self.removal, track)

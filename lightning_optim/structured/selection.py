@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from lightning_optim._upstream import NormBase
+from lightning_optim.modules import NORMS, RECURRENT
 from lightning_optim.target import Pattern, select_weights
 
 __all__ = ["refuse_shared", "select_roots"]
@@ -48,7 +48,7 @@ def select_roots(
     for name, layer in target.named_modules():
         if isinstance(layer, nn.MultiheadAttention):
             left_alone |= dict.fromkeys((name, f"{name}.out_proj"), "nn.MultiheadAttention would be scrambled")
-        elif isinstance(layer, (nn.RNNBase, nn.RNNCellBase)):
+        elif isinstance(layer, RECURRENT):
             left_alone[name] = f"{type(layer).__name__} cannot lose channels"
     for parameter, reason in selection.left_out.items():
         name, _, leaf = parameter.removeprefix(prefix).rpartition(".")
@@ -59,5 +59,5 @@ def select_roots(
 
 def _has_channels(layer: nn.Module) -> bool:
     """Norms and activations follow the layers before them; embeddings and others decide for themselves."""
-    followers = (nn.LayerNorm, nn.GroupNorm, NormBase, nn.PReLU)
+    followers = (*NORMS, nn.PReLU)
     return not isinstance(layer, followers)

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from lightning_optim.calls import try_forward
 from lightning_optim.functional.channels import ChannelCriterion
+from lightning_optim.modules import copy_module
 from lightning_optim.structured.allocation import Allocation
 from lightning_optim.structured.events import ChannelReport, check_ratio, find_prunable, held_gradients, plan_event
-from lightning_optim.structured.groups import copy_for_tracing
 from lightning_optim.structured.removal import apply_removal
 from lightning_optim.structured.selection import refuse_shared, select_roots
 from lightning_optim.tables import render
@@ -164,14 +164,14 @@ def sensitivity(
     refuse_shared(model, target, prefix)
     inputs = as_forward_calls(example_inputs)
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        duplicate = copy_for_tracing(target)
+        duplicate = copy_module(target)
         for call in (inputs, *inputs.further):
             try_forward(duplicate, call, argument="`example_inputs`", advice=_ADVICE)
     found = find_prunable(target, inputs, *select_roots(target, prefix, include, exclude))
     if not found.groups:
         raise ValueError(f"sensitivity can remove nothing: {found.reasons()}.")
     gradients = held_gradients(target)
-    baseline = _metric(evaluate, copy_for_tracing(model))
+    baseline = _metric(evaluate, copy_module(model))
     steps = [(name, ratio) for name in found.groups for ratio in rising]
     hidden = not progress or getattr(rank_zero_only, "rank", 0) != 0
     scores: dict[str, list[float]] = {}
@@ -193,7 +193,7 @@ def _smaller(
     gradients: Mapping[str, Tensor],
 ) -> nn.Module:
     """Return a copy of the model without that share of one group."""
-    smaller = copy_for_tracing(model)
+    smaller = copy_module(model)
     target = smaller.get_submodule(prefix.rstrip("."))
     group = {name: found.groups[name]}
     event = plan_event(target, inputs, group, {name: group[name].channels}, ratio, allocation, gradients, prefix)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lightning_optim import _upstream
+from lightning_optim.modules import CONVOLUTIONS, EMBEDDINGS, TRANSPOSED
 
 if TYPE_CHECKING:
     from lightning_optim.structured.groups import ChannelGroup
@@ -31,17 +32,8 @@ _SPLITS = {
     if hasattr(owner, name)
 }
 _SLICES = {torch.narrow, Tensor.narrow, Tensor.__getitem__}
-_CHANNELS_FIRST = (
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
-    nn.ConvTranspose1d,
-    nn.ConvTranspose2d,
-    nn.ConvTranspose3d,
-    nn.GroupNorm,
-    _upstream.NormBase,
-)
-_CHANNELS_LAST = (nn.Linear, nn.LayerNorm, nn.Embedding, nn.EmbeddingBag, nn.RNNBase)
+_CHANNELS_FIRST = (*CONVOLUTIONS, *TRANSPOSED, nn.GroupNorm, _upstream.NormBase)
+_CHANNELS_LAST = (nn.Linear, nn.LayerNorm, *EMBEDDINGS, nn.RNNBase)
 _REARRANGED = re.compile(r"view|reshape|squeeze|select|unbind|expand|sum|mean|mm|attention")
 _SLICE = "SliceBackward0"
 _COUNT = re.compile(r"_?(c|c_|c\d|.*(ch|chs|channels?|dims?|features|width|hidden|planes|size|sizes|split|splits).*)")

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_optim.modules import without_fast_path
 from lightning_optim.quantization.calibrate import quantize_post_training
-from lightning_optim.quantization.graph import without_fast_path
 
 
 class Block(nn.Module):

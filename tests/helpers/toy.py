@@ -98,7 +98,7 @@ def remove_blocks(root: nn.Module, name: str, places: set[int]) -> None:
 
 
 class Once(CompressionCallback):
-    """Change the module's structure once, at a step; optimizers keep the state of parameters that stay."""
+    """Change the module's structure once, at a step: ``change(root)``."""
 
     def __init__(self, change, start: int = 10, **options):
         super().__init__(Window(start, start), **options)
@@ -111,12 +111,7 @@ class Once(CompressionCallback):
         self._pl_module = pl_module
 
     def apply_event(self, trainer, pl_module):
-        self.change(pl_module)
-        (optimizer,) = trainer.optimizers
-        (group,) = optimizer.param_groups
-        group["params"] = list(pl_module.parameters())
-        for gone in optimizer.state.keys() - set(group["params"]):
-            del optimizer.state[gone]
+        self.commit(trainer, pl_module, self.change)
 
     def plan_entry(self):
         return {"technique": "Once"}

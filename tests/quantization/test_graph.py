@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from helpers.exported import Branches, ResNet, TextConv, images, quantized, sentences
-from lightning_optim.quantization.graph import GraphFacts, read_graph, without_fast_path
+from lightning_optim.quantization.graph import GraphFacts, read_graph
 from lightning_optim.target import ForwardInputs
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -124,16 +124,6 @@ def test_nothing_to_read_and_what_cannot_be_read():
     assert read_graph(module, ForwardInputs((images(2),)), (), ()) == GraphFacts({}, {})
     with pytest.raises(ValueError, match=r"cannot be exported by torch.export .*\. Without the graph"):
         facts(module, images(2))
-
-
-def test_the_fast_path_comes_back():
-    assert torch.backends.mha.get_fastpath_enabled()
-    with without_fast_path():
-        assert not torch.backends.mha.get_fastpath_enabled()
-    assert torch.backends.mha.get_fastpath_enabled()
-    with pytest.raises(ZeroDivisionError), without_fast_path():
-        _ = 1 / 0
-    assert torch.backends.mha.get_fastpath_enabled()
 
 
 def test_a_pooling_that_returns_two_tensors_is_read_over():
