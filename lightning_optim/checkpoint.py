@@ -11,7 +11,7 @@ user's class is given the same structure before its weights are loaded. Three ho
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
@@ -25,8 +25,9 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
+from lightning_optim.files import is_sharded_folder
 from lightning_optim.optimizers import following
-from lightning_optim.plan import EMPTY, KEY, VERSION, Plan, check_version
+from lightning_optim.plan import EMPTY, KEY, VERSION, Contributor, Plan, check_version
 from lightning_optim.provenance import provenance
 from lightning_optim.structure import inherit, is_layer_class, layer_class
 from lightning_optim.target import averaged_copies, lightning_class
@@ -98,7 +99,8 @@ class _LoadHook(_Hook):
         check_version(plain)
         _check_class(checkpoint, type(self.module))
         trainer = getattr(self.module, "_trainer", None)
-        _check_claims(plain, trainer)
+        if trainer is not None and trainer.state.fn == "fit":
+            _check_claims(plain, plan_of(self.module).contributors(trainer))
         for module in (self.module, *(averaged_copies(trainer) if trainer is not None else ())):
             with following(module):
                 plan_of(module).conform(plain)
@@ -118,11 +120,9 @@ def _check_class(checkpoint: Mapping[str, Any], cls: type) -> None:
         )
 
 
-def _check_claims(plain: Mapping[str, Any], trainer: Any) -> None:
-    """When a run is resumed, every entry of the file's plan must belong to one of the Trainer's callbacks."""
-    if trainer is None or trainer.state.fn != "fit":
-        return
-    keys = [callback.state_key for callback in _contributors(trainer)]
+def _check_claims(plain: Mapping[str, Any], contributors: Iterable[Contributor]) -> None:
+    """Reject the file of a resumed run unless every entry of its plan belongs to one of the Trainer's callbacks."""
+    keys = [callback.state_key for callback in contributors]
     for entry in plain["entries"]:
         if entry not in keys:
             raise MisconfigurationException(
@@ -134,18 +134,12 @@ def _check_claims(plain: Mapping[str, Any], trainer: Any) -> None:
 def write_plan(plan: Plan, file: dict[str, Any]) -> None:
     """Write into a checkpoint a module's structure, what each technique contributes, and where the file comes from."""
     trainer = getattr(plan.module, "_trainer", None)
-    contributors = _contributors(trainer)
+    contributors = () if trainer is None else plan.contributors(trainer)
     plan.entries |= {callback.state_key: callback.plan_entry() for callback in contributors}
     trains = trainer is not None and trainer.state.fn == "fit"  # validated and saved again, it is what it was
     if trains or not plan.provenance:
         plan.provenance = provenance(plan.module, trainer, contributors)
     file[KEY] = plan.as_plain()
-
-
-def _contributors(trainer: Any) -> list[Any]:
-    """Return the Trainer's compression callbacks, by the mark they carry: this module does not know them."""
-    callbacks = [] if trainer is None else trainer.callbacks
-    return [callback for callback in callbacks if getattr(callback, "contributes_to_plan", False)]
 
 
 def plan_of(module: nn.Module) -> Plan:
@@ -174,6 +168,7 @@ def share_plan(module: nn.Module, name: str) -> None:
     for full, base in list(outer._base.items()):
         if full == name or full.startswith(f"{name}."):
             inner._base.setdefault(full.removeprefix(name).removeprefix("."), base)
+    inner.contributors = outer.contributors
     for each in (module, below):
         detach(each)
 
@@ -188,9 +183,16 @@ def plan_below(plain: Mapping[str, Any], name: str) -> dict[str, Any]:
     return {**plain, "modules": modules}
 
 
-def attach(module: nn.Module) -> None:
-    """Wrap a LightningModule's checkpoint hooks on the instance; wrapping twice is harmless."""
-    plan_of(module)
+def attach(module: nn.Module, contributors: Callable[[Any], Sequence[Contributor]] | None = None) -> None:
+    """Wrap a LightningModule's checkpoint hooks on the instance; wrapping twice is harmless.
+
+    Args:
+        module: The LightningModule.
+        contributors: Function of a Trainer that returns those of its callbacks that add entries to the plan.
+    """
+    plan = plan_of(module)
+    if contributors is not None:
+        plan.contributors = contributors
     if not isinstance(module.__dict__.get(_LoadHook.name), _LoadHook):
         _LoadHook(module)
 
@@ -344,7 +346,7 @@ def read_checkpoint(path: str | Path, *, weights_only: bool = True) -> dict[str,
         FileNotFoundError: If there is no such file.
         ValueError: If it is not a complete Lightning checkpoint; the sentence says what it is instead.
     """
-    if (Path(path) / "meta.pt").is_file():  # as lightning_optim.strategies.sharded_files.is_sharded_folder
+    if is_sharded_folder(path):
         raise ValueError(
             f"{str(path)!r} is a folder to which each process wrote its part. Make one file of it with "
             "lightning_optim.strategies.consolidate(folder, file), and load that."

@@ -5,7 +5,15 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-__all__ = ["replace_files", "written_aside"]
+__all__ = ["METADATA", "is_sharded_folder", "replace_files", "written_aside"]
+
+METADATA = "meta.pt"
+"""The file of a sharded checkpoint that holds everything but weights and optimizer states; Lightning's name for it."""
+
+
+def is_sharded_folder(path: str | Path) -> bool:
+    """Whether a path is a checkpoint folder to which each process wrote its part."""
+    return (Path(path) / METADATA).is_file()
 
 
 @contextmanager

@@ -8,9 +8,9 @@ Names in a plan are those of the changed module. Where blocks of a stack are rem
 stack had been built with fewer of them; the plan says which place of the original each child had.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -18,7 +18,7 @@ from torch import nn
 from lightning_optim._version import __version__
 from lightning_optim.structure import PLACE, Replaced, Structure, children_of, emptied, filled, made, restructure
 
-__all__ = ["EMPTY", "KEY", "VERSION", "Plan", "check_version"]
+__all__ = ["EMPTY", "KEY", "VERSION", "Contributor", "Plan", "check_version"]
 
 KEY = "lightning_optim"
 """The checkpoint's top-level key."""
@@ -27,6 +27,21 @@ VERSION = 2
 """Version of the plan's layout; a newer one is refused. Version 1 had no added or removed parameters and children."""
 
 EMPTY: Mapping[str, Any] = {"version": VERSION, "modules": {}, "entries": {}}
+
+
+class Contributor(Protocol):
+    """A technique's callback, as the plan knows it."""
+
+    @property
+    def state_key(self) -> str:
+        """The key of its entry."""
+
+    def plan_entry(self) -> dict[str, Any]:
+        """Return its entry: plain types only."""
+
+
+def _nobody(trainer: Any) -> Sequence[Contributor]:
+    return ()
 
 
 @dataclass(frozen=True)
@@ -48,11 +63,14 @@ class Plan:
         module: The module whose names the plan speaks.
         entries: What each technique contributes besides, by ``state_key``: plain types only.
         provenance: Where the module's weights come from; a file that is loaded and saved again keeps it.
+        contributors: Returns the contributors among a Trainer's callbacks; registered by whoever attaches the plan. A
+            function of the module level, since the plan is copied and pickled with its module.
     """
 
     module: nn.Module
     entries: dict[str, dict[str, Any]] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
+    contributors: Callable[[Any], Sequence[Contributor]] = _nobody
     _base: dict[str, Structure] = field(default_factory=dict)
     """What the user's class makes of each watched layer, by the name that the layer has there."""
 

@@ -47,7 +47,6 @@ class CompressionCallback(WindowedCallback):
         exclude: What is left out.
     """
 
-    contributes_to_plan = True
     recipe: Mapping[str, Any] | None = None
     """The recipe's arguments that it was made from, for the checkpoint."""
     instead = INSTEAD
@@ -99,7 +98,7 @@ class CompressionCallback(WindowedCallback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Check the strategy and attach the plan before anything is loaded."""
-        checkpoint.attach(pl_module)
+        checkpoint.attach(pl_module, compressions)
         if stage == "fit":
             check_supported(type(self).__name__, trainer.strategy, self.instead)
             check_score_is_logged(callbacks_of(trainer))
@@ -181,7 +180,9 @@ def _technique(callback: CompressionCallback) -> type:
 
 def _write_plan(pl_module: pl.LightningModule, file: dict[str, Any]) -> None:
     if checkpoint.KEY not in file:  # one callback writes it for all
-        checkpoint.write_plan(checkpoint.plan_of(pl_module), file)
+        plan = checkpoint.plan_of(pl_module)  # a new one where `teardown` dropped an empty one
+        plan.contributors = compressions
+        checkpoint.write_plan(plan, file)
     if "on_load_checkpoint" not in vars(pl_module):  # after the fit: nothing stays attached
         checkpoint.detach(pl_module)
 

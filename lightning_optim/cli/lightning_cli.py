@@ -18,8 +18,8 @@ from lightning_optim.cli.building import build, is_distilled, load
 from lightning_optim.cli.command import UserError, said_plainly
 from lightning_optim.cli.mistakes import check_strategy, parse_mistake
 from lightning_optim.distillation import DistillationModule
+from lightning_optim.files import is_sharded_folder
 from lightning_optim.recipe import Recipe
-from lightning_optim.strategies.sharded_files import is_sharded_folder
 
 __all__ = ["ObjectsCLI", "OptimCLI", "SaveConfigBesideLogs"]
 

@@ -16,8 +16,7 @@ from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.state_dict_loader import load
 
 from lightning_optim.errors import first_line
-from lightning_optim.files import written_aside
-from lightning_optim.strategies.sharded_files import METADATA
+from lightning_optim.files import METADATA, written_aside
 
 __all__ = ["consolidate"]
 

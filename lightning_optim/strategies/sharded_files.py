@@ -15,20 +15,14 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_optim.files import METADATA, is_sharded_folder
 from lightning_optim.optimizers import unwrapped
 from lightning_optim.sharding import full, is_dtensor, is_sharded, shard_like
 
-__all__ = ["METADATA", "ShardedFiles", "is_sharded_folder"]
+__all__ = ["ShardedFiles"]
 
-METADATA = "meta.pt"
-"""The file of a folder that holds what is neither weights nor optimizer states; Lightning's name for it."""
 FOLDER_KEY = "lightning_optim_folder"
 """Where a read folder's path travels in the checkpoint until weights and optimizer states are loaded from it."""
-
-
-def is_sharded_folder(path: str | Path) -> bool:
-    """Whether a path is a checkpoint that each process wrote its part to."""
-    return (Path(path) / METADATA).is_file()
 
 
 class ShardedFiles:
