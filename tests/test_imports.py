@@ -57,8 +57,14 @@ def test_imports_point_one_way(path):
     assert not above
 
 
-@pytest.mark.parametrize("path", sorted((PACKAGE / "functional").glob("*.py")), ids=lambda path: path.name)
-def test_functional_is_pure(path):
+PURE = [
+    *sorted((PACKAGE / "functional").glob("*.py")),
+    *(PACKAGE / f"strategies/{name}.py" for name in ("cost", "traffic")),
+]
+
+
+@pytest.mark.parametrize("path", PURE, ids=lambda path: path.name)
+def test_arithmetic_is_pure(path):
     roots = {
         (node.module or "").split(".")[0] if isinstance(node, ast.ImportFrom) else node.names[0].name.split(".")[0]
         for node in ast.walk(ast.parse(path.read_text()))

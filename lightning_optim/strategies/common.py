@@ -14,7 +14,6 @@ from lightning_optim import _upstream
 
 __all__ = [
     "INSTEAD",
-    "SHARDED_PRECISIONS",
     "check_batchnorm_sync",
     "check_supported",
     "checked_timeout",
@@ -28,8 +27,6 @@ SUPPORTED = ("SingleDeviceStrategy", "DDPStrategy", "OptimFSDP2")
 """Names of the strategy classes that compression is correct under, with their subclasses."""
 REFUSED = ("DeepSpeedStrategy", "SingleDeviceXLAStrategy", "XLAStrategy")
 """Subclasses of those all the same, under which it is not."""
-SHARDED_PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
-"""What OptimFSDP2 trains in."""
 INSTEAD = "Take Trainer(strategy='optim_fsdp'), 'optim_ddp', or a single device."
 
 

@@ -21,13 +21,13 @@ from lightning_optim.optimizers import check_current, following
 from lightning_optim.sharding import is_dtensor, is_sharded, local, reshard
 from lightning_optim.strategies import gradients
 from lightning_optim.strategies.common import (
-    SHARDED_PRECISIONS,
     check_batchnorm_sync,
     checked_timeout,
     end_children,
     end_group_at_exit,
     name_rank,
 )
+from lightning_optim.strategies.cost import SHARDED_PRECISIONS
 from lightning_optim.strategies.divide import Recomputed, divide, has_own_statistics, register_steps
 from lightning_optim.strategies.reads import Reads, mixed_said_plainly
 from lightning_optim.strategies.sharded_files import ShardedFiles

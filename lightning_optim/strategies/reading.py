@@ -14,14 +14,14 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from lightning_optim.modules import EMBEDDINGS
-from lightning_optim.strategies.cost import DEVICES, OPTIMIZERS, Cluster, Model, OptimizerState, compute_seconds
+from lightning_optim.strategies.cost import DEVICES, OPTIMIZERS, Cluster, Model, OptimizerState
 from lightning_optim.strategies.tensor import find_pairs
+from lightning_optim.strategies.traffic import compute_seconds, duration
 from lightning_optim.strategies.units import find_units
 from lightning_optim.target import ForwardInputs, as_forward_inputs, first_rows, map_inputs
 
 __all__ = [
     "Board",
-    "duration",
     "of_a_count",
     "optimizer_bytes",
     "read_board",
@@ -44,11 +44,6 @@ SPLIT_OF_A_COUNT = 0.87
 
 WIDTH_OVER_DEPTH = 128
 """Of a transformer of which only a count is known: 4096 / 32 in Llama 3.1 8B, 12288 / 96 in GPT-3."""
-
-
-def duration(seconds: float) -> str:
-    """Return seconds in words."""
-    return f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
 
 
 def read_module(module: nn.Module) -> Model:

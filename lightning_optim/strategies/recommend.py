@@ -1,34 +1,20 @@
 """Which preset to take: memory, traffic and step time of each on paper, ranked, with the arithmetic shown."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from lightning.pytorch.strategies import Strategy
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_optim.strategies.common import SHARDED_PRECISIONS
-from lightning_optim.strategies.cost import (
-    FILLED,
-    MFU,
-    PRECISIONS,
-    REACHED,
-    Cluster,
-    Collective,
-    Held,
-    Layout,
-    Model,
-    collectives,
-    efficiency,
-    held_bytes,
-    overlapped_seconds,
-    share,
-)
+from lightning_optim.strategies.cost import PRECISIONS, REACHED
+from lightning_optim.strategies.explain import COLUMNS, cells, formulas, unit_of
 from lightning_optim.strategies.presets import PRESETS
+from lightning_optim.strategies.ranking import VARIANTS, Question, Row, notes_on, rank
 from lightning_optim.strategies.reading import (
-    duration,
     of_a_count,
     optimizer_bytes,
     read_board,
@@ -39,108 +25,10 @@ from lightning_optim.strategies.reading import (
     saved_bytes,
     with_split,
 )
+from lightning_optim.strategies.traffic import MFU
 from lightning_optim.tables import by_reason, render
 
 __all__ = ["Recommendation", "Row", "recommend", "saved_bytes"]
-
-SAME = 1.02
-"""Times nearer than this count as equal: the model is not more exact."""
-
-PLANS: Mapping[str, Callable[[Cluster, int, int], Layout]] = {
-    "optim_single": lambda cluster, replicate, tensor: Layout(),
-    "optim_ddp": lambda cluster, replicate, tensor: Layout(replicate=cluster.world),
-    "optim_fsdp": lambda cluster, replicate, tensor: Layout(shard=cluster.world),
-    "optim_zero2": lambda cluster, replicate, tensor: Layout(shard=cluster.world, reshard=False),
-    "optim_hsdp": lambda cluster, replicate, tensor: Layout(replicate=replicate, shard=cluster.world // replicate),
-    "optim_ddp_bf16": lambda cluster, replicate, tensor: Layout(replicate=cluster.world, wire=2),
-    "optim_ddp_fp16": lambda cluster, replicate, tensor: Layout(replicate=cluster.world, wire=2),
-    "optim_tp": lambda cluster, replicate, tensor: Layout(tensor=tensor),
-    "optim_2d": lambda cluster, replicate, tensor: Layout(shard=cluster.world // tensor, tensor=tensor),
-}
-"""Preset -> its layout. At equal times the earlier one is taken: the simpler, holding less, changing no gradient."""
-
-VARIANTS: Mapping[str, str] = {
-    "optim_ddp_static": "optim_ddp where every parameter takes part in every step",
-    "optim_ddp_notebook": "optim_ddp for notebooks",
-}
-"""Presets of the same figures as another."""
-
-
-@dataclass(frozen=True)
-class Question:
-    """What was asked, read from the arguments, the module and the devices.
-
-    Attributes:
-        model: Without tensor parallelism.
-        cluster: Devices and links.
-        memory: Bytes per device.
-        precision: The Trainer's.
-        optimizer: Bytes per trainable parameter.
-        batch_size: Samples per device and step.
-        tokens: Rows per device and step that a layer sees; None: not known.
-        compute: Seconds of a step on one device; None: not known.
-        activations: Bytes per device; None: not counted.
-    """
-
-    model: Model
-    cluster: Cluster
-    memory: float
-    precision: str
-    optimizer: float
-    batch_size: int
-    tokens: int | None
-    compute: float | None
-    activations: float | None
-
-    @property
-    def usable(self) -> float:
-        """Bytes per device that may be planned."""
-        return FILLED * self.memory
-
-
-@dataclass(frozen=True)
-class Row:
-    """One preset.
-
-    Attributes:
-        preset: Its name.
-        layout: How the devices divide the work.
-        model: With what tensor parallelism splits of it.
-        held: Bytes on one device.
-        collectives: What is sent in a step.
-        compute: Seconds of computation in a step; None: not known.
-        hidden: Seconds of communication beside the computation.
-        waiting: Seconds of communication that the computation waits for.
-        step_seconds: Predicted; only communication where ``compute`` is None.
-        seconds_per_sample: What the rows are ranked by: the step over the samples of all devices in it.
-        efficiency: Samples per second as a share of all devices times those of one; None where ``compute`` is None.
-        fits: Whether ``held`` is at most 0.85 of the memory.
-        reason: In words.
-        options: Arguments of the preset that depend on the devices.
-    """
-
-    preset: str
-    layout: Layout
-    model: Model
-    held: Held
-    collectives: tuple[Collective, ...]
-    compute: float | None
-    hidden: float
-    waiting: float
-    step_seconds: float
-    seconds_per_sample: float
-    efficiency: float | None
-    fits: bool
-    reason: str
-    options: Mapping[str, int]
-
-    @property
-    def sent(self) -> float:
-        """Bytes that a device sends in a step."""
-        return sum(each.sent for each in self.collectives)
-
-
-COLUMNS = ("preset", "weights", "grads", "optim", "units", "activ", "total", "sent", "step", "effic.", "fits")
 
 
 @dataclass(frozen=True)
@@ -200,17 +88,17 @@ class Recommendation:
 
     def table(self) -> str:
         """Return the rows as a text table."""
-        unit, word = _unit(self.rows)
+        unit, word = unit_of(self.rows)
         title = f"{word} per device and step; {self.question.usable / 1e9:.4g} GB may be used"
-        return render(title, COLUMNS, (_cells(row, unit) for row in self.rows))
+        return render(title, COLUMNS, (cells(row, unit) for row in self.rows))
 
     def to_markdown(self) -> str:
         """Return assumptions, table, reasons and notes as Markdown."""
-        unit, word = _unit(self.rows)
+        unit, word = unit_of(self.rows)
         lines = [f"- {line}" for line in self.assumptions]
         lines += ["", f"Sizes in {word}.", "", f"| {' | '.join((*COLUMNS, 'why'))} |"]
         lines += [f"| {' | '.join('---' for _ in range(len(COLUMNS) + 1))} |"]
-        lines += [f"| {' | '.join((*_cells(row, unit), row.reason))} |" for row in self.rows]
+        lines += [f"| {' | '.join((*cells(row, unit), row.reason))} |" for row in self.rows]
         return "\n".join([*lines, "", *(f"- {line}" for line in self._remarks())])
 
     def __str__(self) -> str:
@@ -227,97 +115,7 @@ class Recommendation:
             name: A preset; default the first row.
         """
         row = self.rows[0] if name is None else self.row(name)
-        unit, word = _unit([row])
-        lines = [
-            f"{row.preset}: {row.layout.data} batches at a time, state over {row.layout.shard}, "
-            f"layers over {row.layout.tensor}",
-            *_explain_held(row, self.question, unit, word),
-            *(_explain_sent(each, self.question.cluster, unit, word) for each in row.collectives),
-            *_explain_time(row, self.question),
-        ]
-        return "\n".join(lines)
-
-
-def _unit(rows: Sequence[Row]) -> tuple[float, str]:
-    """Return the unit in which the largest total has at least two digits before the point."""
-    largest = max(row.held.total for row in rows)
-    return next(((size, word) for size, word in ((1e9, "GB"), (1e6, "MB")) if largest >= 2 * size), (1e3, "kB"))
-
-
-def _cells(row: Row, unit: float) -> tuple[str, ...]:
-    held = row.held
-    parts = (held.weights, held.gradients, held.optimizer, held.units, held.activations, held.total, row.sent)
-    return (
-        row.preset,
-        *("?" if part is None else f"{part / unit:.4g}" for part in parts),
-        ("sends " if row.compute is None else "") + duration(row.step_seconds),
-        "?" if row.efficiency is None else f"{row.efficiency:.0%}",
-        "yes" if row.fits else "no",
-    )
-
-
-def _explain_held(row: Row, question: Question, unit: float, word: str) -> Iterator[str]:
-    precision, model, layout, held = PRECISIONS[question.precision], row.model, row.layout, row.held
-    left = share(model, layout.tensor)
-    split = f" * ({1 - model.split:.3g} + {model.split:.3g} / {layout.tensor})" if layout.tensor > 1 else ""
-    over = f"{split} / {layout.shard}" if layout.shard > 1 else split
-    for what, each, number, bytes_ in (
-        ("weights", precision.weight, model.parameters, held.weights),
-        ("gradients", precision.weight, model.trainable, held.gradients),
-        ("optimizer", question.optimizer, model.trainable, held.optimizer),
-    ):
-        yield f"  {what}: {each:.3g} B * {number:,}{over} = {bytes_ / unit:.4g} {word}"
-    if layout.shard > 1:
-        gathered = (
-            f"2 * {model.largest_unit:,} + {model.outside_units:,}" if layout.reshard else f"{model.parameters:,}"
-        )
-        yield (
-            f"  units: ({precision.compute} B * ({gathered}) + {precision.compute + precision.reduce} B * "
-            f"{model.largest_unit:,}){split} = {held.units / unit:.4g} {word}: gathered weights; one unit's gradient, "
-            "and as it is sent"
-        )
-    elif held.units:
-        yield (
-            f"  units: {precision.cast} B * {model.multiplied * left:,.0f} that autocast copies"
-            f"{' and one bucket' if layout.wire else ''} = {held.units / unit:.4g} {word}"
-        )
-    if held.activations is None:
-        yield "  activations: not counted"
-    else:
-        yield f"  activations: {held.activations / unit:.4g} {word}"
-    verdict = "<=" if row.fits else ">"
-    yield (
-        f"  total: {held.total / unit:.4g} {word} {verdict} {FILLED} * {question.memory / unit:.4g} = "
-        f"{question.usable / unit:.4g} {word}"
-    )
-
-
-def _explain_sent(each: Collective, cluster: Cluster, unit: float, word: str) -> str:
-    twice = "2 * " if each.kind == "all-reduce" else ""
-    rate = each.rate(cluster) / 1e9
-    shared = f" (shared by {each.beside})" if each.crosses and each.beside > 1 else ""
-    return (
-        f"  {each.kind} of {each.what}: {twice}{each.bytes / unit:.4g} {word} * {each.ranks - 1}/{each.ranks} = "
-        f"{each.sent / unit:.4g} {word} at {rate:.4g} GB/s{shared} + {each.calls} * {cluster.latency * 1e6:.3g} us * "
-        f"log2 {each.ranks} = {duration(each.seconds(cluster))}"
-    )
-
-
-def _explain_time(row: Row, question: Question) -> Iterator[str]:
-    cluster = question.cluster
-    names = f"M = {duration(row.hidden)}, W = {duration(row.waiting)}"
-    if row.compute is None:
-        yield f"  step: C is not known, communication alone is M + W: {names}"
-        return
-    jitter = f" * {1 + cluster.jitter}" if cluster.nodes > 1 and row.layout.devices > 1 else ""
-    yield (
-        f"  step: (max(C, M) + {1 - cluster.overlap:.2g} * min(C, M) + W){jitter} = {duration(row.step_seconds)} "
-        f"with C = {duration(row.compute)}, {names}"
-    )
-    yield (
-        f"  efficiency: {row.layout.data} * {duration(question.compute or 0)} / ({cluster.world} * "
-        f"{duration(row.step_seconds)}) = {row.efficiency:.1%}; {duration(row.seconds_per_sample)} per sample"
-    )
+        return "\n".join(formulas(row, self.question))
 
 
 def recommend(
@@ -410,7 +208,7 @@ def recommend(
         compute=compute,
         activations=activation_bytes,
     )
-    rows, left_out = _rows(question, subject, replicate)
+    rows, left_out = rank(question, partial(with_split, model, subject), replicate)
     assumptions = (
         f"{model.parameters:,} parameters, {model.trainable:,} trainable; {optimizer_words}; {precision}; "
         f"{batch_size} samples per device and step",
@@ -418,7 +216,7 @@ def recommend(
         compute_words,
         _activation_words(activation_bytes, example_inputs),
     )
-    return Recommendation(rows, question, assumptions, tuple(_notes(rows, question)), left_out)
+    return Recommendation(rows, question, assumptions, tuple(notes_on(rows, question)), left_out)
 
 
 def _check(**values: float | None) -> None:
@@ -462,177 +260,3 @@ def _activation_words(counted: float | None, example_inputs: Any) -> str:
         return "activations are NOT counted: pass `activation_bytes`, or the module and `example_inputs`"
     how = "as given" if example_inputs is None else "counted in one forward, without the loss"
     return f"activations take {counted / 1e9:.4g} GB per device, {how}"
-
-
-# The rows
-
-
-def _rows(
-    question: Question, subject: nn.Module | int, replicate: int | None
-) -> tuple[tuple[Row, ...], dict[str, str]]:
-    """Return the ranked rows, and the presets without one."""
-    rows, left_out = [], {}
-    for name in PLANS:
-        reason = _out_of_place(name, question, replicate)
-        if reason is not None:
-            left_out[name] = reason
-            continue
-        candidates = [
-            _row(name, replace(question, model=model), replicate or question.cluster.nodes, tensor)
-            for tensor in _tensor_sizes(name, question.cluster)
-            if (model := with_split(question.model, subject, tensor) if tensor > 1 else question.model) is not None
-        ]
-        if candidates:
-            rows.append(_ranked(candidates)[0])
-        else:
-            left_out[name] = "no pair of layers can be split over devices of one node"
-    ranked = _ranked(rows)
-    return tuple(replace(row, reason=_reason(row, ranked[0], question)) for row in ranked), left_out
-
-
-def _out_of_place(name: str, question: Question, replicate: int | None) -> str | None:
-    """Return why a preset has no row, None where it has one."""
-    cluster, precision = question.cluster, question.precision
-    several, timed = cluster.world > 1, question.compute is not None
-    groups = replicate or cluster.nodes
-    uneven = cluster.world % groups != 0 or cluster.world // groups < 2
-    single, compressed = name == "optim_single", name in ("optim_ddp_bf16", "optim_ddp_fp16")
-    hybrid, tensor = name == "optim_hsdp", name in ("optim_tp", "optim_2d")
-    sharded = PRESETS[name].sharded
-    reasons = {
-        "there is one device": not several and not single,
-        "what one device does cannot be compared while its time for a step is not known": several
-        and single
-        and not timed,
-        f"trains in {', '.join(SHARDED_PRECISIONS)}": sharded and precision not in SHARDED_PRECISIONS,
-        "needs a loss scale, precision 16-mixed": name == "optim_ddp_fp16" and precision != "16-mixed",
-        "float16 has the loss scale it needs and more digits": name == "optim_ddp_bf16" and precision == "16-mixed",
-        "gradients are bfloat16 already": name == "optim_ddp_bf16" and precision == "bf16-true",
-        "whether rounding gradients pays cannot be told while the time of a step is not known": compressed
-        and not timed,
-        f"there is one {'group' if replicate else 'node'}": hybrid and groups == 1,
-        f"{cluster.world} devices make no {groups} groups of at least two": hybrid and uneven,
-        "layers are split within a node; optim_2d takes several": name == "optim_tp" and cluster.nodes > 1,
-        "what split layers send is not known: pass `tokens_per_sample` (1 where a sample is one row)": tensor
-        and question.tokens is None,
-    }
-    return next((reason for reason, holds in reasons.items() if holds), None)
-
-
-def _tensor_sizes(name: str, cluster: Cluster) -> tuple[int, ...]:
-    if name == "optim_tp":
-        return (cluster.devices,)
-    if name == "optim_2d":
-        return tuple(size for size in (2, 4, 8) if cluster.devices % size == 0 and size < cluster.world)
-    return (1,)
-
-
-def _row(name: str, question: Question, replicate: int, tensor: int) -> Row:
-    layout = PLANS[name](question.cluster, replicate, tensor)
-    cluster = question.cluster if layout.devices > 1 else replace(question.cluster, nodes=1)
-    precision, model = PRECISIONS[question.precision], question.model
-    held = held_bytes(model, layout, precision, question.optimizer, question.activations)
-    sent = collectives(model, layout, precision, cluster, question.tokens or 1)
-    hidden, waiting = (sum(each.seconds(cluster) for each in sent if each.waits is waits) for waits in (False, True))
-    compute = None if question.compute is None else question.compute * share(model, tensor)
-    step = overlapped_seconds(compute or 0.0, hidden, waiting, cluster)
-    return Row(
-        preset=name,
-        layout=layout,
-        model=model,
-        held=held,
-        collectives=sent,
-        compute=compute,
-        hidden=hidden,
-        waiting=waiting,
-        step_seconds=step,
-        seconds_per_sample=step / (layout.data * question.batch_size),
-        efficiency=_efficiency(question, step, layout),
-        fits=held.total <= question.usable,
-        reason="",
-        options=_options(name, layout),
-    )
-
-
-def _efficiency(question: Question, step: float, layout: Layout) -> float | None:
-    if question.compute is None:
-        return None
-    return efficiency(question.compute, step, layout.data, question.cluster.world)
-
-
-def _options(name: str, layout: Layout) -> dict[str, int]:
-    if name == "optim_hsdp":
-        return {"replicate": layout.replicate}
-    return {"tensor": layout.tensor} if layout.tensor > 1 else {}
-
-
-def _ranked(rows: Iterable[Row]) -> list[Row]:
-    """Sort by time per sample, the simpler first where times are equal, and what does not fit at the end by bytes."""
-    order = list(PLANS)
-    left = sorted(rows, key=lambda row: row.seconds_per_sample)
-    too_big = sorted((row for row in left if not row.fits), key=lambda row: row.held.total)
-    fitting = [row for row in left if row.fits]
-    ranked = []
-    while fitting:
-        near = [row for row in fitting if row.seconds_per_sample <= SAME * fitting[0].seconds_per_sample]
-        ranked.append(min(near, key=lambda row: order.index(row.preset)))
-        fitting.remove(ranked[-1])
-    return ranked + too_big
-
-
-def _reason(row: Row, best: Row, question: Question) -> str:
-    if not row.fits:
-        parts = {"weights": row.held.weights, "gradients": row.held.gradients, "optimizer states": row.held.optimizer}
-        parts |= {"units": row.held.units, "activations": row.held.activations or 0.0}
-        largest = max(parts, key=lambda part: parts[part])
-        return (
-            f"does not fit: {row.held.total / 1e9:.3g} GB of {question.usable / 1e9:.3g}, "
-            f"{parts[largest] / 1e9:.3g} of them {largest}"
-        )
-    return "; ".join(_words(row, best, question.cluster.world))
-
-
-def _words(row: Row, best: Row, world: int) -> Iterator[str]:
-    if row is best:
-        yield "fits, and none is faster by more than 2 %"
-    elif best.seconds_per_sample > 0:
-        slower = row.seconds_per_sample / best.seconds_per_sample
-        near = f"fits, {slower:.2f}x the time per sample of {best.preset}"
-        yield "fits, as fast and less simple" if slower <= SAME else near
-    if row.layout.devices == 1:
-        if world > 1:
-            yield f"takes one of {world} devices"
-        return
-    if row.compute is None:
-        yield f"sends for {duration(row.hidden + row.waiting)}"
-    elif row.hidden > row.compute:
-        yield f"the devices wait for the links: {duration(row.hidden)} against {duration(row.compute)} of computation"
-    else:
-        yield f"{duration(row.hidden)} of sending beside {duration(row.compute)} of computation"
-    if row.layout.tensor > 1:
-        yield f"{row.layout.tensor} devices share a batch"
-    if row.waiting:
-        yield f"and {duration(row.waiting)} in which the computation waits for activations"
-    if row.layout.wire is not None:
-        yield "gradients are rounded to 16 bits: pays on slow links only"
-
-
-def _notes(rows: Sequence[Row], question: Question) -> Iterator[str]:
-    cluster = question.cluster
-    if cluster.world == 1:
-        yield "There is one device: nothing distributed is needed."
-    elif rows[0].preset == "optim_single":
-        yield f"One device alone is faster than {cluster.world} that wait for each other."
-    elif rows[0].fits and rows[0].efficiency is not None:
-        state = held_bytes(
-            question.model, Layout(), PRECISIONS[question.precision], question.optimizer, question.activations
-        )
-        if state.total <= question.usable:
-            yield (
-                f"The model fits one device: {cluster.world} are not needed, they give "
-                f"{rows[0].efficiency * cluster.world:.3g} times the samples per second."
-            )
-    if any(row.preset == "optim_ddp" for row in rows):
-        yield "Same figures as optim_ddp: " + "; ".join(f"{name}, {words}" for name, words in VARIANTS.items()) + "."
-    if not rows[0].fits:
-        yield "Nothing fits: more devices, a smaller batch, activation checkpointing or an optimizer with less state."

@@ -11,13 +11,15 @@ from lightning_optim.strategies.cost import (
     OPTIMIZERS,
     PRECISIONS,
     Cluster,
-    Collective,
     Layout,
     Model,
+    held_bytes,
+)
+from lightning_optim.strategies.traffic import (
+    Collective,
     collectives,
     compute_seconds,
     efficiency,
-    held_bytes,
     overlapped_seconds,
 )
 

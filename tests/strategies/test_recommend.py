@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from lightning_optim.strategies.cost import OPTIMIZERS, PRECISIONS
 from lightning_optim.strategies.presets import PRESETS
-from lightning_optim.strategies.recommend import PLANS, VARIANTS, recommend, saved_bytes
+from lightning_optim.strategies.ranking import PLANS, VARIANTS
+from lightning_optim.strategies.recommend import recommend, saved_bytes
 
 WIDTH, DEPTH, VOCABULARY = 32, 4, 50
 BLOCK = 4 * WIDTH * WIDTH + 2 * WIDTH * 64 + 64 + WIDTH + 2 * 2 * WIDTH  # projections, up and down, two norms
