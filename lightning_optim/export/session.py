@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_optim._upstream import tree_flatten_with_path, tree_leaves
-from lightning_optim.export.verify import RUNTIMES
+from lightning_optim.export.runtimes import RUNTIMES
 
 __all__ = ["ExportedModel", "as_fed"]
 

@@ -14,7 +14,8 @@ from helpers.exported import NETS, TwoTowers, quantized
 from helpers.models import Classifier, data, new, train_loader, trainer, val_loader
 from lightning_optim.checkpoint import plain_plan
 from lightning_optim.export import export_onnx, integer
-from lightning_optim.export.verify import RUNTIMES, compare
+from lightning_optim.export.runtimes import RUNTIMES
+from lightning_optim.export.verify import compare
 from lightning_optim.quantization.calibrate import quantize_post_training
 from lightning_optim.quantization.prepare import quantized_layers, set_phase
 
