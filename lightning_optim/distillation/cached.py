@@ -1,6 +1,7 @@
 """The cached teacher of a distillation: its file is built at fit start where it is missing, and then read."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,21 +21,15 @@ from lightning_optim.target import ForwardInputs, batch_inputs, map_inputs
 __all__ = ["CachedTeacher"]
 
 
+@dataclass(eq=False)
 class CachedTeacher:
-    """Builds and reads the file of a distillation's teacher logits.
+    """Builds and reads the file of a distillation's teacher logits, on a disk that all ranks see."""
 
-    Args:
-        points: The distillation module.
-        live: Its teacher, which computes what is missing.
-        path: The file, on a disk that all ranks see.
-    """
-
-    def __init__(self, points: SubclassPoints, live: LiveTeacher, path: Path) -> None:
-        self.points = points
-        self.live = live
-        self.path = path
-        self.cache: LogitCache | None = None
-        self._proven = True
+    points: SubclassPoints
+    live: LiveTeacher
+    path: Path
+    cache: LogitCache | None = None
+    _proven: bool = True
 
     def open(self, trainer: Any, checksum: str | None) -> None:
         """Open the file on every rank; rank 0 builds it first if it does not exist.

@@ -1,5 +1,6 @@
 """What a distillation adds to a checkpoint and reads from it: projectors, ramps, and a record of what was taught."""
 
+from dataclasses import dataclass
 from typing import Any
 
 from lightning_optim.distillation.features import feature_names
@@ -17,15 +18,11 @@ from lightning_optim.provenance import as_plain
 __all__ = ["Checkpoints"]
 
 
+@dataclass(eq=False)
 class Checkpoints:
-    """Writes and reads the checkpoints of a distillation, and tells what it did.
+    """Writes and reads the checkpoints of a distillation, and tells what it did."""
 
-    Args:
-        step: The distillation's step, which holds its other parts.
-    """
-
-    def __init__(self, step: Step) -> None:
-        self.step = step
+    step: Step
 
     def write(self, file: dict[str, Any], recipe: Any) -> None:
         """Add the distillation to a checkpoint; the student's own hook sees the file as its own.

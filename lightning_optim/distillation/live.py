@@ -1,6 +1,7 @@
 """The live teacher of a distillation: what it answers to the inputs of the student."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,18 +17,13 @@ from lightning_optim.target import ForwardInputs, as_forward_inputs, map_inputs
 __all__ = ["LiveTeacher"]
 
 
+@dataclass(eq=False)
 class LiveTeacher:
-    """Calls a distillation's teacher.
+    """Calls a distillation's teacher."""
 
-    Args:
-        points: The distillation module.
-        autocast: Dtype of the teacher's autocast; None: its own precision.
-    """
-
-    def __init__(self, points: SubclassPoints, autocast: torch.dtype | None) -> None:
-        self.points = points
-        self.autocast = autocast
-        self.teacher: Teacher | None = None
+    points: SubclassPoints
+    autocast: torch.dtype | None
+    teacher: Teacher | None = None
 
     def set(self, teacher: Any) -> None:
         """Take a teacher, or None.

@@ -1,6 +1,7 @@
 """The distillation losses of one call of the student: which rows are compared, with which labels and temperature."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -15,21 +16,15 @@ from lightning_optim.target import ForwardInputs
 __all__ = ["LogitComparison"]
 
 
+@dataclass(eq=False)
 class LogitComparison:
-    """Compares the logits of a distillation's student with its teacher's.
+    """Compares the logits of a distillation's student with its teacher's."""
 
-    Args:
-        points: The distillation module.
-        ramps: Its temperature.
-        live: Its teacher, which combines the logits of several.
-    """
-
-    def __init__(self, points: SubclassPoints, ramps: Ramps, live: LiveTeacher) -> None:
-        self.points = points
-        self.ramps = ramps
-        self.live = live
-        self.compared_by: dict[str, float] = {}
-        """Losses of the last call, with their weights: the default depends on the number of classes."""
+    points: SubclassPoints
+    ramps: Ramps
+    live: LiveTeacher
+    compared_by: dict[str, float] = field(default_factory=dict)
+    """Losses of the last call, with their weights: the default depends on the number of classes."""
 
     def losses(
         self,

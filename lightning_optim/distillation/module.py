@@ -18,6 +18,7 @@ from lightning_optim.distillation.checkpoints import Checkpoints
 from lightning_optim.distillation.features import Feature
 from lightning_optim.distillation.hooks import builds_layers_in, call_student, install_hooks, is_lightning
 from lightning_optim.distillation.live import LiveTeacher
+from lightning_optim.distillation.logits import LogitComparison
 from lightning_optim.distillation.matching import FeatureMatching
 from lightning_optim.distillation.objective import LogitLosses
 from lightning_optim.distillation.positions import Positions
@@ -137,7 +138,8 @@ class DistillationModule(StandsForStudent, SubclassPoints):
         self._live = LiveTeacher(self, teacher_autocast)
         self._cached = None if cache is None else CachedTeacher(self, self._live, Path(cache))
         self._matching = FeatureMatching(self, self._live, example_inputs)
-        self._step = Step(self, self._ramps, self._live, self._cached, self._matching)
+        comparison = LogitComparison(self, self._ramps, self._live)
+        self._step = Step(self, self._ramps, self._live, self._cached, self._matching, comparison)
         self._checkpoints = Checkpoints(self._step)
         self.set_teacher(teacher)
         checkpoint.share_plan(self, "student")

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,35 +23,20 @@ from lightning_optim.target import ForwardInputs, batch_inputs
 __all__ = ["Step"]
 
 
+@dataclass(eq=False)
 class Step:
-    """Runs the training steps of a distillation, and sums up what they log.
+    """Runs the training steps of a distillation, and sums up what they log."""
 
-    Args:
-        points: The distillation module.
-        ramps: Its weight and temperature.
-        live: Its teacher.
-        cached: Its teacher's cached logits, if any.
-        matching: Its features.
-    """
-
-    def __init__(
-        self,
-        points: SubclassPoints,
-        ramps: Ramps,
-        live: LiveTeacher,
-        cached: CachedTeacher | None,
-        matching: FeatureMatching,
-    ) -> None:
-        self.points = points
-        self.ramps = ramps
-        self.live = live
-        self.cached = cached
-        self.matching = matching
-        self.comparison = LogitComparison(points, ramps, live)
-        self.batches = 0
-        """Batches in which the teacher was asked, over all runs."""
-        self._sums: dict[str, Tensor | float] = {}
-        self._rows = 0
+    points: SubclassPoints
+    ramps: Ramps
+    live: LiveTeacher
+    cached: CachedTeacher | None
+    matching: FeatureMatching
+    comparison: LogitComparison
+    batches: int = 0
+    """Batches in which the teacher was asked, over all runs."""
+    _sums: dict[str, Tensor | float] = field(default_factory=dict)
+    _rows: int = 0
 
     @property
     def needs_teacher(self) -> bool:

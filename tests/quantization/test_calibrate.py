@@ -115,7 +115,7 @@ def test_a_checkpoint_of_it_reloads(trained, tmp_path):
     ("loader", "words", "error"),
     [
         (None, {}, "ranges of activations need data: pass a dataloader, or activation_bits=None"),
-        ([], {}, "the dataloader gave no batch"),
+        ([], {}, "the dataloader has no batch"),
         ([torch.zeros(2, 12)], {"bits": {"head": 4}}, "bits: 'head' matches no layer"),
         ([torch.zeros(2, 12)], {"weight_bits": 1}, "from 2 to 8"),
         ([torch.full((2, 12), torch.inf)], {}, r"the input of net\.0 is not finite"),
