@@ -341,7 +341,7 @@ def test_what_cannot_be_exported_is_refused(tmp_path):
         export_onnx(module, path, torch.randn(2, 5))
     with pytest.raises(ValueError, match="runtime"):
         export_onnx(module, path, inputs, runtime="tensorrt")
-    with pytest.raises(FileNotFoundError, match="Make it first"):
+    with pytest.raises(FileNotFoundError, match="Create it first"):
         export_onnx(module, tmp_path / "no" / "net.onnx", inputs)
     with pytest.raises(ValueError, match="dynamic_batch=False for fixed shapes"):
         export_onnx(TwoTowers(), path, (torch.ones(3, 4, dtype=torch.long), torch.ones(2, dtype=torch.long)))

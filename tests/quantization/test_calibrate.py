@@ -121,7 +121,7 @@ def test_a_checkpoint_of_it_reloads(trained, tmp_path):
         ([torch.full((2, 12), torch.inf)], {}, r"the input of net\.0 is not finite"),
         ([torch.zeros(2, 5)], {}, r"a batch of `dataloader` \(mat1 and mat2.*pass float32 \(2, 5\); pass inputs="),
         ([{"x": torch.zeros(2, 12), "y": torch.zeros(2)}], {}, "unexpected keyword argument 'y'.*pass inputs="),
-        ([{"x": torch.zeros(2, 12)}], {"inputs": lambda batch: (batch["x"], 3)}, "`inputs` makes of a batch .*int;"),
+        ([{"x": torch.zeros(2, 12)}], {"inputs": lambda batch: (batch["x"], 3)}, "`inputs` returns for a batch .*int;"),
     ],
 )
 def test_a_failure_leaves_the_model_as_it_was(loader, words, error):
