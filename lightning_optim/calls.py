@@ -1,4 +1,4 @@
-"""A call of a module's forward that fails is told by what was passed, and by the argument that passed it."""
+"""Calls of a module's forward, whose failures name the argument that was wrong and what it passed."""
 
 from typing import Any
 
@@ -11,13 +11,13 @@ __all__ = ["describe_inputs", "try_forward"]
 
 
 def try_forward(module: nn.Module, inputs: ForwardInputs, *, argument: str, advice: str) -> Any:
-    """Call a module, and return what it returns.
+    """Call a module, and return its output.
 
     Args:
         module: Any module.
-        inputs: What its forward receives.
-        argument: What the user passed, for the message.
-        advice: What to pass instead, a sentence.
+        inputs: Arguments of its forward.
+        argument: The user's argument they come from, for the message.
+        advice: A sentence on what to pass instead.
 
     Raises:
         ValueError: If the call fails.
@@ -32,7 +32,7 @@ def try_forward(module: nn.Module, inputs: ForwardInputs, *, argument: str, advi
 
 
 def describe_inputs(inputs: ForwardInputs) -> str:
-    """Return what a call passes, in words.
+    """Describe the arguments of a call by types and shapes.
 
     Examples:
         >>> import torch
@@ -40,8 +40,8 @@ def describe_inputs(inputs: ForwardInputs) -> str:
         'float32 (2, 3), int, mask=NoneType'
     """
 
-    def word(value: Any) -> str:
+    def described(value: Any) -> str:
         return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
-    named = [f"{name}={word(value)}" for name, value in (inputs.kwargs or {}).items()]
-    return ", ".join([*map(word, inputs.args), *named]).replace("torch.", "") or "nothing"
+    named = [f"{name}={described(value)}" for name, value in (inputs.kwargs or {}).items()]
+    return ", ".join([*map(described, inputs.args), *named]).replace("torch.", "") or "nothing"

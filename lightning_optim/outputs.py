@@ -1,4 +1,4 @@
-"""What a module's forward gives out: the one place that looks inside tuples, dicts, dataclasses and other objects."""
+"""The tensors in a forward's output: the one place that looks into tuples, dicts, dataclasses and other objects."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping
@@ -18,12 +18,12 @@ def output_fields(output: Any, *, objects: bool = True) -> dict[str, Any] | None
     """Return the named parts of an output.
 
     Args:
-        output: What a forward returned.
-        objects: Whether the attributes of any other object are parts too; else only those of a mapping, a
+        output: The output of a forward.
+        objects: Whether the attributes of any other object count too; otherwise only those of a mapping, a
             dataclass, a NamedTuple or a namespace.
 
     Returns:
-        The parts in their order; None for a tensor, a plain sequence, a number, ...
+        The parts in order; None for a tensor, a plain sequence, a number, ...
 
     Examples:
         >>> output_fields(SimpleNamespace(logits=1, hidden=2))
@@ -53,11 +53,11 @@ def output_tensors(output: Any, *, objects: bool = True) -> list[Tensor]:
     """Return every tensor in an output: a tensor, or any nesting of sequences, mappings, dataclasses and objects.
 
     Args:
-        output: What a forward returned.
+        output: The output of a forward.
         objects: As in :func:`output_fields`.
 
     Returns:
-        The tensors in the order of their parts; one that stands in two places is returned twice.
+        The tensors in the order of their parts; one that occurs twice is returned twice.
 
     Examples:
         >>> from torch import zeros

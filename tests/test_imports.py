@@ -58,7 +58,7 @@ def test_imports_point_one_way(path):
 
 
 PURE = [
-    *sorted((PACKAGE / "functional").glob("*.py")),
+    *sorted((PACKAGE / "functional").rglob("*.py")),
     *(PACKAGE / f"strategies/{name}.py" for name in ("cost", "traffic")),
 ]
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lightning_optim import DistillationModule, export_onnx, prune_channels, sensitivity
-from lightning_optim.distillation.features import tensor_of
+from lightning_optim.distillation.capture import tensor_of
 from lightning_optim.export.session import ExportedModel
 from lightning_optim.outputs import output_fields, output_tensors
 from lightning_optim.quantization.graph import read_graph

@@ -15,7 +15,7 @@ from lightning_optim.callbacks.base import CompressionCallback, compressions
 from lightning_optim.callbacks.logged import MetricsSince
 from lightning_optim.checks import check_flags, check_folder, check_name, check_path
 from lightning_optim.distillation.module import DistillationModule
-from lightning_optim.export.verify import missing_package
+from lightning_optim.export.runtimes import missing_package
 from lightning_optim.measure.size import SIZES
 from lightning_optim.registry import Registry
 from lightning_optim.report.columns import Column, Row

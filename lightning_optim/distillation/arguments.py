@@ -1,4 +1,4 @@
-"""What a distillation module is given: students that can be taught, and arguments in range."""
+"""Checks of a DistillationModule's arguments: students that can be distilled, and values in range."""
 
 from typing import Any
 
@@ -8,46 +8,38 @@ from torch import Tensor, nn
 
 from lightning_optim.checks import check_count, listed
 from lightning_optim.distillation.hooks import is_lightning
-from lightning_optim.distillation.ramp import RampState
 from lightning_optim.target import ForwardInputs
 
-__all__ = ["SEVERAL", "apply_example", "check_student", "classes_of", "optimizers_of", "temperature_of"]
+__all__ = ["SEVERAL", "apply_example", "check_student", "classes_of", "optimizers_of"]
 
 SEVERAL = (
     "distillation adds one loss to one optimizer, and the student configures {}. Give it one optimizer (with parameter "
-    "groups, where learning rates differ)."
+    "groups for different learning rates)."
 )
 
 
 def check_student(student: Any, optimizer: Any, task_loss: Any) -> None:
-    """Refuse what cannot be taught, and arguments that a LightningModule brings itself."""
+    """Reject students that cannot be distilled, and arguments that a LightningModule brings itself."""
     if not isinstance(student, nn.Module):
         raise TypeError(f"`student` must be a LightningModule or a module, got {student!r}.")
     if not is_lightning(student):
         return
     if not student.automatic_optimization:
         raise MisconfigurationException(
-            f"{type(student).__name__} optimizes manually, so its step takes the optimizer's steps itself and no loss "
-            "can be added. Give it automatic optimization, or add a loss of `functional.losses` in its own step."
+            f"{type(student).__name__} optimizes manually: its step calls the optimizer itself, so no loss can be "
+            "added. Use automatic optimization, or add a loss of `functional.losses` in its own step."
         )
-    for name, given in (("optimizer", optimizer), ("task_loss", task_loss)):
-        if given is not None:
+    for name, value in (("optimizer", optimizer), ("task_loss", task_loss)):
+        if value is not None:
             raise ValueError(f"`{name}` is for a plain module; {type(student).__name__} brings its own.")
 
 
-def classes_of(given: Any) -> list[int]:
-    """Return the teacher's outputs that are the student's classes."""
-    classes = listed("teacher_classes", given, "places in the teacher's outputs")
+def classes_of(places: Any) -> list[int]:
+    """Return the indices of the teacher's outputs that are the student's classes."""
+    classes = listed("teacher_classes", places, "places in the teacher's outputs")
     for place in classes:
         check_count("teacher_classes", place, 0)
     return classes
-
-
-def temperature_of(given: Any) -> RampState | None:
-    """Return the temperature of the run; None: each loss has its own."""
-    if given is None:
-        return None
-    return RampState("temperature", given, 1e-6, 1e6, "must be a number > 0 (4.0 is usual)")
 
 
 def optimizers_of(configured: Any) -> list[Any]:

@@ -1,7 +1,14 @@
-"""The student's own hooks, run by the Trainer of the module around it."""
+"""The student's hooks, called by the Trainer of the module around it.
+
+What the module around lacks is the student's, attributes and hooks alike. Attributes take one method
+(``wrapper.StandsForStudent.__getattr__``). It is never asked for a hook, because Lightning's base class defines every
+one of them. Nor is a method enough that forwards: Lightning compares a hook's ``__code__`` with the base class's to see
+whether it is overridden (``is_overridden``), before it sets up validation, clipping, loaders or sharding, and reads its
+signature to decide what to pass. So a hook that the student overrides gets a stand-in on the instance that has both.
+"""
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import CodeType
 from typing import Any, TypeGuard
@@ -10,20 +17,18 @@ import lightning.pytorch as pl
 from lightning.pytorch.core.hooks import CheckpointHooks, DataHooks, ModelHooks
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from lightning_optim import checkpoint
-from lightning_optim.distillation.cache import Indexed
-from lightning_optim.target import lightning_class
+from lightning_optim.distillation.indexed import Indexed, without_index
+from lightning_optim.target import batch_inputs, lightning_class
 
 __all__ = [
     "FORWARDED",
-    "HYPERPARAMETERS",
     "OWN",
     "StudentHook",
     "as_student",
+    "builds_layers_in",
+    "call_student",
     "install_hooks",
-    "install_plain_steps",
     "is_lightning",
-    "student_view",
 ]
 
 OWN = frozenset(
@@ -38,7 +43,7 @@ OWN = frozenset(
         "on_load_checkpoint",
     }
 )
-"""Hooks the distillation module has itself, and calls the student's from."""
+"""Hooks that the distillation module defines, and from which it calls the student's."""
 
 _OF_THE_MODULE = (
     "validation_step",
@@ -51,29 +56,34 @@ _OF_THE_MODULE = (
     "optimizer_step",
     "optimizer_zero_grad",
 )
+"""Hooks that LightningModule defines itself, among methods that users call (``log``, ``freeze``, ``to_onnx``).
 
+Lightning does not mark which is which. The three classes of hooks below hold nothing else and are taken whole.
+"""
 
-def _forwarded() -> tuple[str, ...]:
-    hooks = [
-        name
-        for cls in (ModelHooks, DataHooks, CheckpointHooks)
-        for name, value in vars(cls).items()
-        if inspect.isfunction(value) and not name.startswith("_")
-    ]
-    return tuple(name for name in (*hooks, *_OF_THE_MODULE) if name not in OWN)
-
-
-FORWARDED = _forwarded()
+FORWARDED = tuple(
+    name
+    for name in (
+        *(
+            name
+            for cls in (ModelHooks, DataHooks, CheckpointHooks)
+            for name, value in vars(cls).items()
+            if inspect.isfunction(value) and not name.startswith("_")
+        ),
+        *_OF_THE_MODULE,
+    )
+    if name not in OWN
+)
 """Every hook that Lightning calls and the student may override."""
 
-_GIVE_A_BATCH = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
+_RETURN_A_BATCH = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 
 
 class StudentHook:
-    """Stands in for one hook on the instance of a distillation module; copies and pickles with it.
+    """Stands in for one hook on an instance of a distillation module; it is copied and pickled with the instance.
 
-    Lightning asks whether a hook is overridden by its code object and how it is called by its signature, so it has
-    both. A hook named ``on_...`` that a subclass of the distillation module overrides too runs after the student's.
+    It has a code object and a signature, because Lightning reads both. If a subclass of the distillation module
+    overrides a hook named ``on_...`` as well, its method runs after the student's.
     """
 
     def __init__(self, module: pl.LightningModule, name: str) -> None:
@@ -90,34 +100,19 @@ class StudentHook:
         return inspect.signature(getattr(method, "__func__", method))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the student's hook, and the subclass's own."""
-        result = call_student(self.module.student, self.name, *args, **kwargs)  # type: ignore[arg-type]
+        """Call the student's hook, and then the subclass's."""
+        result = call_student(self.module.student, self.name, *args, **kwargs)
         if is_chained(self.name) and _overridden(type(self.module), self.name):
             own = getattr(type(self.module), self.name)(self.module, *args, **kwargs)
             return own if result is None else result
         return result
 
 
-def is_chained(name: str) -> bool:
-    """Whether student and subclass both run: in hooks that only look on."""
-    return name.startswith("on_") and name not in _GIVE_A_BATCH
-
-
-def _overridden(cls: type, name: str) -> bool:
-    base = next(each for each in cls.__mro__ if each.__name__ == "LightningModule")
-    return getattr(cls, name) is not getattr(base, name)
-
-
-def install_hooks(module: pl.LightningModule, student: pl.LightningModule) -> None:
-    """Let a module answer with the student's hooks, where the student has its own."""
-    for name in FORWARDED:
-        own = _overridden(type(module), name) and not is_chained(name)
-        if is_overridden(name, student, lightning_class(student)) and not own:
-            module.__dict__[name] = StudentHook(module, name)
-
-
 class PlainStep:
-    """A step that a distillation module has only for a plain student."""
+    """A step that a distillation module has for a plain student only.
+
+    It is on the instance, because Lightning takes any class that defines ``validation_step`` for one that validates.
+    """
 
     def __init__(self, module: Any, stage: str) -> None:
         self.module = module
@@ -128,15 +123,42 @@ class PlainStep:
         return type(self).__call__.__code__
 
     def __call__(self, batch: Any, batch_idx: int = 0, dataloader_idx: int = 0) -> Any:
-        """Run the step."""
-        return self.module.plain_step(self.stage, batch)
+        """Validate or test the student by its task loss, or predict with it."""
+        module, item = self.module, without_index(batch)
+        output = batch_inputs(module.student, item).call(module.student)
+        if self.stage == "predict":
+            return output
+        rows = module.get_logits(output).shape[0]
+        module.log(f"{self.stage}_loss", module.task_loss(output, item), sync_dist=True, batch_size=rows)
+        return None
 
 
-def install_plain_steps(module: pl.LightningModule) -> None:
-    """Let a module validate, test and predict with a plain student, where a subclass does not say how."""
+def install_hooks(module: pl.LightningModule, student: Any) -> None:
+    """Put the student's hooks on a module, where the module's class has no hook of its own.
+
+    Args:
+        module: The distillation module.
+        student: Its student. For a plain module, the module gets steps that validate, test and predict with it.
+    """
+    if is_lightning(student):
+        for name in FORWARDED:
+            own = _overridden(type(module), name) and not is_chained(name)
+            if not own and is_overridden(name, student, lightning_class(student)):
+                module.__dict__[name] = StudentHook(module, name)
+        return
     for name, stage in (("validation_step", "val"), ("test_step", "test"), ("predict_step", "predict")):
         if not _overridden(type(module), name):
             module.__dict__[name] = PlainStep(module, stage)
+
+
+def is_chained(name: str) -> bool:
+    """Whether both the student's and the subclass's hook run: those that only observe."""
+    return name.startswith("on_") and name not in _RETURN_A_BATCH
+
+
+def _overridden(cls: type, name: str) -> bool:
+    base = next(parent for parent in cls.__mro__ if parent.__name__ == "LightningModule")
+    return getattr(cls, name) is not getattr(base, name)
 
 
 def is_lightning(module: object) -> TypeGuard[pl.LightningModule]:
@@ -144,14 +166,21 @@ def is_lightning(module: object) -> TypeGuard[pl.LightningModule]:
     return lightning_class(module) is not None
 
 
-def call_student(student: pl.LightningModule, name: str, *args: Any, **kwargs: Any) -> Any:
-    """Call a hook of the student as the Trainer would; an indexed batch comes and goes without its index."""
-    bare = [arg.item if isinstance(arg, Indexed) else arg for arg in args]
-    named = {key: arg.item if isinstance(arg, Indexed) else arg for key, arg in kwargs.items()}
+def builds_layers_in(student: Any, *hooks: str) -> bool:
+    """Whether a student may create layers in one of these hooks."""
+    return is_lightning(student) and any(is_overridden(hook, student, lightning_class(student)) for hook in hooks)
+
+
+def call_student(student: Any, name: str, *args: Any, **kwargs: Any) -> Any:
+    """Call a hook of the student as the Trainer would, with batches that carry no index; None for a plain module."""
+    if not is_lightning(student):
+        return None
+    bare = [without_index(arg) for arg in args]
+    named = {key: without_index(arg) for key, arg in kwargs.items()}
     with as_student(student, name):
         result = getattr(student, name)(*bare, **named)
-    given = next((arg for arg in (*args, *kwargs.values()) if isinstance(arg, Indexed)), None)
-    return Indexed(result, given.index) if given is not None and name in _GIVE_A_BATCH else result
+    indexed = next((arg for arg in (*args, *kwargs.values()) if isinstance(arg, Indexed)), None)
+    return Indexed(result, indexed.index) if indexed is not None and name in _RETURN_A_BATCH else result
 
 
 @contextmanager
@@ -163,35 +192,3 @@ def as_student(student: pl.LightningModule, hook: str) -> Iterator[None]:
         yield
     finally:
         student._current_fx_name = before
-
-
-HYPERPARAMETERS = ("hyper_parameters", "hparams_name", "hparams_type")
-"""Keys under which Lightning writes what a module was made from."""
-
-
-@contextmanager
-def student_view(
-    file: dict[str, Any], hyperparameters: Mapping[str, Any], prefix: str = "student."
-) -> Iterator[dict[str, Any]]:
-    """Show a checkpoint as the student's own: its hooks find their names in ``state_dict``, and may change them.
-
-    Args:
-        file: The checkpoint of the module around.
-        hyperparameters: The student's, under the keys of a checkpoint; what a hook makes of them stays in the view.
-        prefix: Of the student's names in ``state_dict``.
-    """
-    weights: Mapping[str, Any] = file.get("state_dict", {})
-    names = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
-    kept = {checkpoint.KEY, checkpoint.DISTILLATION, *HYPERPARAMETERS}
-    view = {key: value for key, value in file.items() if key not in kept}
-    view["state_dict"] = names
-    shown = set(view)
-    view.update(hyperparameters)
-    yield view
-    others = {name: value for name, value in weights.items() if not name.startswith(prefix)}
-    changed = {f"{prefix}{name}": value for name, value in view["state_dict"].items()}
-    for key in shown - view.keys():
-        file.pop(key, None)
-    file.update({key: value for key, value in view.items() if key not in ("state_dict", *kept)})
-    if "state_dict" in file:
-        file["state_dict"] = {**changed, **others}

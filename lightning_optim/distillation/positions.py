@@ -1,4 +1,4 @@
-"""Which rows of a batch are distilled: logits and labels of all models, masks, and the shift of causal ones."""
+"""Which rows of a batch are distilled: logits and labels of all kinds of models, masks, and causal shifts."""
 
 import inspect
 from collections.abc import Mapping, Sequence
@@ -52,7 +52,7 @@ def find_logits(output: Any) -> Tensor | None:
 
 
 def find_loss(output: Any) -> Tensor | None:
-    """Return the loss that a model put into its output, or None."""
+    """Return the loss in a model's output, or None."""
     loss = _entry(output, "loss")
     return loss if isinstance(loss, Tensor) and loss.numel() == 1 else None
 
@@ -62,7 +62,7 @@ def _entry(output: Any, name: str) -> Any:
 
 
 def named_inputs(called: nn.Module, inputs: ForwardInputs) -> dict[str, Any]:
-    """Return what a module's forward received, by argument name."""
+    """Return the arguments of a module's forward by their names."""
     keywords = inputs.kwargs or {}
     try:
         bound = inspect.signature(called.forward).bind_partial(*inputs.args, **keywords)
@@ -74,12 +74,12 @@ def named_inputs(called: nn.Module, inputs: ForwardInputs) -> dict[str, Any]:
 def find_labels(batch: Any, received: Mapping[str, Any]) -> Any:
     """Return the labels of a batch, or None.
 
-    What the forward received as labels; the entry ``labels``, ``label``, ``targets``, ``target`` or ``y`` of a dict, or
-    its ends of a span; of a tuple the first item after the first that is no input of the forward.
+    The labels passed to the forward; the entry ``labels``, ``label``, ``targets``, ``target`` or ``y`` of a dict, or
+    its ends of a span; in a tuple, the first item after the first that is not an input of the forward.
 
     Args:
         batch: The batch.
-        received: What the student's forward received, by argument name.
+        received: The arguments of the student's forward by their names.
     """
     named = batch if isinstance(batch, Mapping) else {}
     for source, names in ((received, _LABELS[:-1]), (named, _LABELS)):
@@ -90,8 +90,8 @@ def find_labels(batch: Any, received: Mapping[str, Any]) -> Any:
     if all(isinstance(end, Tensor) for end in ends):
         return torch.stack(ends, 1)  # type: ignore[arg-type]
     if isinstance(batch, (tuple, list)) and batch:
-        inputs = [each for each in received.values() if each is not batch[0]]  # (tokens, tokens): both input and labels
-        return next((item for item in batch[1:] if not any(item is each for each in inputs)), None)
+        inputs = [value for value in received.values() if value is not batch[0]]  # (tokens, tokens): input and labels
+        return next((item for item in batch[1:] if not any(item is value for value in inputs)), None)
     return None
 
 
@@ -100,8 +100,8 @@ def find_mask(batch: Any, received: Mapping[str, Any], student: nn.Module) -> Te
 
     Args:
         batch: The batch.
-        received: What the student's forward received, by argument name.
-        student: The student, which may say that it has an encoder and a decoder.
+        received: The arguments of the student's forward by their names.
+        student: The student, whose config may say that it has an encoder and a decoder.
     """
     named = batch if isinstance(batch, Mapping) else {}
     has_decoder = any(name.startswith("decoder_") for name in received) or _says(student, _ENCODER_DECODER, True)
@@ -112,7 +112,7 @@ def find_mask(batch: Any, received: Mapping[str, Any], student: nn.Module) -> Te
 
 
 def _configs(student: nn.Module) -> list[Any]:
-    """Return the configurations that a Hugging Face model, or its parts, were made from."""
+    """Return the configs of a Hugging Face model and its parts."""
     return [module.__dict__["config"] for module in student.modules() if "config" in module.__dict__]
 
 
@@ -121,13 +121,13 @@ def _says(student: nn.Module, name: str, value: Any) -> bool:
 
 
 def _predicts_next(student: nn.Module) -> bool:
-    """Whether a student is, or holds, a causal language model of Hugging Face."""
+    """Whether a student is, or contains, a causal language model of Hugging Face."""
     names = [type(module).__name__ for module in student.modules() if "config" in module.__dict__]
     return any(name.endswith(_CAUSAL) for name in names) and not _says(student, _ENCODER_DECODER, True)
 
 
 def one_a_row(logits: Tensor) -> Tensor:
-    """Return ``[rows, 1]`` of one logit a row, and other logits as they are.
+    """Return one logit per row as ``[rows, 1]``, and other logits unchanged.
 
     Raises:
         ValueError: If it is a single number.
@@ -141,12 +141,12 @@ def one_a_row(logits: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of one call that are compared.
+    """The rows of one call to compare.
 
     Attributes:
-        dim: Which dimension of the logits holds the classes.
-        keep: Which positions count, ``[rows, positions...]``; None: all.
-        targets: Labels of the rows that count; None where there are none.
+        dim: The dimension of the logits that holds the classes.
+        keep: The positions that count, ``[rows, positions...]``; None: all.
+        targets: Labels of the rows that count; None if there are none.
     """
 
     dim: int
@@ -154,15 +154,15 @@ class Rows:
     targets: Any = None
 
     def of(self, logits: Tensor) -> Tensor:
-        """Return the rows ``[rows, classes]`` of logits."""
+        """Return the rows of logits, ``[rows, classes]``."""
         return rows_of(logits, self.keep, self.dim)
 
 
 class Positions:
-    """Finds the rows of each call, and remembers what earlier batches told.
+    """Finds the rows of each call, and remembers the layout of earlier batches.
 
-    Where there are as many positions as classes, both layouts fit the labels: an earlier batch decides, and without
-    one sequences have their classes last and images in dimension 1, as their losses take them.
+    With as many positions as classes, both layouts fit the labels: an earlier batch decides. Without one, sequences
+    have their classes last and images in dimension 1, as their losses take them.
     """
 
     def __init__(self) -> None:
@@ -178,17 +178,17 @@ class Positions:
         told: int | None = None,
         matters: bool = True,
     ) -> int:
-        """Return which dimension of logits holds the classes.
+        """Return the dimension of logits that holds the classes.
 
         Args:
             logits: At least two dimensions.
-            labels: Labels of the batch; what is no tensor tells nothing.
-            mask: Which positions count, which tells as much where labels do not.
-            told: What the user says, 1 or -1; None: find out.
-            matters: Whether the losses depend on it; else the last dimension where nothing tells.
+            labels: Labels of the batch; ignored unless they are a tensor.
+            mask: The positions that count; its shape is used if the labels' is not.
+            told: The user's setting, 1 or -1; None: find out.
+            matters: Whether the losses depend on it; otherwise an unknown dimension is the last one.
 
         Raises:
-            ValueError: If neither the shapes nor an earlier batch tell, and it matters.
+            ValueError: If neither the shapes nor an earlier batch decide, and it matters.
         """
         last = logits.ndim - 1
         if told is not None or last == 1:
@@ -224,12 +224,12 @@ class Positions:
 
         Args:
             logits: At least two dimensions.
-            labels: Labels of the batch; None: not known.
-            mask: Which positions count, ``[rows, positions...]``.
+            labels: Labels of the batch; None: unknown.
+            mask: The positions that count, ``[rows, positions...]``.
             student: The student.
-            dim: Which dimension holds the classes.
-            loss: What the model or its step computed from logits and labels, which tells whether it shifts.
-            shifts: What the user says of that; None: find out.
+            dim: The dimension that holds the classes.
+            loss: The loss that the model or its step computed from both, which tells whether it shifts the labels.
+            shifts: The user's setting for that; None: find out.
 
         Raises:
             ValueError: If the mask does not fit.
@@ -244,14 +244,14 @@ class Positions:
         labels = _ignoring(labels_at(labels, logits.shape, dim), student)
         if self._shifted(logits, labels, dim, student, loss, shifts):
             labels = labels_of_next(labels)
-        labelled = labels != IGNORED
-        keep = labelled if keep is None else keep & labelled
+        labeled = labels != IGNORED
+        keep = labeled if keep is None else keep & labeled
         return Rows(dim, keep, labels[keep])
 
     def _shifted(
         self, logits: Tensor, labels: Tensor, dim: int, student: nn.Module, loss: Tensor | None, told: bool | None
     ) -> bool:
-        """Tell whether each position predicts the label after it: as the loss itself says, else the model's name."""
+        """Whether each position predicts the next label: as the loss tells, or else the name of the model's class."""
         if told is not None:
             return told
         if labels.ndim != 2 or dim != 2 or labels.is_floating_point() or labels.shape[1] < 2:
@@ -263,7 +263,7 @@ class Positions:
 
 
 def _of_samples(logits: Tensor, labels: Any) -> Rows:
-    """Rows that are samples all count, labelled or not; of positions that were flattened those with a label."""
+    """Return the rows of ``[rows, classes]``: all samples, labeled or not; of flattened positions, the labeled ones."""
     if not isinstance(labels, Tensor) or labels.numel() != len(logits) or labels.ndim == 0:
         return Rows(1, None, labels)
     flat = labels.reshape(-1)
@@ -274,7 +274,7 @@ def _of_samples(logits: Tensor, labels: Any) -> Rows:
 
 
 def _ignoring(labels: Tensor, student: nn.Module) -> Tensor:
-    """Mark labels that a segmentation model of Hugging Face leaves out as torch's losses do."""
+    """Replace the ignored label of a Hugging Face segmentation model by that of torch's losses."""
     for config in _configs(student):
         ignored = getattr(config, _IGNORED_BY_MODEL, None)
         if isinstance(ignored, int):
@@ -283,9 +283,10 @@ def _ignoring(labels: Tensor, student: nn.Module) -> Tensor:
 
 
 def fitting_mask(mask: Tensor | None, logits: Tensor, labels: Any, dim: int) -> Tensor | None:
-    """Return a model's own mask where it is one of the output's positions, or has to be.
+    """Return a model's own mask if it is a mask of the output's positions, or has to be.
 
-    Without labels a mask that does not fit stays, to be refused; that of a span's two ends is one of their classes.
+    Without labels, a mask that does not fit is kept, to be rejected later. The mask of a span's classes, which are its
+    positions, is dropped.
     """
     if mask is None or _is_of_positions(mask, logits.shape, dim):
         return mask
@@ -299,8 +300,8 @@ def _is_of_positions(mask: Tensor, logits: Shape, dim: int) -> bool:
 
 def _unfit(mask: Tensor, logits: Shape) -> str:
     return (
-        f"the padding mask {tuple(mask.shape)} does not fit logits {tuple(logits)}: it says of each position whether "
-        "it counts. Override `padding_mask(batch, inputs)`."
+        f"the padding mask {tuple(mask.shape)} does not fit logits {tuple(logits)}: it needs one entry per "
+        "position. Override `padding_mask(batch, inputs)`."
     )
 
 
@@ -309,8 +310,8 @@ def _unknown(logits: tuple[int, ...], labels: Any, mask: Tensor | None) -> str:
         return _unfit(mask, logits)
     told = f"labels {tuple(labels.shape)} do not tell" if isinstance(labels, Tensor) else "no labels tell"
     return (
-        f"logits {logits}: {told} which dimension holds the classes. Expected are logits [rows, ..., classes] or "
+        f"logits {logits}: {told} which dimension holds the classes. Expected logits [rows, ..., classes] or "
         "[rows, classes, ...], and labels of the same shape without the classes. Set `class_dim` of the "
-        "DistillationModule to -1 or 1; where labels of another shape are no classes, let `targets(batch)` return "
-        "None; where every position has one logit, let `get_logits(output)` return `logits.unsqueeze(1)`."
+        "DistillationModule to -1 or 1; if labels of another shape are not classes, let `targets(batch)` return None; "
+        "if every position has one logit, let `get_logits(output)` return `logits.unsqueeze(1)`."
     )

@@ -17,16 +17,16 @@ __all__ = ["Projectors", "new_projector", "projector_like"]
 
 
 class Projectors(nn.ModuleDict):
-    """Projectors by the position of their feature; their sizes are those of the file that is loaded."""
+    """Projectors by the position of their feature; loading a file gives them the file's sizes."""
 
     def put(self, name: str, projector: nn.Module) -> None:
-        """Set a copy of a projector."""
+        """Add a copy of a projector."""
         weight: Any = projector.weight
         self[name] = projector_like(weight.shape).to(weight)
         self[name].load_state_dict(projector.state_dict())
 
     def conform(self, weights: Mapping[str, Tensor], device: torch.device, dtype: Any) -> None:
-        """Take the sizes of a checkpoint's ``state_dict`` where they differ; the values are loaded afterwards."""
+        """Take the sizes in a checkpoint's ``state_dict`` if they differ; the values are loaded afterwards."""
         for full, value in weights.items():
             if not full.startswith("projectors.") or not full.endswith(".weight"):
                 continue
@@ -36,12 +36,12 @@ class Projectors(nn.ModuleDict):
                 self[name] = projector_like(value.shape).to(device, dtype)
 
     def keep_inputs(self, name: str, kept: Tensor, optimizers: Sequence[Optimizer]) -> None:
-        """Let a projector and its optimizer state lose the inputs that are gone.
+        """Remove inputs of a projector, and of its optimizer state.
 
         Args:
-            name: Which one.
-            kept: Inputs that stay, int64.
-            optimizers: Those that may hold its weight.
+            name: Its name.
+            kept: The inputs to keep, int64.
+            optimizers: The optimizers that may hold its weight.
         """
         layer: Any = self[name]
         old = layer.weight
@@ -57,12 +57,12 @@ class Projectors(nn.ModuleDict):
 
 
 def new_projector(student: Tensor, teacher: Tensor, name: str) -> nn.Module:
-    """Return a projection from a student's feature to the teacher's width, initialised from ``name`` alone.
+    """Return a projection from a student's feature to the teacher's width, initialized from ``name`` alone.
 
     Args:
         student: The student's feature: ``[rows, width]``, ``[rows, positions, width]`` or an image.
         teacher: The teacher's feature.
-        name: Seeds the weights: no draw from the global generator, and the same on every rank.
+        name: Seeds the weights, so that they are the same on every rank and the global generator is not used.
 
     Raises:
         ValueError: If the features differ in their number of dimensions.
@@ -70,7 +70,7 @@ def new_projector(student: Tensor, teacher: Tensor, name: str) -> nn.Module:
     if student.ndim != teacher.ndim or student.ndim not in (2, 3, 4):
         raise ValueError(
             f"feature {name!r}: a projector takes [rows, width], [rows, positions, width] or images on both sides, got "
-            f"{tuple(student.shape)} and {tuple(teacher.shape)}. Take layers of the same kind, or loss 'rkd' or "
+            f"{tuple(student.shape)} and {tuple(teacher.shape)}. Choose layers of the same kind, or loss 'rkd' or "
             "'similarity_preserving'."
         )
     widths = (teacher.shape[channel_axis(teacher)], student.shape[channel_axis(student)])
@@ -84,7 +84,7 @@ def new_projector(student: Tensor, teacher: Tensor, name: str) -> nn.Module:
 
 
 def projector_like(shape: Sequence[int]) -> nn.Module:
-    """Return a projector whose weight has a shape: ``[out, in]`` or ``[out, in, 1, 1]``; its values are undefined."""
+    """Return a projector with uninitialized weights of a shape: ``[out, in]`` or ``[out, in, 1, 1]``."""
     if len(shape) == 4:
         return nn.Conv2d(shape[1], shape[0], 1, device="meta").to_empty(device="cpu")
     return nn.Linear(shape[1], shape[0], device="meta").to_empty(device="cpu")

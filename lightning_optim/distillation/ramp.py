@@ -1,4 +1,4 @@
-"""Weights and temperatures that change over the run, by the schedules that pruning uses."""
+"""Weights and temperatures that change during the run, following the schedules that pruning uses."""
 
 import math
 from collections.abc import Mapping
@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning_optim.functional.schedules import SCHEDULES, Schedule
-from lightning_optim.window import Window
+from lightning_optim.window import Window, planned_steps
 
-__all__ = ["Ramp", "RampState"]
+__all__ = ["Ramp", "RampState", "Ramps"]
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Ramp:
         final: Value from ``end`` on.
         schedule: Name in ``functional.schedules.SCHEDULES`` or a callable.
         start: A step (int) or a fraction of the planned steps (float).
-        end: In the same words.
+        end: A step or a fraction, like ``start``.
 
     Examples:
         >>> Ramp(0.9, 0.1).at(0.5)
@@ -51,43 +51,78 @@ class Ramp:
 
 
 class RampState:
-    """A number of the loss, constant or a ramp, with the window that a fit resolved.
+    """A number in the loss, constant or a ramp, with the window resolved for a fit.
 
     Args:
         name: Argument name, for errors.
-        given: A number, a :class:`Ramp`, or a mapping of its arguments.
-        low: Smallest value allowed.
-        high: Largest.
-        hint: What to do instead, for the error.
+        value: A number, a :class:`Ramp`, or a mapping of its arguments.
+        low: Smallest allowed value.
+        high: Largest allowed value.
+        hint: What to pass instead, for the error.
 
     Raises:
         TypeError: If it is none of these.
         ValueError: If a value is out of range.
     """
 
-    def __init__(self, name: str, given: Any, low: float, high: float, hint: str) -> None:
-        ramp = Ramp(**given) if isinstance(given, Mapping) else given
-        values = (ramp.initial, ramp.final) if isinstance(ramp, Ramp) else (ramp,)
-        for value in values:
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise TypeError(f"`{name}` must be a number or a Ramp, got {given!r}.")
-            if not low <= value <= high:
-                raise ValueError(f"`{name}` {hint}, got {value}.")
+    def __init__(self, name: str, value: Any, low: float, high: float, hint: str) -> None:
+        ramp = Ramp(**value) if isinstance(value, Mapping) else value
+        ends = (ramp.initial, ramp.final) if isinstance(ramp, Ramp) else (ramp,)
+        for end in ends:
+            if isinstance(end, bool) or not isinstance(end, (int, float)):
+                raise TypeError(f"`{name}` must be a number or a Ramp, got {value!r}.")
+            if not low <= end <= high:
+                raise ValueError(f"`{name}` {hint}, got {end}.")
         self.ramp = ramp if isinstance(ramp, Ramp) else Ramp(float(ramp), float(ramp))
         self.constant = not isinstance(ramp, Ramp)
         self.window = Window(self.ramp.start, self.ramp.end)
-        self.never = max(values) == 0.0
+        self.never = max(ends) == 0.0
         """Whether the value is 0 all along."""
 
     def value(self, step: int) -> float:
         """Return the value at an optimizer step."""
         return self.ramp.initial if self.constant else self.ramp.at(self.window.progress(step))
 
-    def begin(self, planned: float, *, fresh: bool) -> None:
-        """Resolve the window; one that was restored stays."""
-        if self.constant:
-            return
-        if fresh:
-            self.window.restart()
-        if not self.window.resolved:
-            self.window.resolve(planned)
+
+class Ramps:
+    """The weight and the temperature of a distillation over a run.
+
+    Args:
+        alpha: Weight of the distillation loss, a number or a ramp.
+        temperature: A number or a ramp; None: each loss has its own.
+    """
+
+    def __init__(self, alpha: Any, temperature: Any) -> None:
+        self.alpha = RampState("alpha", alpha, 0.0, 1.0, "must be a weight in [0, 1]")
+        self.temperature: RampState | None = None
+        if temperature is not None:
+            hint = "must be a number > 0 (4.0 is usual)"
+            self.temperature = RampState("temperature", temperature, 1e-6, 1e6, hint)
+        self._restored = False
+
+    @property
+    def _states(self) -> dict[str, RampState]:
+        states = {"alpha": self.alpha, "temperature": self.temperature}
+        return {name: state for name, state in states.items() if state is not None}
+
+    def begin(self, trainer: Any) -> None:
+        """Resolve the windows when a fit starts; those restored from a checkpoint are kept."""
+        changing = [state for state in self._states.values() if not state.constant]
+        planned = planned_steps(trainer) if changing else 0.0
+        for state in changing:
+            if not self._restored:
+                state.window.restart()
+            if not state.window.resolved:
+                state.window.resolve(planned)
+        self._restored = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the windows, for a checkpoint."""
+        return {name: state.window.state_dict() for name, state in self._states.items()}
+
+    def load_state_dict(self, windows: Mapping[str, Any]) -> None:
+        """Restore the windows of a run that continues."""
+        for name, state in self._states.items():
+            if name in windows:
+                state.window.load_state_dict(windows[name])
+        self._restored = True

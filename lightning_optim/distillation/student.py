@@ -1,7 +1,8 @@
-"""The student alone: a plain checkpoint of its own class, without teacher, projectors or this package's module."""
+"""The student's part of a checkpoint, and a plain checkpoint of the student alone."""
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,24 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from lightning_optim import checkpoint
-from lightning_optim.distillation.hooks import call_student, is_lightning, student_view
+from lightning_optim.distillation.hooks import call_student, is_lightning
 from lightning_optim.files import written_aside
 
-__all__ = ["student_only"]
+__all__ = [
+    "HYPERPARAMETERS",
+    "KEY",
+    "load_student",
+    "own_hyperparameters",
+    "plain_hyperparameters",
+    "save_student",
+    "student_only",
+]
 
 KEY = checkpoint.DISTILLATION
-"""The checkpoint's key of what a distillation module keeps besides weights."""
+"""The checkpoint's key for everything that a distillation module keeps besides weights."""
+
+HYPERPARAMETERS = ("hyper_parameters", "hparams_name", "hparams_type")
+"""Keys under which Lightning writes a module's arguments."""
 
 _PREFIX = "student."
 _OF_THE_RUN = (
@@ -28,9 +40,7 @@ _OF_THE_RUN = (
     "loops",
     "current_model_state",
     "averaging_state",
-    "hyper_parameters",
-    "hparams_name",
-    "hparams_type",
+    *HYPERPARAMETERS,
     KEY,
 )
 _PLAIN = (int, float, str, bool, bytes, complex, type(None), Tensor)
@@ -39,9 +49,9 @@ _PLAIN = (int, float, str, bool, bytes, complex, type(None), Tensor)
 def student_only(checkpoint_or_module: Any, path: str | Path) -> Path:
     """Write the student of a distillation as a checkpoint of its own.
 
-    It loads into the bare student: ``StudentClass.load_from_checkpoint(path)``, and where the student was compressed
-    ``lightning_optim.load_from_checkpoint(StudentClass, path)``. A plain module as student takes
-    ``torch.load(path)["state_dict"]``, after ``conform(student, torch.load(path)["lightning_optim"])`` where it was
+    It loads into the bare student: ``StudentClass.load_from_checkpoint(path)``, or, if the student was compressed,
+    ``lightning_optim.load_from_checkpoint(StudentClass, path)``. A plain module as student loads
+    ``torch.load(path)["state_dict"]``, after ``conform(student, torch.load(path)["lightning_optim"])`` if it was
     compressed.
 
     Args:
@@ -60,8 +70,8 @@ def student_only(checkpoint_or_module: Any, path: str | Path) -> Path:
         file = _of_module(checkpoint_or_module)
     else:
         file = _of_file(checkpoint_or_module)
-    with written_aside(path) as part:  # `path` may be the file that is read
-        torch.save(file, part)
+    with written_aside(path) as temporary:  # `path` may be the file that is read
+        torch.save(file, temporary)
     return Path(path)
 
 
@@ -75,15 +85,9 @@ def _of_module(module: nn.Module) -> dict[str, Any]:
         "pytorch-lightning_version": lightning_version,
         "state_dict": module.state_dict(),
     }
-    more: dict[str, Any] = {}
-    hyperparameters = own_hyperparameters(student)
-    if is_lightning(student):
-        with student_view(saved, hyperparameters) as view:
-            call_student(student, "on_save_checkpoint", view)
-            more = {key: value for key, value in view.items() if key not in (*_OF_THE_RUN, checkpoint.KEY)}
-            hyperparameters = {key: view[key] for key in hyperparameters if key in view}
+    hyperparameters = save_student(student, saved)
     saved[KEY] = {"student": plain_hyperparameters(hyperparameters)}
-    file = {**_alone(saved), **{key: value for key, value in more.items() if key != "state_dict"}}
+    file = _alone(saved)
     file[checkpoint.KEY] = checkpoint.plan_below(checkpoint.plain_plan(module), "student")
     return file
 
@@ -91,12 +95,12 @@ def _of_module(module: nn.Module) -> dict[str, Any]:
 def _of_file(path: str | Path) -> dict[str, Any]:
     saved = checkpoint.read_checkpoint(path)
     if not any(name.startswith(_PREFIX) for name in saved["state_dict"]):
-        raise ValueError(f"{str(path)!r} holds no student: it is no checkpoint of a DistillationModule.")
+        raise ValueError(f"{str(path)!r} holds no student: it is not a checkpoint of a DistillationModule.")
     return _alone(saved)
 
 
 def _alone(saved: dict[str, Any]) -> dict[str, Any]:
-    """Return a checkpoint as the bare student would have written it without a run."""
+    """Return a checkpoint as the bare student would have written it outside a run."""
     file = {key: value for key, value in saved.items() if key not in (*_OF_THE_RUN, checkpoint.KEY, "state_dict")}
     file["state_dict"] = OrderedDict(
         (name.removeprefix(_PREFIX), value) for name, value in saved["state_dict"].items() if name.startswith(_PREFIX)
@@ -105,14 +109,56 @@ def _alone(saved: dict[str, Any]) -> dict[str, Any]:
     known = saved.get(KEY, {}).get("student", {})
     if known.get("left_out"):
         rank_zero_info(
-            f"The student's hyperparameters {', '.join(known['left_out'])} are no plain values and not in the file: "
-            "give them when it is loaded."
+            f"The student's hyperparameters {', '.join(known['left_out'])} are not plain values and not in the file: "
+            "pass them when it is loaded."
         )
     return {**file, **known.get("keys", {})}
 
 
+def save_student(student: Any, file: dict[str, Any]) -> dict[str, Any]:
+    """Call the student's ``on_save_checkpoint`` on its view of a checkpoint, and return its hyperparameters."""
+    hyperparameters = own_hyperparameters(student)
+    if is_lightning(student):
+        with _student_view(file, hyperparameters) as view:
+            call_student(student, "on_save_checkpoint", view)
+            hyperparameters = {key: view[key] for key in hyperparameters if key in view}
+    return hyperparameters
+
+
+def load_student(student: Any, file: dict[str, Any], hyperparameters: Mapping[str, Any]) -> None:
+    """Call the student's ``on_load_checkpoint`` on its view of a checkpoint."""
+    if is_lightning(student):
+        with _student_view(file, hyperparameters) as view:
+            call_student(student, "on_load_checkpoint", view)
+
+
+@contextmanager
+def _student_view(file: dict[str, Any], hyperparameters: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Show a checkpoint as the student's own: its hooks find their names in ``state_dict``, and may change them.
+
+    Args:
+        file: The checkpoint of the module around.
+        hyperparameters: The student's, under the keys of a checkpoint; changes to them stay in the view.
+    """
+    weights: Mapping[str, Any] = file.get("state_dict", {})
+    names = {name.removeprefix(_PREFIX): value for name, value in weights.items() if name.startswith(_PREFIX)}
+    kept = {checkpoint.KEY, KEY, *HYPERPARAMETERS}
+    view = {key: value for key, value in file.items() if key not in kept}
+    view["state_dict"] = names
+    shown = set(view)
+    view.update(hyperparameters)
+    yield view
+    others = {name: value for name, value in weights.items() if not name.startswith(_PREFIX)}
+    changed = {f"{_PREFIX}{name}": value for name, value in view["state_dict"].items()}
+    for key in shown - view.keys():
+        file.pop(key, None)
+    file.update({key: value for key, value in view.items() if key not in ("state_dict", *kept)})
+    if "state_dict" in file:
+        file["state_dict"] = {**changed, **others}
+
+
 def own_hyperparameters(student: Any) -> dict[str, Any]:
-    """Return what Lightning writes into a checkpoint of a LightningModule's hyperparameters."""
+    """Return what Lightning writes into a LightningModule's checkpoint about its hyperparameters."""
     if not is_lightning(student) or not student.hparams:
         return {}
     name = {student.CHECKPOINT_HYPER_PARAMS_NAME: student._hparams_name} if hasattr(student, "_hparams_name") else {}
@@ -120,7 +166,7 @@ def own_hyperparameters(student: Any) -> dict[str, Any]:
 
 
 def plain_hyperparameters(keys: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what of a checkpoint's hyperparameters are plain values, and the names of the others."""
+    """Return the plain values among a checkpoint's hyperparameters, and the names of the others."""
     name = pl.LightningModule.CHECKPOINT_HYPER_PARAMS_KEY
     values = keys.get(name, {})
     plain = {key: value for key, value in values.items() if _is_plain(value)}
@@ -130,7 +176,7 @@ def plain_hyperparameters(keys: Mapping[str, Any]) -> dict[str, Any]:
 
 def _is_plain(value: Any) -> bool:
     if type(value) is dict:
-        return all(_is_plain(each) for pair in value.items() for each in pair)
+        return all(_is_plain(item) for pair in value.items() for item in pair)
     if type(value) in (list, tuple, set):
-        return all(_is_plain(each) for each in value)
+        return all(_is_plain(item) for item in value)
     return type(value) in _PLAIN

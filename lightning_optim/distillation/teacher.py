@@ -1,4 +1,4 @@
-"""The teacher: a handle that no part of Lightning or torch sees, and a checksum that says which teacher it is."""
+"""The teacher: a handle that no part of Lightning or torch sees, and a checksum that identifies it."""
 
 import contextlib
 import hashlib
@@ -18,18 +18,18 @@ __all__ = ["Teacher", "shared_parameters"]
 class Teacher:
     """One or several frozen networks outside the module tree.
 
-    As an attribute of a module this object is in no ``parameters()``, ``state_dict()``, optimizer, DDP bucket or
+    As an attribute of a module, it is in no ``parameters()``, ``state_dict()``, optimizer, DDP bucket or
     ``.train()``/``.to()`` of its owner. A deep copy of the owner shares it, a pickle of the owner leaves it out. It is
     always in eval mode, computes without gradients in its own precision, and moves to its inputs' device when called.
 
     Args:
-        networks: Called in eval mode; :meth:`freeze` leaves them in it.
-        weights: > 0, one a network; default equal.
+        networks: They are called in eval mode; :meth:`freeze` leaves them in it.
+        weights: > 0, one per network; default equal.
         autocast: Compute under autocast of this dtype instead of the networks' own precision.
 
     Raises:
-        TypeError: If a network is no module.
-        ValueError: If there is none, or weights do not fit.
+        TypeError: If a network is not a module.
+        ValueError: If there is none, or the weights do not fit.
     """
 
     def __init__(
@@ -52,16 +52,16 @@ class Teacher:
 
     @classmethod
     def of(cls, teacher: Any, autocast: torch.dtype | None = None) -> "Teacher | None":
-        """Read what a user gives: None, a module, a list of modules, or a list of ``(module, weight)``."""
+        """Read the argument ``teacher``: None, a module, a list of modules, or a list of ``(module, weight)``."""
         if teacher is None or isinstance(teacher, Teacher):
             return teacher
         if isinstance(teacher, nn.Module) or not isinstance(teacher, (list, tuple)):
             return cls([teacher], autocast=autocast)
-        pairs = [each if isinstance(each, (list, tuple)) else (each, 1.0) for each in teacher]
+        pairs = [entry if isinstance(entry, (list, tuple)) else (entry, 1.0) for entry in teacher]
         return cls([network for network, _ in pairs], [weight for _, weight in pairs], autocast)
 
     def freeze(self) -> None:
-        """Put the networks into eval mode and let their parameters need no gradient, in place."""
+        """Put the networks into eval mode and turn off the gradients of their parameters, in place."""
         for network in self.networks:
             network.eval().requires_grad_(False)
 
@@ -72,7 +72,7 @@ class Teacher:
         return _absent, ()
 
     def __call__(self, inputs: ForwardInputs) -> list[Any]:
-        """Return what each network answers."""
+        """Return the output of each network."""
         return [self._answer(network, inputs) for network in self.networks]
 
     def logits(
@@ -85,9 +85,9 @@ class Teacher:
         """Combine the teachers' logits by their weights.
 
         Args:
-            logits: Of each teacher, all of one shape.
-            dim: Which dimension holds the classes.
-            binary: Each logit is an answer of its own: one logit a row, or several labels.
+            logits: Those of each teacher, all of one shape.
+            dim: The dimension that holds the classes.
+            binary: Whether each logit is an answer of its own: one logit per row, or several labels.
         """
         return ensemble_logits(logits, self.weights, dim=dim, binary=binary)
 
@@ -103,9 +103,9 @@ class Teacher:
                 return moved.call(network)
         except (AttributeError, LookupError, TypeError) as error:
             raise ValueError(
-                f"the teacher {type(network).__name__} cannot take what the student's forward (or its layer "
-                f"`logits_from`) receives: {describe_inputs(moved)} ({type(error).__name__}: {error}). Override "
-                "`teacher_inputs(batch)` to give it what it takes."
+                f"the teacher {type(network).__name__} fails with the arguments of the student's forward (or of its "
+                f"layer `logits_from`): {describe_inputs(moved)} ({type(error).__name__}: {error}). Override "
+                "`teacher_inputs(batch)` to pass other arguments."
             ) from error
 
     def _precision(self, device: torch.device | None) -> contextlib.AbstractContextManager[Any]:
@@ -115,7 +115,7 @@ class Teacher:
         return torch.autocast(kind, dtype=self.autocast, enabled=self.autocast is not None)
 
     def checksum(self) -> str:
-        """Return a digest of all parameters, buffers and ensemble weights: equal for equal teachers only."""
+        """Return a digest of all parameters, buffers and ensemble weights, which only equal teachers share."""
         digest = hashlib.blake2b(repr(self.weights).encode(), digest_size=16)
         for network in self.networks:
             for name, tensor in network.state_dict().items():
@@ -126,7 +126,7 @@ class Teacher:
 
 
 def shared_parameters(student: nn.Module, teacher: Teacher) -> list[str]:
-    """Return names of the student's parameters that a teacher holds too."""
+    """Return the names of the student's parameters that a teacher has too."""
     held = {id(tensor) for network in teacher.networks for tensor in network.parameters()}
     return [name for name, tensor in student.named_parameters() if id(tensor) in held]
 

@@ -1,24 +1,29 @@
 """A distillation module is its student to everybody else: attributes, hyperparameters, and the Trainer's package."""
 
+import inspect
+from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
 from typing import Any
 
 from lightning_optim.target import lightning_class
 
-__all__ = ["StandsForStudent"]
+__all__ = ["StandsForStudent", "take_settings"]
 
 _PLAIN = (bool, int, float, str, type(None))
+_SETTINGS = ("example_input_array", "allow_zero_length_dataloader_with_multiple_devices", "prepare_data_per_node")
+_UNSAVED = ("student", "teacher", "optimizer", "task_loss", "example_inputs", "loss", "features")
+"""Arguments that may be modules or functions, which would make a checkpoint unloadable."""
 
 
 def of_student(name: str) -> Any:
-    """Return a property that is the student's attribute (or hyperparameter) where it has one, else the module's own.
+    """Return a property that is the student's attribute (or hyperparameter) if it has one, else the module's own.
 
     Lightning's finders read and set ``lr`` or ``learning_rate`` on the module that the Trainer fits.
     """
 
     def read(module: Any) -> Any:
-        student = module._modules.get("student")
+        student = _student_of(module)
         if name in module.__dict__:
             return module.__dict__[name]
         if hasattr(student, name):
@@ -28,7 +33,7 @@ def of_student(name: str) -> Any:
         raise AttributeError(f"neither {type(module).__name__} nor its student has {name!r}.")
 
     def write(module: Any, value: Any) -> None:
-        student = module.__dict__.get("_modules", {}).get("student")
+        student = _student_of(module)
         in_arguments = name in getattr(student, "hparams", {})
         if in_arguments:
             student.hparams[name] = value
@@ -41,21 +46,24 @@ def of_student(name: str) -> Any:
 
 
 class StandsForStudent:
-    """Answers with what the student has where the module around it has nothing of that name.
+    """Returns the student's attribute if the module around it has none of that name.
 
     So finetuning callbacks find ``backbone``, tuners ``batch_size``, loggers the hyperparameters, as on the student
-    itself. Private names are never the student's. A number or text set from outside goes to the student where only it
-    has the name; layers and tensors that a subclass sets are its own.
+    itself. Private names are never the student's. A number or string set from outside goes to the student if only the
+    student has the name; layers and tensors that a subclass sets are its own.
 
     A module around a student of ``pytorch_lightning`` is a LightningModule of that package too, for its Trainer.
     """
 
+    lr = of_student("lr")
+    learning_rate = of_student("learning_rate")
+
     def __new__(cls, student: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """Make a module of the student's package."""
-        base, made = lightning_class(student), cls  # type: Any, Any
+        """Create a module of the student's package."""
+        base, created = lightning_class(student), cls  # type: Any, Any
         if base is not None and not issubclass(cls, base):
-            made = _of_package(made, base.__module__)
-        return object.__new__(made)
+            created = _of_package(created, base.__module__)
+        return object.__new__(created)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -91,17 +99,24 @@ class StandsForStudent:
             return own
         return student.hparams
 
-    def save_hyperparameters(self, *args: Any, **options: Any) -> None:
-        """Save a subclass's arguments as its own, not among the student's."""
+    def save_hyperparameters(
+        self, *args: Any, ignore: Sequence[str] | str | None = None, frame: Any = None, **options: Any
+    ) -> None:
+        """Save a subclass's arguments as its own, not the student's; never modules or functions."""
+        unsaved = [*([ignore] if isinstance(ignore, str) else ignore or ()), *_UNSAVED]
+        if frame is None:
+            current = inspect.currentframe()
+            frame = None if current is None else current.f_back
         self.__dict__["_saving"] = True
         try:
-            super().save_hyperparameters(*args, **options)  # type: ignore[misc]
+            names = [arg for arg in args if arg not in unsaved]
+            super().save_hyperparameters(*names, ignore=unsaved, frame=frame, **options)  # type: ignore[misc]
         finally:
             del self.__dict__["_saving"]
 
     @property
     def hparams_initial(self) -> Any:
-        """The hyperparameters at the beginning, for loggers: the student's and those that a subclass saved."""
+        """The initial hyperparameters, for loggers: the student's and those that a subclass saved."""
         own = super().hparams_initial  # type: ignore[misc]
         student = _student_of(self)
         return own if lightning_class(student) is None else type(own)({**student.hparams_initial, **own})
@@ -117,13 +132,21 @@ class StandsForStudent:
         self.__dict__["_logs_own_hyperparams"] = value
 
 
+def take_settings(module: Any, student: Any) -> None:
+    """Copy the settings of a student that Lightning reads from the module it fits, and that every module has."""
+    for name in _SETTINGS:
+        if getattr(student, name, None) is not None:
+            setattr(module, name, getattr(student, name))
+    module._strict_loading = student._strict_loading
+
+
 def _student_of(module: Any) -> Any:
     return module.__dict__.get("_modules", {}).get("student")
 
 
 @cache
 def _of_package(cls: Any, package: str) -> Any:
-    """Return a class that is a LightningModule of another package too, which comes first where both have a name."""
+    """Return a class that is a LightningModule of another package too, whose methods take precedence."""
     other = getattr(import_module(package), "LightningModule")  # noqa: B009
     own = next(base for base in cls.__mro__ if base.__name__ == "LightningModule")
     both = type("LightningModule", (other, own), {"__module__": package})

@@ -1,7 +1,7 @@
-"""A fake-quantized copy becomes a module that holds integers, which is what is exported.
+"""Converts a fake-quantized copy into a module that holds integers, which is then exported.
 
-Two operators of our own stand for ONNX's QuantizeLinear and DequantizeLinear. The exporter's translation of PyTorch's
-fake quantization takes neither the symmetric range (-127, 127) nor int8 weights in the file.
+Two custom operators stand for ONNX's QuantizeLinear and DequantizeLinear. The exporter's translation of PyTorch's fake
+quantization supports neither the symmetric range (-127, 127) nor int8 weights in the file.
 """
 
 from collections import Counter
@@ -26,7 +26,7 @@ _CONVOLUTIONS: dict[type[nn.Module], Callable[..., Tensor]] = {
     nn.Conv3d: F.conv3d,
 }
 _LARGEST_BIAS = 2**30
-"""Of an int32 bias; leaves as much room for the products that are added to it."""
+"""Largest int32 bias; leaves as much room for the products that are added to it."""
 
 
 @torch.library.custom_op("lightning_optim::quantize", mutates_args=())
@@ -56,19 +56,19 @@ def _(integers: Tensor, scale: Tensor, zero_point: Tensor | None, axis: int) -> 
 
 
 def rounds(layer: nn.Module) -> bool:
-    """Tell whether a layer computes with a rounded weight now."""
+    """Whether a layer computes with a rounded weight now."""
     return isinstance(layer, QuantizedLayer) and layer.quantization_phase in _ROUNDING and layer.weight_bits is not None
 
 
 def rounds_output(layer: nn.Module) -> bool:
-    """Tell whether a layer rounds its output now."""
+    """Whether a layer rounds its output now."""
     return isinstance(layer, QuantizedLayer) and layer.quantizes_output and layer.output_phase in _ROUNDING
 
 
 class _Quantizer(nn.Module):
     """Rounds a tensor to uint8 and back.
 
-    Fewer than 8 bits are clipped between two roundings: the first belongs to the layer before and the second to the
+    With fewer than 8 bits it clips between two roundings: the first belongs to the layer before, the second to the
     layer after, and both still run with integers.
     """
 
@@ -93,20 +93,20 @@ class _Quantizer(nn.Module):
 
 
 class _Weight(nn.Module):
-    """A weight as int8 with its scales: ``[]``, ``[out]``, or ``[out, groups]``."""
+    """A weight as int8, with its scales: ``[]``, ``[out]``, or ``[out, groups]``."""
 
     integers: Tensor
     scale: Tensor
     zero_point: Tensor
 
     def __init__(self, weight: Tensor, bits: int, granularity: str, factor: Tensor | None = None) -> None:
-        """Take a weight.
+        """Round a weight.
 
         Args:
             weight: ``[out, in, ...]``.
             bits: 2 to 8.
             granularity: What shares a scale.
-            factor: ``[out]``, multiplies the rows after the rounding, as a BatchNorm does.
+            factor: ``[out]``, multiplies the rows after rounding, as a BatchNorm does.
         """
         super().__init__()
         self.transposed, self.folded = False, factor is not None
@@ -132,7 +132,7 @@ class _Weight(nn.Module):
         self.register_buffer("zero_point", torch.zeros_like(scale, dtype=torch.int8))
 
     def make_room(self, largest: Tensor) -> None:
-        """Widen the scales of rows whose bias would not fit into int32: their weights are next to nothing."""
+        """Widen the scales of rows whose bias would not fit into int32: their weights are tiny."""
         if bool((largest <= self.scale).all()):
             return
         wider = torch.maximum(self.scale.expand_as(largest), largest)
@@ -141,7 +141,7 @@ class _Weight(nn.Module):
         self.axis = 0
 
     def transpose(self) -> None:
-        """Store ``[in, out]``: engines find the integer kernel of a MatMul with a constant on its right."""
+        """Store ``[in, out]``: engines have an integer kernel for a MatMul with a constant on its right."""
         self._hold(self.integers.t(), self.scale)
         self.axis = 1 if self.axis == 0 else -1
         self.transposed = True
@@ -159,10 +159,10 @@ class _Weight(nn.Module):
         return groups.flatten(-2)[..., : self.shape[1]]
 
     def matrix(self) -> Tensor:
-        """Return the weight as it came, cast and multiplied, for a product that is computed in float.
+        """Return the weight in its original shape, cast and scaled, for a product computed in float.
 
-        Engines do that once, when the file is loaded. ONNX Runtime 1.32 makes of DequantizeLinear before a MatMul one
-        that rounds the activations too (differences of 0.05 where there are 1e-6), and repeats it at each call before a
+        Engines do that once, when the file is loaded. ONNX Runtime 1.32 turns a DequantizeLinear before a MatMul into
+        one that rounds the activations too (differences of 0.05 instead of 1e-6), and repeats it in every call before a
         convolution (2.0x the time of float).
         """
         if self.grouped:
@@ -173,7 +173,7 @@ class _Weight(nn.Module):
         return self.integers.float() * self.scale.view(-1, *[1] * (self.integers.ndim - 1))
 
     def forward(self) -> Tensor:
-        """Return the weight dequantized, as it is stored, for an integer kernel."""
+        """Return the dequantized weight as stored, for an integer kernel."""
         if self.grouped:
             return self.matrix()
         weight: Tensor = dequantize(self.integers, self.scale, self.zero_point, self.axis)
@@ -181,7 +181,7 @@ class _Weight(nn.Module):
 
 
 class _Bias(nn.Module):
-    """A bias as int32 in units of input scale times weight scale, which is what integer kernels add."""
+    """A bias as int32 in units of input scale times weight scale, as integer kernels add it."""
 
     integers: Tensor
     scale: Tensor
@@ -197,7 +197,7 @@ class _Bias(nn.Module):
 
 
 class _Integer(nn.Module):
-    """What the classes below share; they are swapped in, so that names and attributes of the layer stay."""
+    """Base of the classes below; they are set as ``__class__``, so that names and attributes of the layer stay."""
 
     stored: _Weight | None
     stored_bias: _Bias | None
@@ -209,10 +209,10 @@ class _Integer(nn.Module):
         return self._parameters["weight"] if self.stored is None or self.stored.folded else self.stored.matrix()
 
     weight: Any = property(_read_weight)
-    """What another module reads (``hidden @ table.weight.T``): the integers, so that the file holds them once."""
+    """For other modules that read it (``hidden @ table.weight.T``): the integers, so that the file holds them once."""
 
     def written(self, y: Tensor) -> Tensor:
-        """Round the output where it is rounded; a ReLU that follows comes first, and is then repeated in vain."""
+        """Round the output if it has a range; a ReLU that follows is applied first, and has no effect when repeated."""
         if self.writes is None:
             return y
         return self.writes(y.relu() if self.output_relu else y)  # type: ignore[no-any-return]
@@ -234,7 +234,7 @@ class _IntegerConv(_Integer):
         padding = self.padding
         if self.padding_mode != "zeros":
             padding, x = 0, F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
-            # Rounding once more changes nothing, and lets the layers on both sides of the padding run with integers.
+            # Rounding again changes nothing, and lets the layers on both sides of the padding run with integers.
             x = x if self.reads is None else self.reads(x)
         convolve = next(function for cls, function in _CONVOLUTIONS.items() if isinstance(self, cls))
         return self.written(convolve(x, weight, bias, self.stride, padding, self.dilation, self.groups))
@@ -256,34 +256,34 @@ class _IntegerLinear(_Integer, nn.Linear):
     bias: Any
 
     def forward(self, input: Tensor) -> Tensor:
-        assert self.stored is not None  # noqa: S101 - a Linear without rounded weight stays what it is
+        assert self.stored is not None  # noqa: S101 - a Linear without rounded weight is not converted
         x = input if self.reads is None else self.reads(input)
         if self.stored.grouped or self.reads is None:
             return F.linear(x, self.stored.matrix(), self.bias)
-        # A weight that a table shares is stored as the table's rows: engines transpose it when the file is loaded.
+        # A weight shared with a table is stored as the table's rows: engines transpose it when the file is loaded.
         y: Tensor = torch.matmul(x, self.stored() if self.stored.transposed else self.stored().t())
         if self.bias is None:
             return y
-        # ONNX Runtime makes one integer Gemm of a matrix product and an int32 bias, and an integer product with a
-        # float bias of one with more dimensions.
+        # ONNX Runtime fuses a matrix product and an int32 bias into one integer Gemm; with more than two dimensions, it
+        # fuses a product and a float bias.
         bias: Tensor = self.bias if self.stored_bias is None or y.ndim != 2 else self.stored_bias()
         return y + bias
 
 
 class _IntegerEmbedding(_Integer, nn.Embedding):
     def forward(self, input: Tensor) -> Tensor:
-        assert self.stored is not None  # noqa: S101 - a table that is not rounded stays what it is
+        assert self.stored is not None  # noqa: S101 - a table that is not rounded is not converted
         return self.stored.rows(input)
 
 
 class _GatheredBag(_Integer, nn.EmbeddingBag):
-    """An EmbeddingBag as look-up and reduction, float or int8: OpenVINO cannot read the exporter's EmbeddingBag."""
+    """An EmbeddingBag as lookup and reduction, float or int8: OpenVINO cannot read the exporter's EmbeddingBag."""
 
     def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
         if input.ndim != 2 or offsets is not None:
             raise ValueError(
                 "an EmbeddingBag with `offsets` (bags of different length in one flat tensor) cannot be exported. "
-                "Pass bags as [batch, length], filled up to one length with `padding_idx`."
+                "Pass bags as [batch, length], padded to one length with `padding_idx`."
             )
         rows = F.embedding(input, self.weight) if self.stored is None else self.stored.rows(input)
         kept = None if self.padding_idx is None else (input != self.padding_idx).unsqueeze(-1)
@@ -303,7 +303,7 @@ def _largest(rows: Tensor, kept: Tensor | None) -> Tensor:
     return torch.where(kept.any(1), torch.where(kept, rows, -torch.inf).amax(1), 0.0)
 
 
-class _RoundedBatchNorm(_Integer, nn.BatchNorm1d):  # of any dimension: only that check tells them apart
+class _RoundedBatchNorm(_Integer, nn.BatchNorm1d):  # of any dimension: they differ only in that check
     def forward(self, input: Tensor) -> Tensor:
         return self.written(super().forward(input))
 
@@ -323,14 +323,14 @@ _INTEGER: tuple[tuple[type[nn.Module], type[_Integer]], ...] = (
 
 
 def convert(module: nn.Module, batch_norms: Mapping[str, str]) -> None:
-    """Make integers of what is rounded, in place; layers that are not rounded stay float.
+    """Convert rounded layers to integers, in place; other layers stay float.
 
     Args:
         module: A float32 copy in eval mode on the CPU.
-        batch_norms: Convolution -> BatchNorm that is folded into it: only scales and signs change, no integer does.
+        batch_norms: Convolution -> BatchNorm to fold into it: this changes scales and signs, but no magnitudes.
     """
     layers = dict(module.named_modules())
-    _renormalise(module)
+    _renormalize(module)
     store = _Store(module)
     followers = {layers[name]: layers[follower] for name, follower in batch_norms.items() if rounds(layers[name])}
     for layer, norm in followers.items():
@@ -345,7 +345,7 @@ def convert(module: nn.Module, batch_norms: Mapping[str, str]) -> None:
 
 
 class _Store:
-    """The integers of each weight: those that layers share are stored once."""
+    """The integers of each weight; a shared weight is stored once."""
 
     def __init__(self, module: nn.Module) -> None:
         weights = [layer._parameters["weight"] for layer in module.modules() if rounds(layer)]
@@ -354,10 +354,10 @@ class _Store:
         self._stored: dict[tuple[int, int, str], _Weight] = {}
 
     def of(self, layer: QuantizedLayer, factor: Tensor | None) -> _Weight:
-        """Return a layer's weight.
+        """Return the integers of a layer's weight.
 
         Args:
-            layer: Whose weight is rounded.
+            layer: A layer with a rounded weight.
             factor: ``[out]``, of the BatchNorm that is folded into it.
         """
         weight, bits, granularity = layer._parameters["weight"], layer.weight_bits or 8, layer.weight_granularity
@@ -371,12 +371,12 @@ class _Store:
         return stored
 
     def shares(self, layer: nn.Module) -> bool:
-        """Tell whether other layers have this one's weight."""
+        """Whether other layers share this one's weight."""
         return id(layer._parameters["weight"]) in self._shared
 
 
-def _renormalise(module: nn.Module) -> None:
-    """Apply ``max_norm`` to whole tables, which look-ups would do row by row, in place."""
+def _renormalize(module: nn.Module) -> None:
+    """Apply ``max_norm`` to whole tables in place; lookups would do it row by row."""
     for layer in module.modules():
         if isinstance(layer, EMBEDDINGS) and layer.max_norm is not None:
             with torch.no_grad():
@@ -385,10 +385,10 @@ def _renormalise(module: nn.Module) -> None:
 
 
 def _to_integer(layer: nn.Module, store: _Store, norm: nn.Module | None = None) -> None:
-    assert isinstance(layer, QuantizedLayer)  # noqa: S101 - the callers ask
+    assert isinstance(layer, QuantizedLayer)  # noqa: S101 - the callers check it
     weight, bias, factor = layer._parameters.get("weight"), layer._parameters.get("bias"), None
     writer = layer if norm is None or not rounds_output(norm) else norm
-    assert isinstance(writer, QuantizedLayer)  # noqa: S101 - rounds_output says so
+    assert isinstance(writer, QuantizedLayer)  # noqa: S101 - rounds_output implies it
     if isinstance(norm, _BatchNorm):
         factor, folded = _folded(norm, bias)
         layer.bias = nn.Parameter(folded, requires_grad=False)
@@ -401,7 +401,7 @@ def _to_integer(layer: nn.Module, store: _Store, norm: nn.Module | None = None) 
     if stored is not None and alone and reads is not None and isinstance(layer, nn.Linear):
         stored.transpose()
     if factor is not None and weight is not None:
-        weight.data = layer.quantized_weight()  # for others that read it: the stored one has the BatchNorm in it
+        weight.data = layer.quantized_weight()  # for other readers: the stored one includes the BatchNorm
     layer.output_relu = writer.output_relu
     layer.__class__ = next(integer for cls, integer in _INTEGER if isinstance(layer, cls))  # type: ignore[assignment]
     for name, value in {"stored": stored, "stored_bias": stored_bias, "reads": reads, "writes": writes}.items():
@@ -409,8 +409,8 @@ def _to_integer(layer: nn.Module, store: _Store, norm: nn.Module | None = None) 
 
 
 def _folded(norm: _BatchNorm, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return what a BatchNorm multiplies and adds, with the convolution's bias in it: each ``[out]``."""
-    assert norm.running_mean is not None and norm.running_var is not None  # noqa: S101, PT018 - else nothing folds
+    """Return the factor and summand of a BatchNorm, including the convolution's bias, each ``[out]``."""
+    assert norm.running_mean is not None and norm.running_var is not None  # noqa: S101, PT018 - otherwise nothing folds
     factor = torch.rsqrt(norm.running_var + norm.eps)
     if norm.weight is not None:
         factor = factor * norm.weight.detach()

@@ -1,4 +1,4 @@
-"""The graph of a module with its free dimensions, and the ONNX model made of it."""
+"""The graph of a module with its free dimensions, and the ONNX model built from it."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -14,13 +14,13 @@ from lightning_optim.quantization.failures import export_failure, quiet_export
 __all__ = ["OPSET", "FreeDimensions", "Program", "export_program"]
 
 OPSET = 21
-"""The first one whose DequantizeLinear knows all that is written here."""
+"""The first opset whose DequantizeLinear supports everything written here."""
 
 FreeDimensions = Mapping[str, Mapping[int, str]]
-"""Input name -> dimension -> name of each that is free."""
+"""Input name -> dimension -> name, for every free dimension."""
 
 _FIXED_BATCH = (
-    "Where code fixes the batch size (`len(x)` does, `x.shape[0]` does not), change it or pass dynamic_batch=False."
+    "If code fixes the batch size (`len(x)` does, `x.shape[0]` does not), change it or pass dynamic_batch=False."
 )
 
 
@@ -29,18 +29,18 @@ class Program:
     """An exported graph.
 
     Attributes:
-        graph: What ``torch.export`` gave.
-        largest: Name of a free dimension -> the largest size that the module's own code allows, where it has one.
+        graph: The result of ``torch.export``.
+        largest: Name of a free dimension -> the largest size that the module's own code allows, if it is limited.
     """
 
     graph: Any
     largest: dict[str, int]
 
     def held(self, module: nn.Module) -> set[int]:
-        """Return the identities of the parameters and buffers of ``module`` that the graph computes with.
+        """Return the identities of the parameters and buffers of ``module`` that the graph uses.
 
         Args:
-            module: What was exported.
+            module: The exported module.
         """
         signature = self.graph.graph_signature
         names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
@@ -51,13 +51,13 @@ class Program:
     def to_onnx(
         self, module: nn.Module, input_names: Sequence[str], output_names: Sequence[str], free: FreeDimensions
     ) -> Any:
-        """Return the ONNX model, whose free dimensions have their names.
+        """Return the ONNX model, with named free dimensions.
 
         Args:
-            module: What was exported.
-            input_names: Of all inputs.
-            output_names: Of all outputs.
-            free: The dimensions that are free.
+            module: The exported module.
+            input_names: Names of all inputs.
+            output_names: Names of all outputs.
+            free: The free dimensions.
 
         Raises:
             ValueError: If ONNX has no operator for a part of it.
@@ -84,17 +84,17 @@ class Program:
 def export_program(
     flat: nn.Module, tensors: Sequence[Tensor], module: nn.Module, input_names: Sequence[str], free: FreeDimensions
 ) -> Program:
-    """Export a module's graph; how large a free dimension may be is found in its code.
+    """Export a module's graph; the largest size of a free dimension is found in its code.
 
     Args:
-        flat: What is exported: it takes tensors, and returns them.
+        flat: The module as a function from tensors to tensors.
         tensors: Its inputs.
-        module: What it was made of, for messages.
-        input_names: Of all inputs.
-        free: The dimensions that are free.
+        module: The module itself, for messages.
+        input_names: Names of all inputs.
+        free: The free dimensions.
 
     Raises:
-        ValueError: If it cannot be exported, naming a dimension that is free and that its code fixes.
+        ValueError: If it cannot be exported, naming a free dimension that its code fixes.
     """
     named = {name: torch.export.Dim(name, min=1) for places in free.values() for name in places.values()}
     shapes = tuple({place: named[dim] for place, dim in free[name].items()} for name in input_names)
@@ -104,7 +104,7 @@ def export_program(
     except FAILURES as error:
         if not _is_about_sizes(error):
             raise ValueError(export_failure(module, error, printed.getvalue())) from error
-    # A limit on a size (a table of positions) is an error for a named dimension, and found for an unnamed one.
+    # A limit on a size (a table of positions) is an error for a named dimension, but is detected for an unnamed one.
     shapes = tuple(dict.fromkeys(free[name], torch.export.Dim.DYNAMIC) for name in input_names)
     try:
         with quiet_export() as printed:
@@ -124,14 +124,14 @@ def _is_about_sizes(error: Exception) -> bool:
 
 
 def _fixed_dimension(module: nn.Module, error: Exception, input_names: Sequence[str], free: FreeDimensions) -> str:
-    """Return the sentence that names the dimension that the module's code fixes; empty where the error names none."""
+    """Return the sentence that names the dimension fixed by the module's code; empty if the error names none."""
     found = re.search(r"L\['tensors'\]\[(\d+)\]\.size\(\)\[(\d+)\] as dynamic .* constant \((\d+)\)", str(error))
     if found is None:
         return ""
     name, place, size = input_names[int(found[1])], int(found[2]), found[3]
     dim = free[name].get(place, "")
     sentence = (
-        f"{type(module).__name__} fixes dimension {place} of {name!r} ({dim!r}) at {size}, and it is to be free. "
+        f"{type(module).__name__} fixes dimension {place} of {name!r} ({dim!r}) at {size}, but it should be free. "
     )
     if place == 0 and dim == "batch":
         return sentence + _FIXED_BATCH
@@ -160,7 +160,7 @@ def _sizes(node: Any) -> Any:
 
 
 def _drop_traces(model: Any) -> None:
-    """Drop the Python stack and the signature that the exporter writes: they were half of a small model's file."""
+    """Drop the Python stacks and the signature that the exporter writes: they were half of a small model's file."""
     model.graph.metadata_props.clear()
     for node in model.graph.all_nodes():
         node.metadata_props.clear()
@@ -171,7 +171,7 @@ def _drop_traces(model: Any) -> None:
 
 
 def _name_dimensions(model: Any, free: Sequence[Mapping[int, str]]) -> None:
-    """Give free dimensions their names: the exporter writes torch's symbols (``s95``), in products too."""
+    """Give free dimensions their names: the exporter writes torch's symbols (``s95``), also in products."""
     symbols: dict[str, str] = {}
     for value, places in zip(model.graph.inputs, free, strict=True):
         for place, name in places.items():
@@ -184,7 +184,7 @@ def _name_dimensions(model: Any, free: Sequence[Mapping[int, str]]) -> None:
         for place, size in enumerate(value.shape or ()):
             if not isinstance(size, int):
                 value.shape[place] = pattern.sub(lambda symbol: symbols[symbol[0]], str(size))
-    for value, places in zip(model.graph.inputs, free, strict=True):  # those that the code makes equal
+    for value, places in zip(model.graph.inputs, free, strict=True):  # dimensions that the code makes equal
         for place, name in places.items():
             value.shape[place] = name
 

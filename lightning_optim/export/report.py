@@ -1,4 +1,4 @@
-"""What was exported, how far its answers are from the module's, and what it costs."""
+"""The report on an export: what is in the file, how far its answers are from the module's, and what it costs."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -18,13 +18,13 @@ __all__ = ["ExportReport", "Kernels", "describe_layers", "notes_on"]
 
 @dataclass(frozen=True)
 class Kernels:
-    """How many convolutions and matrix products the engine runs, and how many of them with integers.
+    """Number of convolutions and matrix products that the engine runs, and how many of them with integers.
 
     Attributes:
-        convolutions: All of them.
-        integer_convolutions: Of them, with integers.
-        matmuls: All matrix products, those of attention between activations too.
-        integer_matmuls: Of them, with integers.
+        convolutions: All convolutions.
+        integer_convolutions: Convolutions with integers.
+        matmuls: All matrix products, including attention's products of activations.
+        integer_matmuls: Matrix products with integers.
     """
 
     convolutions: int = 0
@@ -35,30 +35,30 @@ class Kernels:
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What an export gave; ``str(report)`` is a table.
+    """The result of an export; ``str(report)`` is a table.
 
-    Figures are None where nothing was verified (``verify=False``) or there was nothing to compare with.
+    Figures are None if nothing was verified (``verify=False``) or there was nothing to compare with.
 
     Attributes:
         path: The file.
-        runtime: The engine it was verified in, None without verification.
-        opset: ONNX's version of operators.
-        inputs: Name -> shape, "batch" where the batch is free.
+        runtime: The engine it was verified in; None without verification.
+        opset: Version of ONNX's operators.
+        inputs: Name -> shape, with "batch" for a free batch.
         outputs: Names.
         layers: Layer with parameters -> how it is stored and computed.
-        notes: Sentences on what is not as one might expect.
+        notes: Sentences on anything unexpected.
         file_bytes: Size of the file.
         float_bytes: Size of the float32 export of the same module.
-        max_difference: Largest absolute difference of any output to the module's.
+        max_difference: Largest absolute difference of any output from the module's.
         mean_difference: Mean absolute difference.
         agreement: Fraction of rows in which the largest entry of the first output is the module's, in [0, 1]; None for
             outputs without classes.
-        rows: How many such rows were compared.
-        convolutions: Convolutions the engine runs.
-        integer_convolutions: Of them, with integers.
-        matmuls: Matrix products the engine runs, those of attention between activations too.
-        integer_matmuls: Of them, with integers.
-        latency: Time of a call in the engine, as a ratio to the float32 export there.
+        rows: Number of such rows compared.
+        convolutions: Convolutions that the engine runs.
+        integer_convolutions: Convolutions with integers.
+        matmuls: Matrix products that the engine runs, including attention's products of activations.
+        integer_matmuls: Matrix products with integers.
+        latency: Time of a call in the engine, as a ratio to the float32 export.
     """
 
     path: Path
@@ -86,7 +86,7 @@ class ExportReport:
         return None if not self.float_bytes else self.file_bytes / self.float_bytes
 
     def __str__(self) -> str:
-        rows = list(_gathered(self.layers))
+        rows = by_reason(self.layers, shown=4)
         table = render(f"{self.path} (ONNX, opset {self.opset})", ("layer", "in the file"), rows)
         return "\n".join([table, *self._sentences(), *self.notes])
 
@@ -103,16 +103,12 @@ class ExportReport:
             f"{self.mean_difference:.3g}{agreement}."
         )
         sentences.append(
-            f"With integers run {self.integer_convolutions} of {self.convolutions} convolutions and "
+            f"Integer kernels: {self.integer_convolutions} of {self.convolutions} convolutions and "
             f"{self.integer_matmuls} of {self.matmuls} matrix products."
         )
         if self.latency is not None:
             sentences.append(f"Time of a call (batch {self.latency.batch_size}, one thread): {self.latency}.")
         return sentences
-
-
-def _gathered(layers: Mapping[str, str]) -> list[tuple[str, str]]:
-    return by_reason(layers, shown=4)
 
 
 def _kilobytes(size: int) -> str:
@@ -122,39 +118,39 @@ def _kilobytes(size: int) -> str:
 def describe_layers(
     module: nn.Module, exported: nn.Module, batch_norms: Mapping[str, str], held: Collection[int]
 ) -> dict[str, str]:
-    """Return how each layer with parameters of its own is exported, as the exported graph has it.
+    """Describe how each layer with parameters of its own is stored and computed in the exported graph.
 
     Args:
         module: The module as it was quantized.
-        exported: The copy of it that was exported.
+        exported: The exported copy.
         batch_norms: Convolution -> BatchNorm that is folded into it.
-        held: Identities of the tensors of ``exported`` that the graph computes with.
+        held: Identities of the tensors of ``exported`` that the graph uses.
     """
     layers, copies = dict(module.named_modules()), dict(exported.named_modules())
     folded = {norm: convolution for convolution, norm in batch_norms.items() if rounds(layers[convolution])}
-    words: dict[str, str] = {}
+    descriptions: dict[str, str] = {}
     for name, layer in layers.items():
         if name in folded:
-            words[name] = f"folded into {folded[name]}"
+            descriptions[name] = f"folded into {folded[name]}"
         elif any(True for _ in layer.parameters(recurse=False)):
             writer = layers[batch_norms[name]] if name in batch_norms else layer
-            words[name] = _words_as_held(layer, writer, copies[name], held)
-    return words
+            descriptions[name] = _described_as_held(layer, writer, copies[name], held)
+    return descriptions
 
 
 NOT_HELD = "not in the file: forward does not use it"
 
 
-def _words_as_held(layer: nn.Module, writer: nn.Module, copy: nn.Module, held: Collection[int]) -> str:
+def _described_as_held(layer: nn.Module, writer: nn.Module, copy: nn.Module, held: Collection[int]) -> str:
     if not _is_held(copy, held):
         return NOT_HELD
     if rounds(layer) and not _stored_is_held(copy, held):
         return "float: forward reads the Parameter by another name"
-    return _words_of(layer, writer)
+    return _described(layer, writer)
 
 
 def _is_held(copy: nn.Module, held: Collection[int]) -> bool:
-    """Tell whether the graph computes with what a layer itself holds, as integers or as it is."""
+    """Whether the graph uses a layer's own tensors, as integers or unchanged."""
     return _stored_is_held(copy, held) or any(id(parameter) in held for parameter in copy.parameters(recurse=False))
 
 
@@ -163,7 +159,7 @@ def _stored_is_held(copy: nn.Module, held: Collection[int]) -> bool:
     return isinstance(stored, nn.Module) and id(stored.integers) in held
 
 
-def _words_of(layer: nn.Module, writer: nn.Module) -> str:
+def _described(layer: nn.Module, writer: nn.Module) -> str:
     parts = []
     if isinstance(layer, QuantizedLayer) and rounds(layer):
         container = "" if layer.weight_bits == 8 else " in int8 container"
@@ -180,8 +176,8 @@ def notes_on(module: nn.Module, exported: nn.Module, held: Collection[int]) -> l
 
     Args:
         module: The module as it was quantized.
-        exported: The copy of it that was exported.
-        held: Identities of the tensors of ``exported`` that the graph computes with.
+        exported: The exported copy.
+        held: Identities of the tensors of ``exported`` that the graph uses.
     """
     copies = dict(exported.named_modules())
     rounded = {n: x for n, x in module.named_modules() if isinstance(x, QuantizedLayer) and rounds(x)}
@@ -192,8 +188,8 @@ def notes_on(module: nn.Module, exported: nn.Module, held: Collection[int]) -> l
     twice = [n for n in rounded if _stored_is_held(copies[n], held) and id(copies[n]._parameters["weight"]) in held]
     if twice:
         notes.append(
-            f"{', '.join(twice)}: stored twice, as integers and as float32, since forward also reads the Parameter by "
-            "another name, in float."
+            f"{', '.join(twice)}: stored twice, as integers and as float32, because forward also reads the Parameter "
+            "by another name, in float."
         )
     if any((layer.weight_bits or 8) < 8 for layer in layers):
         notes.append("Weights of fewer than 8 bits are stored as int8: they are no smaller and no faster than 8 bits.")

@@ -1,7 +1,7 @@
-"""Products of uint8 and int8 that overflow: x86 processors without VNNI, on which ONNX Runtime adds pairs in 16 bits.
+"""Products of uint8 and int8 that overflow: on x86 processors without VNNI, ONNX Runtime adds pairs in 16 bits.
 
 255 x 127 twice is 64,770, and 16 bits end at 32,767. The same weights as uint8 with a zero point of 128 are multiplied
-in 32 bits there, slower and right; ONNX Runtime's own option for it, ``session.x64quantprecision``, refuses files in
+in 32 bits there, slower but correct; ONNX Runtime's own option for it, ``session.x64quantprecision``, rejects files in
 which two layers share a weight (1.32).
 """
 
@@ -15,13 +15,13 @@ __all__ = ["NOTE", "overflows", "unsigned_weights"]
 NOTE = (
     "This processor has no VNNI: ONNX Runtime's kernels for uint8 x int8 overflow on it. Answers and times here are "
     "those of the file with its weights as uint8, as ExportedModel loads it on such processors; a plain "
-    "InferenceSession gives other answers there. On processors with VNNI, and on ARM, the file is right as it is."
+    "InferenceSession gives other answers there. On processors with VNNI, and on ARM, the file is correct as it is."
 )
 
 
 @cache
 def overflows() -> bool:
-    """Whether ONNX Runtime's products of uint8 and int8 overflow on this processor; one product is tried."""
+    """Whether ONNX Runtime's products of uint8 and int8 overflow on this processor, found by trying one."""
     import onnxruntime  # type: ignore[import-not-found, import-untyped, unused-ignore]
     from onnx import TensorProto, helper, numpy_helper  # type: ignore[import-not-found, unused-ignore]
 
@@ -42,7 +42,7 @@ def overflows() -> bool:
 
 
 def unsigned_weights(model: Any) -> bool:
-    """Write a model's int8 weights as uint8, each number and its zero point 128 higher: the same values.
+    """Rewrite a model's int8 weights as uint8, with numbers and zero points 128 higher: the same values.
 
     Args:
         model: An ``onnx.ModelProto`` whose weights are read by DequantizeLinear; it is changed in place.
@@ -64,7 +64,7 @@ def unsigned_weights(model: Any) -> bool:
         if weight.data_type != TensorProto.INT8 or not nodes:
             continue
         if any(node.op_type != "DequantizeLinear" or node.input[0] != weight.name for node in nodes):
-            continue  # a zero point, or a table that is looked up before it is multiplied out
+            continue  # a zero point, or a table whose rows are looked up before they are scaled
         if any(len(node.input) > 2 and node.input[2] not in held for node in nodes):
             continue
         for number, node in enumerate(nodes):

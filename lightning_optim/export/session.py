@@ -1,4 +1,4 @@
-"""An exported file, called like the module it was made from."""
+"""An exported file that is called like its module."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,28 +7,28 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_optim._upstream import tree_flatten_with_path, tree_leaves
-from lightning_optim.export.verify import RUNTIMES
+from lightning_optim.export.runtimes import RUNTIMES
 
 __all__ = ["ExportedModel", "as_fed"]
 
 
 def as_fed(tensor: Tensor) -> Tensor:
-    """Return a tensor as files take it: on the CPU, and in float32 where it is floating."""
+    """Return a tensor as files expect it: on the CPU, and in float32 if it is floating point."""
     tensor = tensor.detach().cpu()
     return tensor.float() if tensor.is_floating_point() else tensor
 
 
 class ExportedModel(nn.Module):
-    """A file in an inference engine, on one thread of the CPU, called like the module it was made from.
+    """A file in an inference engine, on one thread of the CPU, that is called like its module.
 
-    So the code that evaluates the module evaluates the file.
+    The code that evaluates the module then evaluates the file.
 
     Args:
-        path: The file, as :func:`~lightning_optim.export_onnx` writes it.
+        path: A file written by :func:`~lightning_optim.export_onnx`.
         runtime: "onnxruntime" or "openvino".
 
     Raises:
-        ImportError: If the engine is not installed; the text names the extra.
+        ImportError: If the engine is not installed; the message names the extra.
     """
 
     def __init__(self, path: str | Path, runtime: str = "onnxruntime") -> None:
@@ -36,30 +36,30 @@ class ExportedModel(nn.Module):
         self.runtime = RUNTIMES.resolve(runtime)(Path(path))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the file: one tensor, or a tuple of them where the file has several outputs."""
+        """Run the file, and return one tensor, or a tuple of tensors if the file has several outputs."""
         outputs = self.runtime.run(self.ordered(args, kwargs))
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
     def ordered(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
-        """Return a call's tensors in the file's order: positional ones as they come, keywords by their names.
+        """Return a call's tensors in the file's order: positional ones in order, keyword arguments by their names.
 
         Raises:
-            TypeError: If the call has no tensor for one of the file's inputs, or has one that the file does not know.
+            TypeError: If the call lacks a tensor for one of the file's inputs, or has one that is not an input.
         """
         positional = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
         named = dict(zip(self.runtime.names, positional, strict=False)) | _by_name(kwargs)
         if set(named) != set(self.runtime.names) or len(positional) > len(self.runtime.names):
             raise TypeError(
                 f"the file's inputs are {', '.join(self.runtime.names)}, and the call passes "
-                f"{len(positional)} tensors by place and {', '.join(_by_name(kwargs)) or 'none'} by name."
+                f"{len(positional)} tensors by position and {', '.join(_by_name(kwargs)) or 'none'} by name."
             )
         return [as_fed(named[name]) for name in self.runtime.names]
 
 
 def _by_name(kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return the tensors among keywords under the names that the export gives them."""
-    found = {}
+    """Return the tensors among keyword arguments, under their names in the file."""
+    named = {}
     for path, leaf in tree_flatten_with_path(dict(kwargs))[0]:
         if isinstance(leaf, Tensor):
-            found["_".join(str(getattr(key, "idx", getattr(key, "key", key))) for key in path)] = leaf
-    return found
+            named["_".join(str(getattr(key, "idx", getattr(key, "key", key))) for key in path)] = leaf
+    return named

@@ -1,6 +1,6 @@
-"""Fake quantization: numbers rounded to what few bits can hold, with gradients that pass through the rounding.
+"""Fake quantization: numbers rounded to a few bits, with gradients that pass through the rounding.
 
-Rounding is half to even, as ONNX's QuantizeLinear rounds. Zero is always held exactly, so zeros of a mask stay zero.
+Rounding is half to even, like ONNX's QuantizeLinear. Zero is always exact, so the zeros of a mask stay zero.
 """
 
 from typing import Any
@@ -10,30 +10,28 @@ from torch import Tensor
 
 __all__ = [
     "affine_parameters",
-    "dequantize",
     "fake_quantize",
     "fake_quantize_weight",
     "integer_range",
     "parse_weight_granularity",
-    "quantize",
     "straight_through",
     "symmetric_scale",
 ]
 
 FEWEST_BITS, MOST_BITS = 2, 8
 SMALLEST_SCALE = 1e-12
-"""Scale of what is zero throughout: any positive one is right."""
+"""Scale of an all-zero tensor, for which any positive scale is right."""
 
 
 def integer_range(bits: int, *, symmetric: bool) -> tuple[int, int]:
-    """Return the smallest and largest integer of a number of bits.
+    """Return the smallest and largest integer for a number of bits.
 
     Args:
         bits: 2 to 8.
         symmetric: ``(-(2^(b-1) - 1), 2^(b-1) - 1)`` for weights, else ``(0, 2^b - 1)`` for activations.
 
     Raises:
-        ValueError: If ``bits`` is no whole number in the range.
+        ValueError: If ``bits`` is not a whole number in the range.
 
     Examples:
         >>> integer_range(8, symmetric=True), integer_range(8, symmetric=False), integer_range(2, symmetric=True)
@@ -46,14 +44,14 @@ def integer_range(bits: int, *, symmetric: bool) -> tuple[int, int]:
 
 
 def parse_weight_granularity(text: str) -> tuple[str, int]:
-    """Return what shares a scale, and of a group its size (0 for the others).
+    """Return what shares a scale, and the group size (0 for the others).
 
     Args:
         text: ``"per_tensor"``, ``"per_channel"`` (a row of dimension 0), or ``"per_group:32"`` (32 consecutive inputs
             of a row).
 
     Raises:
-        ValueError: If it is none of them.
+        ValueError: If it is none of these.
 
     Examples:
         >>> parse_weight_granularity("per_group:32")
@@ -71,7 +69,7 @@ def parse_weight_granularity(text: str) -> tuple[str, int]:
 
 
 def symmetric_scale(weight: Tensor, bits: int = 8, granularity: str = "per_channel") -> Tensor:
-    """Return the scales that let the largest magnitude be the largest integer.
+    """Return the scales that map the largest magnitude to the largest integer.
 
     Args:
         weight: ``[out, in, ...]``, any float dtype.
@@ -92,7 +90,7 @@ def symmetric_scale(weight: Tensor, bits: int = 8, granularity: str = "per_chann
 
 
 def grouped(weight: Tensor, granularity: str) -> Tensor:
-    """View a weight as ``[out, groups, size]``; the last group of a row is padded with zeros where it is short."""
+    """View a weight as ``[out, groups, size]``; a short last group of a row is padded with zeros."""
     _, size = parse_weight_granularity(granularity)
     rows = weight.reshape(weight.shape[0], -1) if weight.ndim > 1 else weight.reshape(1, -1)
     if not size:
@@ -103,15 +101,15 @@ def grouped(weight: Tensor, granularity: str) -> Tensor:
 
 
 def affine_parameters(low: Tensor, high: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
-    """Return scale and zero point of a range, widened to hold zero.
+    """Return scale and zero point of a range, widened to include zero.
 
     Args:
         low: Smallest value, any shape.
-        high: Largest value, of the same shape.
+        high: Largest value, same shape.
         bits: 2 to 8.
 
     Returns:
-        float32 scale, and int32 zero point in ``[0, 2^bits - 1]``: zero is exactly an integer.
+        float32 scale, and int32 zero point in ``[0, 2^bits - 1]``, so that zero is exact.
 
     References:
         Jacob et al. 2018, "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only
@@ -128,18 +126,8 @@ def affine_parameters(low: Tensor, high: Tensor, bits: int = 8) -> tuple[Tensor,
     return scale, zero_point
 
 
-def quantize(x: Tensor, scale: Tensor, zero_point: Tensor | int, quant_min: int, quant_max: int) -> Tensor:
-    """Return the integers, as int32: ``clamp(round(x / scale) + zero_point)``."""
-    return (torch.round(x.float() / scale) + zero_point).clamp(quant_min, quant_max).to(torch.int32)
-
-
-def dequantize(integers: Tensor, scale: Tensor, zero_point: Tensor | int) -> Tensor:
-    """Return the float32 numbers that the integers stand for."""
-    return (integers - zero_point).float() * scale
-
-
 def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor | int, quant_min: int, quant_max: int) -> Tensor:
-    """Round to what the integers can hold, and let gradients pass where nothing was clipped.
+    """Round to the values of the integers, and pass gradients where nothing was clipped.
 
     Args:
         x: Any shape and float dtype.
@@ -149,8 +137,8 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor | int, quant_min:
         quant_max: Largest integer.
 
     Returns:
-        Of the shape and dtype of ``x``; at most half a scale off inside the range. Applying it twice changes nothing.
-        Its gradient is 1 inside the range and 0 outside (straight-through estimator).
+        A tensor of the shape and dtype of ``x``, at most half a scale off inside the range. Applying it twice changes
+        nothing. Its gradient is 1 inside the range and 0 outside (straight-through estimator).
 
     References:
         Bengio et al. 2013, "Estimating or Propagating Gradients Through Stochastic Neurons".
@@ -162,16 +150,16 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor | int, quant_min:
 def fake_quantize_weight(
     weight: Tensor, bits: int = 8, granularity: str = "per_channel", *, largest: Tensor | None = None
 ) -> Tensor:
-    """Fake-quantize a weight symmetrically with scales taken from itself; no weight is clipped, zeros stay zero.
+    """Fake-quantize a weight symmetrically with its own scales; no weight is clipped, zeros stay zero.
 
     Args:
         weight: ``[out, in, ...]``.
         bits: 2 to 8.
         granularity: What shares a scale.
-        largest: Largest magnitude of the whole tensor, where ``weight`` is a part of one that shares one scale.
+        largest: Largest magnitude of the whole tensor, if ``weight`` is a part of a tensor with one scale.
 
     Returns:
-        Of the shape and dtype of ``weight``; its gradient is that of ``weight`` (straight-through estimator).
+        A tensor of the shape and dtype of ``weight``; gradients pass unchanged (straight-through estimator).
     """
     rounded: Tensor = _RoundedWeight.apply(weight, bits, granularity, largest)  # type: ignore[no-untyped-call]
     return rounded
@@ -194,7 +182,7 @@ class _Passed(torch.autograd.Function):
 
 
 class _RoundedWeight(torch.autograd.Function):
-    """Nothing is clipped, so the gradient passes as it is and nothing is kept for it."""
+    """Nothing is clipped, so the gradient passes unchanged and nothing is saved for it."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, bits: int, granularity: str, largest: Tensor | None) -> Tensor:
@@ -215,7 +203,7 @@ class _RoundedWeight(torch.autograd.Function):
 class _StraightThrough(torch.autograd.Function):
     """Passes gradients where nothing was clipped.
 
-    ``hardtanh_backward`` reads that from the float integers: making and applying a bool mask takes six times as long.
+    ``hardtanh_backward`` reads that from the float integers: creating and applying a bool mask takes six times as long.
     """
 
     @staticmethod

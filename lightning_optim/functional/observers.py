@@ -1,8 +1,8 @@
-"""Observers: how the range of an activation is found from the batches that pass.
+"""Observers: how the range of an activation is computed from batches.
 
-An observer keeps one statistic per tensor it watches. What it takes from a batch is pooled over the micro-batches of a
-step and over ranks by one reduction ("max" or "sum") and then folded into the statistic: so many watched tensors need
-one small all-reduce a step, and every rank ends with the same range.
+An observer keeps one statistic per watched tensor. Its summary of a batch is pooled over the micro-batches of a step
+and over ranks by one reduction ("max" or "sum") and then folded into the statistic. So any number of watched tensors
+needs one small all-reduce per step, and every rank ends with the same range.
 """
 
 from typing import Literal
@@ -17,12 +17,12 @@ __all__ = ["OBSERVERS", "Histogram", "MinMax", "MovingAverage", "Observer"]
 
 
 class Observer:
-    """Base of the observers; a class is registered, and none has a state of its own.
+    """Base class of the observers; classes are registered, and they have no state of their own.
 
     Attributes:
-        size: Numbers in the statistic.
-        reduction: How what several batches or ranks saw is pooled.
-        settles: Whether the range is computed only when observing ends, since it costs more than a batch should.
+        size: Number of entries in the statistic.
+        reduction: How the summaries of several batches or ranks are pooled.
+        settles: Whether the range is computed only when observing ends, because it costs too much for every batch.
     """
 
     size: int
@@ -31,7 +31,7 @@ class Observer:
 
     @staticmethod
     def see(x: Tensor) -> Tensor:
-        """Return what is taken from a batch: float32 ``[size]``; ``x`` is detached, of any shape, not empty."""
+        """Return the summary of a batch, float32 ``[size]``; ``x`` is detached, of any shape, not empty."""
         raise NotImplementedError
 
     @staticmethod
@@ -40,7 +40,7 @@ class Observer:
 
         Args:
             statistic: ``[tensors, size]``, zeros where nothing was folded yet.
-            seen: Pooled batches, of the same shape.
+            seen: Pooled summaries, of the same shape.
             batches: Integers ``[tensors]``: how often each was folded before.
         """
         raise NotImplementedError
@@ -73,7 +73,7 @@ class _Extremes(Observer):
 
 @OBSERVERS.register("min_max")
 class MinMax(_Extremes):
-    """The smallest and largest value ever seen: nothing is clipped, and one outlier widens the range for good."""
+    """The smallest and largest value ever seen: nothing is clipped, and one outlier widens the range forever."""
 
     @staticmethod
     def fold(statistic: Tensor, seen: Tensor, batches: Tensor) -> Tensor:
@@ -83,7 +83,7 @@ class MinMax(_Extremes):
 
 @OBSERVERS.register("moving_average")
 class MovingAverage(_Extremes):
-    """Exponential moving average of each batch's extremes, with the plain mean over the first 100 batches.
+    """Exponential moving average of each batch's extremes; over the first 100 batches the plain mean.
 
     References:
         Jacob et al. 2018, "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only
@@ -101,11 +101,11 @@ class MovingAverage(_Extremes):
 
 @OBSERVERS.register("histogram")
 class Histogram(Observer):
-    """Counts of magnitudes in logarithmic bins; the range is the one of least squared error.
+    """Counts of magnitudes in logarithmic bins; the range is the one with the least squared error.
 
-    Clips rare outliers where that pays. Observing costs a logarithm and a count of every activation, and finding the
-    range some milliseconds per tensor, once. Bins are fixed (16 an octave, from 2^-64 to 2^64, for each sign, and one
-    for zero), so that counts of batches and ranks simply add up.
+    It clips rare outliers if that reduces the error. Observing costs a logarithm and a count of every activation, and
+    finding the range some milliseconds per tensor, once. Bins are fixed (16 per octave, from 2^-64 to 2^64, for each
+    sign, and one for zero), so that counts of batches and ranks add up.
 
     References:
         Zhao et al. 2019, "Improving Neural Network Quantization without Retraining using Outlier Channel Splitting"
@@ -138,7 +138,7 @@ class Histogram(Observer):
 
     @staticmethod
     def range_of(statistic: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-        """Return the ranges of least squared error, found by turns for each end."""
+        """Return the ranges with the least squared error, searched alternately for each end."""
         ranges = [_least_error(counts, bits) for counts in statistic]
         return torch.stack([low for low, _ in ranges]), torch.stack([high for _, high in ranges])
 

@@ -1,7 +1,7 @@
-"""Rows of logits: which dimension holds the classes, which positions count, and which label belongs to a position.
+"""Rows of logits: the dimension of the classes, the positions that count, and the label of each position.
 
 A logit loss compares ``[rows, classes]``. Models give ``[rows, classes]``, ``[rows, positions..., classes]`` (language
-models), ``[rows, classes, positions...]`` (segmentation, as ``F.cross_entropy`` takes it), or one logit a row.
+models), ``[rows, classes, positions...]`` (segmentation, as ``F.cross_entropy`` takes it), or one logit per row.
 """
 
 from collections.abc import Sequence
@@ -21,22 +21,22 @@ __all__ = [
 ]
 
 IGNORED = -100
-"""The label of what has none: ``ignore_index`` of torch's cross-entropy."""
+"""The label of unlabeled rows: ``ignore_index`` of torch's cross-entropy."""
 
 _CLOSE = 1e-4
 
 
 def class_dims(logits: Sequence[int], labels: Sequence[int] | None) -> list[int]:
-    """Return the dimensions that can hold the classes; none or several where the shapes do not tell.
+    """Return the dimensions that can hold the classes; none or several if the shapes do not decide.
 
     Args:
         logits: Shape of the logits, at least two dimensions.
-        labels: Shape of the labels: one a position, with or without a dimension of size 1 for the classes; images may
-            have a multiple of the logits' height and width. None: not known.
+        labels: Shape of the labels: one per position, with or without a dimension of size 1 for the classes; images may
+            have a multiple of the logits' height and width. None: unknown.
 
     Returns:
-        Of 1 and the last dimension those that fit. Without labels three dimensions are ``[rows, positions, classes]``,
-        and more do not tell.
+        Those of 1 and the last dimension that fit. Without labels, three dimensions are ``[rows, positions, classes]``,
+        and more are undecided.
 
     Examples:
         >>> class_dims((8, 5, 32, 32), (8, 32, 32)), class_dims((8, 32, 5), (8, 32)), class_dims((8, 5, 5), (8, 5))
@@ -58,7 +58,7 @@ def _fits(logits: tuple[int, ...], labels: tuple[int, ...], dim: int) -> bool:
 
 
 def _multiple(positions: tuple[int, ...], labels: tuple[int, ...]) -> int:
-    """Return how many times finer than the logits the labels of an image are; 0 where they do not match."""
+    """Return how many times finer than the logits the labels of an image are; 0 if they do not match."""
     if len(positions) != len(labels) or len(positions) < 3 or positions[0] != labels[0]:
         return 0
     factors = {fine / coarse for fine, coarse in zip(labels[1:], positions[1:], strict=True)}
@@ -67,12 +67,12 @@ def _multiple(positions: tuple[int, ...], labels: tuple[int, ...]) -> int:
 
 
 def labels_at(labels: Tensor, logits: Sequence[int], dim: int) -> Tensor:
-    """Return one label a position, ``[rows, positions...]``; of finer ones the nearest.
+    """Return one label per position, ``[rows, positions...]``; of finer labels the nearest.
 
     Args:
         labels: Labels that fit, see :func:`class_dims`.
         logits: Shape of the logits.
-        dim: Which dimension of them holds the classes.
+        dim: The dimension of the logits that holds the classes.
     """
     positions = (*logits[:dim], *logits[dim + 1 :])
     factor = _multiple(positions, tuple(labels.shape))
@@ -83,7 +83,7 @@ def labels_at(labels: Tensor, logits: Sequence[int], dim: int) -> Tensor:
 
 
 def labels_of_next(labels: Tensor) -> Tensor:
-    """Return what each position of a causal language model predicts: the label after it; the last has none.
+    """Return the label that each position of a causal language model predicts: the next one; the last has none.
 
     Args:
         labels: ``[rows, positions]``.
@@ -96,15 +96,15 @@ def labels_of_next(labels: Tensor) -> Tensor:
 
 
 def tells_shift(logits: Tensor, labels: Tensor, loss: Tensor) -> bool | None:
-    """Return whether a loss is the cross-entropy of each position with the label after it, or with its own.
+    """Return whether a loss is the cross-entropy of each position with the next label (True) or its own (False).
 
     Args:
         logits: ``[rows, positions, classes]``.
         labels: ``[rows, positions]``, integers.
-        loss: The scalar that the model or its step computed from both.
+        loss: The scalar that the model or its step computed from them.
 
     Returns:
-        None where it is neither (label smoothing, weights, added terms), or both.
+        None if it is neither (label smoothing, weights, added terms), or both.
     """
     with torch.no_grad():
         own = task_cross_entropy(logits, labels, 2)
@@ -114,15 +114,15 @@ def tells_shift(logits: Tensor, labels: Tensor, loss: Tensor) -> bool | None:
 
 
 def task_cross_entropy(logits: Tensor, labels: Tensor, dim: int) -> Tensor:
-    """Return torch's cross-entropy over the dimension of the classes; of one logit a row the binary one.
+    """Return torch's cross-entropy over the dimension of the classes; the binary one if a row has one logit.
 
     Args:
         logits: ``[rows, ..., classes]`` or ``[rows, classes, ...]``, any float dtype.
-        labels: One class a position, or probabilities of the logits' shape.
-        dim: Which dimension holds the classes.
+        labels: One class per position, or probabilities of the logits' shape.
+        dim: The dimension that holds the classes.
 
     Returns:
-        A float32 scalar: mean over the labelled positions, NaN without any.
+        A float32 scalar: the mean over labeled positions, NaN without any.
     """
     if logits.shape[dim] == 1:
         wanted = labels.reshape(-1)
@@ -134,13 +134,13 @@ def task_cross_entropy(logits: Tensor, labels: Tensor, dim: int) -> Tensor:
 
 
 def rows_of(tensor: Tensor, keep: Tensor | None = None, dim: int = -1) -> Tensor:
-    """Return ``[rows, classes]``: a row a sample, or a position that counts.
+    """Return ``[rows, classes]``: one row per sample, or per position that counts.
 
     Args:
         tensor: ``[rows]``, ``[rows, classes]``, ``[rows, positions..., classes]`` or, with ``dim=1``,
             ``[rows, classes, positions...]``.
-        keep: Which positions count, ``[rows, positions...]``; None: all.
-        dim: Which dimension holds the classes.
+        keep: The positions that count, ``[rows, positions...]``; None: all.
+        dim: The dimension that holds the classes.
     """
     if tensor.ndim == 1:
         tensor = tensor.unsqueeze(-1)

@@ -47,36 +47,36 @@ def quantize_post_training(
     batches: int | None = None,
     progress_bar: bool = True,
 ) -> M:
-    """Quantize a trained model: its ranges are taken from a few batches, nothing is trained.
+    """Quantize a trained model: its ranges come from a few batches, nothing is trained.
 
-    Weights only (``activation_bits=None``) needs no data: the tables of a recommender in one line,
+    Weights alone (``activation_bits=None``) need no data: the tables of a recommender in one line,
     ``quantize_post_training(model, activation_bits=None, include=[nn.EmbeddingBag])``.
 
     Args:
-        model: A LightningModule or any module. It is changed in place: the classes of its layers are swapped, and it
-            computes with rounded numbers from then on; its mode stays.
-        dataloader: Batches as its forward takes them: a tensor, a dict of keywords, or a tuple of which forward takes
-            as many leading items as it requires.
+        model: A LightningModule or any module. It is changed in place: the classes of its layers are replaced, and it
+            computes with rounded numbers from then on; its mode is kept.
+        dataloader: Batches for its forward: a tensor, a dict of keyword arguments, or a tuple, of which forward gets as
+            many leading items as it requires.
         weight_bits: 2 to 8.
         activation_bits: 2 to 8, or None: inputs stay float.
         weight_granularity: What shares a scale: "per_channel", "per_tensor", "per_group:32".
         observer: "moving_average", "min_max" or "histogram"; with few batches the first is the mean of their extremes.
-        bits: Weight bits by name or glob pattern; the first that matches counts.
+        bits: Weight bits by name or glob pattern; the first match counts.
         module: Dotted name of the part to quantize; default the whole model.
-        include: Exactly what is quantized: names, glob patterns, layer classes.
-        exclude: What stays float.
-        inputs: Makes what forward receives from a batch, where the rule above does not fit.
-        batches: How many batches to take; default all.
-        progress_bar: Whether calibration shows one.
+        include: Exactly the layers to quantize: names, glob patterns, layer classes.
+        exclude: Layers that stay float.
+        inputs: Returns the arguments of forward for a batch, if the rule above does not fit.
+        batches: Number of batches to use; default all.
+        progress_bar: Whether calibration shows a progress bar.
 
     Returns:
         The same module, for :func:`lightning_optim.export_onnx`. A checkpoint of a LightningModule written from now on
         loads with :func:`lightning_optim.load_from_checkpoint`.
 
     Raises:
-        ValueError: If nothing is selected, activations are to be quantized and there is no data, or forward fails
-            with what it takes of a batch.
-        RuntimeError: If a selected layer is never called, or what passes is not finite. The model is then as it was.
+        ValueError: If nothing is selected, activations are quantized without data, or forward fails with the arguments
+            taken from a batch.
+        RuntimeError: If a selected layer is never called, or activations are not finite. The model is then unchanged.
     """
     scheme = QuantizationScheme(weight_bits, activation_bits, weight_granularity, observer, dict(bits or {}))
     prefix, target = find_target(model, module)
@@ -93,7 +93,7 @@ def quantize_post_training(
             calls = _calls(model, dataloader, inputs, batches)
             first = next(calls, None)
             if first is None:
-                raise ValueError("the dataloader gave no batch to take ranges from.")
+                raise ValueError("the dataloader has no batch to take ranges from.")
             with evaluating(model), without_fast_path():
                 try_forward(model, first, argument=_ARGUMENT[inputs is None], advice=_ADVICE)
             outputs = _outputs(model, first, layers)
@@ -110,15 +110,15 @@ def quantize_post_training(
     return model
 
 
-_ARGUMENT = {True: "what it takes of a batch of `dataloader`", False: "what `inputs` makes of a batch"}
+_ARGUMENT = {True: "the arguments taken from a batch of `dataloader`", False: "what `inputs` returns for a batch"}
 _ADVICE = (
-    "pass inputs=..., a function that makes a tensor, a tuple of arguments or a dict of keyword arguments of a batch, "
-    "for example inputs=lambda batch: batch[0]."
+    "pass inputs=..., a function that returns a tensor, a tuple of arguments or a dict of keyword arguments for a "
+    "batch, for example inputs=lambda batch: batch[0]."
 )
 
 
 def _range_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return the ranges of all layers that are quantized already."""
+    """Return the ranges of all quantized layers."""
     return {
         f"{name}.{which}_{part}": buffer
         for name, layer in quantized_layers(model).items()
@@ -141,7 +141,7 @@ def _outputs(model: nn.Module, inputs: ForwardInputs, layers: Mapping[str, Quant
 def _calls(
     model: nn.Module, dataloader: Iterable[Any] | None, inputs: Callable[[Any], Any] | None, batches: int | None
 ) -> Iterator[ForwardInputs]:
-    """Yield what forward receives from each batch."""
+    """Yield the arguments of forward for each batch."""
     if dataloader is None:
         raise ValueError(
             "ranges of activations need data: pass a dataloader, or activation_bits=None to quantize weights only."
@@ -167,7 +167,7 @@ def _calibrate(
 ) -> None:
     """Run the batches through the model in eval mode and settle the ranges."""
     set_phase(model, layers, "observe")
-    for layer in layers.values():  # what was seen before does not count: these batches do
+    for layer in layers.values():  # only these batches count
         for which in layer.watched:
             layer.state_of(which)["statistic"].zero_()
             layer.state_of(which)["batches"].zero_()

@@ -1,4 +1,4 @@
-"""What is quantized and how, what stays float and why: one table."""
+"""The table of what is quantized and how, and what stays float and why."""
 
 from collections.abc import Mapping
 
@@ -10,10 +10,10 @@ __all__ = ["coverage_table", "words_of"]
 
 
 def coverage_table(title: str, layers: Mapping[str, QuantizedLayer], left_out: Mapping[str, str]) -> str:
-    """Return the table: a row per quantized layer or run of equal blocks, and the others gathered by their reason.
+    """Return the table: a row per quantized layer or run of equal blocks, and the other layers by reason.
 
     Args:
-        title: Above the table.
+        title: Title of the table.
         layers: Quantized layers by name.
         left_out: Layers that stay float -> why.
     """
@@ -23,7 +23,7 @@ def coverage_table(title: str, layers: Mapping[str, QuantizedLayer], left_out: M
 
 
 def words_of(layer: QuantizedLayer) -> tuple[str, str]:
-    """Return how a layer's weight, and its input and output, are quantized, in words."""
+    """Describe how a layer's weight, and its input and output, are quantized."""
     weight = "-" if layer.weight_bits is None else f"int{layer.weight_bits}, {layer.weight_granularity}"
     parts = [f"uint{layer.activation_bits} {which}" for which in layer.watched]
     return weight, ", ".join(parts) or "float"

@@ -1,4 +1,4 @@
-"""A failed export is one sentence; what torch prints about it goes to a file that the sentence names."""
+"""Failed exports: one sentence, and a file with everything that torch prints about it."""
 
 import contextlib
 import io
@@ -22,10 +22,10 @@ _TALKATIVE = (
 
 @contextlib.contextmanager
 def quiet_export() -> Iterator[io.StringIO]:
-    """Keep from the terminal what the exporters print, such as the graph of a module that they cannot export.
+    """Keep the output of the exporters off the terminal, such as the graph of a module that they cannot export.
 
     Yields:
-        What was printed. After a success it is printed after all: a module's own forward may print.
+        What was printed. After a success it is printed after all, because a module's own forward may print.
     """
     levels = {name: logging.getLogger(name).level for name in _TALKATIVE}
     printed = io.StringIO()
@@ -33,7 +33,7 @@ def quiet_export() -> Iterator[io.StringIO]:
         for name in levels:
             logging.getLogger(name).setLevel(logging.ERROR)
         with warnings.catch_warnings(), contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
-            # torch 2.13's own call of what it deprecates
+            # torch 2.13 calls what it deprecates
             warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
             yield printed
         sys.stderr.write(printed.getvalue())
@@ -46,9 +46,9 @@ def export_failure(module: nn.Module, error: BaseException, printed: str = "") -
     """Return the sentence that says that a module cannot be exported, and why.
 
     Args:
-        module: What was exported.
-        error: What the exporter raised.
-        printed: What it printed; with the whole error it goes to a file, which is named.
+        module: The module.
+        error: The exporter's error.
+        printed: The exporter's output; with the whole error it is written to a file that the sentence names.
     """
     sentence = f"{type(module).__name__} cannot be exported by {_exporter(error)} ({_reason(error)})."
     details = f"{_whole(error)}\n{printed}".strip()
@@ -79,7 +79,7 @@ def _reason(error: BaseException) -> str:
 
 
 def _called_by(causes: list[BaseException]) -> str:
-    """Return where transformers' mixtures of experts can be told to compute with operators that ONNX has."""
+    """Return how transformers' mixtures of experts are told to use operators that ONNX has, if it is about them."""
     if not any("transformers." in str(cause) and "grouped_mm" in str(cause) for cause in causes):
         return ""
     return ', by which the experts are computed; call model.set_experts_implementation("batched_mm") before'

@@ -1,8 +1,8 @@
-"""What follows each convolution: read from the graph that ``torch.export`` gives, which is used for nothing else.
+"""What follows each convolution, read from the graph of ``torch.export``, which is used for nothing else.
 
-An engine runs an integer convolution only where its output is quantized too. The output is quantized by the layers
-that read it, or, where something else reads it (a residual addition, a concatenation, a pooling), by a quantizer of
-its own; which of both, and which BatchNorm and ReLU stand between, only the graph knows.
+An engine runs an integer convolution only if its output is quantized too. The output is quantized by the layers that
+read it, or, if something else reads it (a residual addition, a concatenation, a pooling), by a quantizer of its own.
+Which of the two, and which BatchNorm and ReLU come in between, only the graph tells.
 """
 
 from collections import Counter
@@ -27,13 +27,13 @@ _CONVOLUTION, _BATCH_NORM, _RELU = ("aten::conv1d", "aten::conv2d", "aten::conv3
 
 @dataclass(frozen=True)
 class GraphFacts:
-    """What a graph says about the convolutions.
+    """What follows the convolutions of a graph.
 
     Attributes:
-        batch_norms: Convolution -> the BatchNorm that alone reads its output, by their names below the module. A
-            convolution or a BatchNorm that is called more than once is not among them.
-        outputs: Layer whose output needs a quantizer of its own (a convolution, or its BatchNorm) -> True when all
-            that follows it is one ReLU: the quantizer then stands after the ReLU, and its range begins at 0.
+        batch_norms: Convolution -> the BatchNorm that is the only reader of its output, by names below the module. A
+            convolution or BatchNorm that is called more than once is not included.
+        outputs: Layer whose output needs a quantizer of its own (a convolution, or its BatchNorm) -> True if it is
+            followed by one ReLU only: the quantizer then comes after the ReLU, and its range begins at 0.
     """
 
     batch_norms: dict[str, str]
@@ -46,8 +46,8 @@ def read_graph(
     """Read what follows each convolution.
 
     Args:
-        module: The module; it is not changed, a float copy of it in eval mode is exported.
-        inputs: What its forward receives.
+        module: The module. It is not changed: a float copy of it in eval mode is exported.
+        inputs: Arguments of its forward.
         convolutions: Names of the convolutions whose weight and input are quantized.
         readers: Names of all layers whose input is quantized.
 
@@ -72,7 +72,7 @@ def read_graph(
             batch_norms[name], last = _layer_of(follower), follower
         relu = _only_user(last, _RELU)
         place = _layer_of(last)
-        relus[place] = relu is not None and relus.get(place, True)  # of a layer called twice: after both calls
+        relus[place] = relu is not None and relus.get(place, True)  # if a layer is called twice: after both calls
         if _is_read_elsewhere(last if relu is None else relu, readers):
             elsewhere.add(place)
     return GraphFacts(batch_norms, {place: relu for place, relu in relus.items() if place in elsewhere})
@@ -80,20 +80,22 @@ def read_graph(
 
 def _exported_nodes(module: nn.Module, inputs: ForwardInputs) -> list[Any]:
     copy = copy_module(module, rounded=False)
-    copy.register_forward_hook(lambda layer, args, output: tuple(output_tensors(output)))  # export knows no others
+    copy.register_forward_hook(
+        lambda layer, args, output: tuple(output_tensors(output))
+    )  # the only outputs that export knows
     try:
         with quiet_export() as printed, without_fast_path(), torch.no_grad(), torch.random.fork_rng(devices=[]):
             program = torch.export.export(copy, inputs.args, inputs.kwargs or {}, strict=False)
     except FAILURES as error:
         raise ValueError(
-            f"{export_failure(module, error, printed.getvalue())} Without the graph it is not known which outputs of "
-            "convolutions need a range, and which BatchNorms fold into them."
+            f"{export_failure(module, error, printed.getvalue())} Without the graph, it is unknown which outputs "
+            "of convolutions need a range, and which BatchNorms fold into them."
         ) from error
     return list(program.graph.nodes)
 
 
 def _use_first_names(module: nn.Module, nodes: Sequence[Any]) -> None:
-    """Let calls of a layer that is registered under several names be told as calls of one layer, by its first name."""
+    """Attribute the calls of a layer that is registered under several names to its first name."""
     first = {id(layer): name for name, layer in module.named_modules()}
     names = {name: first[id(layer)] for name, layer in module.named_modules(remove_duplicate=False)}
     for node in nodes:
@@ -102,14 +104,14 @@ def _use_first_names(module: nn.Module, nodes: Sequence[Any]) -> None:
 
 
 def _operator(node: Any) -> str:
-    """Return the operator without overload and without the underscore of an in-place one; empty for other nodes."""
+    """Return the operator without its overload and the underscore of an in-place one; empty for other nodes."""
     if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
-        return ""  # Python's own, such as the getitem after a pooling that returns two tensors
+        return ""  # Python's, such as the getitem after a pooling that returns two tensors
     return str(node.target.name()).partition(".")[0].rstrip("_")  # type: ignore[no-untyped-call]
 
 
 def _layer_of(node: Any) -> str:
-    """Return the first name of the innermost module whose forward makes the node."""
+    """Return the first name of the innermost module whose forward creates the node."""
     return str(node.meta.get("layer", ""))
 
 

@@ -1,16 +1,16 @@
-"""Layers that compute with the numbers few bits can hold.
+"""Layers that compute with numbers rounded to a few bits.
 
-Each is a subclass that is swapped in by ``__class__``: Parameters, their names and the optimizer stay. Per phase it is
+Each is a subclass that is set as ``__class__``: Parameters, their names and the optimizer stay. By phase it is
 
 * ``"off"``: the float layer, bit for bit;
-* ``"observe"``: the float layer, which notes what passes;
-* ``"fake_quantize"``: weights and inputs rounded to integers, ranges still followed;
+* ``"observe"``: the float layer, which records its inputs and outputs;
+* ``"fake_quantize"``: weights and inputs rounded to integers, ranges still updated;
 * ``"frozen"``: the same with fixed ranges.
 
-Weights are symmetric, with scales from their own largest magnitude; inputs (and outputs, where an addition or another
-float operation follows a convolution) are affine, one scale per tensor.
+Weights are symmetric, with scales from their own largest magnitude; inputs (and outputs, if an addition or another
+float operation follows a convolution) are affine, with one scale per tensor.
 
-A weight that another module reads (``hidden @ table.weight.T``) is rounded there as well: the file holds it once.
+A weight that another module reads (``hidden @ table.weight.T``) is rounded there too: the file holds it once.
 """
 
 import sys
@@ -51,7 +51,7 @@ __all__ = [
 ]
 
 PHASES = ("off", "observe", "fake_quantize", "frozen")
-"""In their order; ``quantization/phase`` logs the index."""
+"""In order; ``quantization/phase`` logs the index."""
 
 ATTRIBUTES = (
     "weight_bits",
@@ -63,7 +63,7 @@ ATTRIBUTES = (
     "output_relu",
     "output_phase",
 )
-"""What a quantized layer carries besides the float layer, as plain types: it is in the plan."""
+"""Attributes that a quantized layer adds to the float layer; plain types, since they are in the plan."""
 
 STATE = ("statistic", "batches", "scale", "zero_point")
 """Buffers of one watched tensor, named ``input_scale``, ``output_scale`` and so on."""
@@ -74,10 +74,10 @@ _TORCH_COMPUTES = ("torch.nn.modules.", "torch.nn.functional")
 
 
 def _computing() -> bool:
-    """Tell whether the code that reads an attribute runs inside a forward pass or a step of a LightningModule.
+    """Whether the code that reads an attribute runs inside a forward pass or a step of a LightningModule.
 
     Only there may ``layer.weight`` be the rounded weight. Elsewhere it must be the Parameter: for the optimizer that
-    ``configure_optimizers`` builds, and for code that changes weights in place. torch itself computes with weights in
+    ``configure_optimizers`` creates, and for code that changes weights in place. torch itself computes with weights in
     its layers and functions; the rest of it moves Parameters around, also inside a forward pass: ``fully_shard`` reads
     ``layer.weight`` in the first one (``FSDPParam.reset_sharded_param``) and keeps what it gets as the sharded
     Parameter.
@@ -96,17 +96,17 @@ def _computing() -> bool:
 
 
 class QuantizedLayer(nn.Module):
-    """What the quantized layers share; it is never instantiated, only swapped in.
+    """Base class of the quantized layers; never instantiated, only set as ``__class__``.
 
     Attributes:
         weight_bits: 2 to 8; None for a layer without a weight of its own to quantize (BatchNorm).
         weight_granularity: What shares a scale.
-        activation_bits: Of input and output; None leaves them float.
+        activation_bits: Bits of input and output; None keeps them float.
         observer: Name in ``OBSERVERS``.
-        quantization_phase: Of weight and input.
+        quantization_phase: Phase of weight and input.
         quantizes_output: Whether the output is quantized too.
-        output_relu: Whether all that follows the output is a ReLU, so that its range begins at 0.
-        output_phase: Of the output.
+        output_relu: Whether the output is followed by a ReLU only, so that its range begins at 0.
+        output_phase: Phase of the output.
         observing: Whether a training batch runs now; nothing else is observed.
     """
 
@@ -136,7 +136,7 @@ class QuantizedLayer(nn.Module):
 
     @property
     def watched(self) -> tuple[str, ...]:
-        """The tensors that have a range: of "input" and "output"."""
+        """The tensors that have a range: "input", "output", both or none."""
         return tuple(which for which in ("input", "output") if f"{which}_scale" in self._buffers)
 
     def phase_of(self, which: str) -> str:
@@ -144,7 +144,7 @@ class QuantizedLayer(nn.Module):
         return self.output_phase if which == "output" else self.quantization_phase
 
     def watch(self, which: str) -> None:
-        """Give the layer the buffers of its input's or output's range."""
+        """Register the buffers of the input's or output's range."""
         device = next((p.device for p in self.parameters(recurse=False)), torch.device("cpu"))
         statistic = torch.zeros(OBSERVERS[self.observer].size, device=device, dtype=torch.float32)
         self.register_buffer(f"{which}_statistic", statistic)
@@ -157,11 +157,11 @@ class QuantizedLayer(nn.Module):
         return {name: getattr(self, f"{which}_{name}") for name in STATE}
 
     def parameter_bits(self, name: str) -> float | None:
-        """Return the bits of a parameter as it is deployed, None where it stays as it is stored."""
+        """Return the bits of a parameter when deployed; None if it is deployed as stored."""
         return self.weight_bits if name == "weight" and self._rounds_weight else None
 
     def quantized_weight(self) -> Tensor:
-        """Return the weight as the phase has it."""
+        """Return the weight, rounded or not by phase."""
         weight = self._parameters["weight"]
         assert weight is not None  # noqa: S101 - layers without one are not asked
         if not self._rounds_weight or self.weight_bits is None:
@@ -169,11 +169,11 @@ class QuantizedLayer(nn.Module):
         return _rounded_weight(weight, self.weight_bits, self.weight_granularity)
 
     def quantized_input(self, x: Tensor) -> Tensor:
-        """Return the input as the phase has it; note it where it is observed."""
+        """Return the input, rounded or not by phase; record it if it is observed."""
         return x if self.activation_bits is None else self._pass("input", self.quantization_phase, x)
 
     def quantized_output(self, x: Tensor) -> Tensor:
-        """Return the output as its phase has it; note it where it is observed."""
+        """Return the output, rounded or not by phase; record it if it is observed."""
         return self._pass("output", self.output_phase, x) if self.quantizes_output else x
 
     def _pass(self, which: str, phase: str, x: Tensor) -> Tensor:
@@ -198,7 +198,7 @@ class QuantizedLayer(nn.Module):
             self.seen_input = seen
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantizedLayer":
-        """Move the ranges with the layer, and keep them float32 where ``fn`` changes the precision."""
+        """Move the ranges with the layer, but keep them float32 if ``fn`` changes the precision."""
         kept = {n: b for n, b in self._buffers.items() if b is not None and n.endswith(STATE)}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, buffer in kept.items():
@@ -209,14 +209,14 @@ class QuantizedLayer(nn.Module):
 
 
 def _on_part(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Apply an elementwise function to what this rank holds of a tensor."""
+    """Apply an elementwise function to this rank's part of a tensor."""
     if not is_dtensor(x):
         return function(x)
     return wrap_like(function(x.to_local()), x)
 
 
 def _rounded_weight(weight: Tensor, bits: int, granularity: str) -> Tensor:
-    """Round a weight; under tensor parallelism by the scales of the whole, which is gathered where rows are cut."""
+    """Round a weight; under tensor parallelism by the scales of the whole, which is gathered if rows are split."""
     if not is_dtensor(weight):
         return fake_quantize_weight(weight, bits, granularity)
     if granularity != "per_tensor" and all(placement.is_shard(0) for placement in weight.placements):
@@ -227,7 +227,7 @@ def _rounded_weight(weight: Tensor, bits: int, granularity: str) -> Tensor:
 
 @layer_class
 class QuantizedLinear(QuantizedLayer, nn.Linear):
-    """A Linear layer; a scale per output by default."""
+    """A Linear layer; one scale per output by default."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Compute ``[..., in] -> [..., out]``."""
@@ -240,7 +240,7 @@ class _QuantizedConv(QuantizedLayer):
     _conv_forward: Any
 
     def forward(self, input: Tensor) -> Tensor:
-        """Compute as the convolution does."""
+        """Compute the convolution."""
         weight = self.quantized_weight()
         x = input if self.quantization_phase == "off" else self.quantized_input(input)
         return self.quantized_output(self._conv_forward(x, weight, self.bias))
@@ -248,22 +248,22 @@ class _QuantizedConv(QuantizedLayer):
 
 @layer_class
 class QuantizedConv1d(_QuantizedConv, nn.Conv1d):
-    """A Conv1d; a scale per output channel by default."""
+    """A Conv1d; one scale per output channel by default."""
 
 
 @layer_class
 class QuantizedConv2d(_QuantizedConv, nn.Conv2d):
-    """A Conv2d; a scale per output channel by default."""
+    """A Conv2d; one scale per output channel by default."""
 
 
 @layer_class
 class QuantizedConv3d(_QuantizedConv, nn.Conv3d):
-    """A Conv3d; a scale per output channel by default."""
+    """A Conv3d; one scale per output channel by default."""
 
 
 @layer_class
 class QuantizedEmbedding(QuantizedLayer, nn.Embedding):
-    """A table; a scale per row by default. Only the rows that are looked up are rounded in training."""
+    """A table; one scale per row by default. Only the rows that are looked up are rounded in training."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Look up ``[...] -> [..., embedding_dim]``."""
@@ -283,9 +283,9 @@ class QuantizedEmbedding(QuantizedLayer, nn.Embedding):
 
 @layer_class
 class QuantizedEmbeddingBag(QuantizedLayer, nn.EmbeddingBag):
-    """A table whose rows are averaged or added up; a scale per row by default.
+    """A table whose rows are averaged or summed; one scale per row by default.
 
-    Only the rows that are looked up are rounded, or the table as a whole where that is smaller: the result is the same.
+    Only the rows that are looked up are rounded, or the whole table if that is smaller: the result is the same.
     """
 
     def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
@@ -298,13 +298,13 @@ class QuantizedEmbeddingBag(QuantizedLayer, nn.EmbeddingBag):
             flat = input.reshape(-1)
             table = F.embedding(flat, table, None, self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse)
             places = torch.arange(len(flat), device=flat.device)
-            if padding is not None:  # a row of zeros stands for it: no place of a bag is counted that holds it
+            if padding is not None:  # it becomes a row of zeros, which bags do not count
                 table = torch.cat([table, table.new_zeros(1, self.embedding_dim)])
                 places = torch.where(flat == padding, len(flat), places)
                 padding = len(flat)
             places = places.view_as(input)
         elif self.max_norm is not None:
-            F.embedding(input.reshape(-1), table, None, self.max_norm, self.norm_type)  # renormalises in place
+            F.embedding(input.reshape(-1), table, None, self.max_norm, self.norm_type)  # renormalizes in place
         return F.embedding_bag(
             places,
             _rounded_rows(self, table),
@@ -327,7 +327,7 @@ def _rounded_rows(layer: QuantizedEmbedding | QuantizedEmbeddingBag, rows: Tenso
 
 class _QuantizedBatchNorm(QuantizedLayer):
     def forward(self, input: Tensor) -> Tensor:
-        """Normalise as BatchNorm does, and quantize the output."""
+        """Normalize as BatchNorm does, and quantize the output."""
         return self.quantized_output(super().forward(input))
 
 
@@ -357,12 +357,12 @@ QUANTIZED: dict[type[nn.Module], type[QuantizedLayer]] = {
     nn.BatchNorm2d: QuantizedBatchNorm2d,
     nn.BatchNorm3d: QuantizedBatchNorm3d,
 }
-"""Float layer -> quantized layer; exact types only."""
+"""Float class -> quantized class; exact types only."""
 
 
 @contextmanager
 def float_kernels(*modules: nn.Module) -> Iterator[None]:
-    """Let quantized layers compute in float for a while: rounding in PyTorch takes time, deployed integers do not."""
+    """Let quantized layers compute in float: rounding in PyTorch takes time, deployed integers do not."""
     layers = [layer for module in modules for layer in module.modules() if isinstance(layer, QuantizedLayer)]
     phases = [(layer.quantization_phase, layer.output_phase) for layer in layers]
     try:

@@ -1,4 +1,4 @@
-"""Which outputs need a range of their own: those of convolutions that something else than a quantized layer reads."""
+"""Outputs that need a range of their own: those of convolutions read by anything but a quantized layer."""
 
 from collections.abc import Mapping
 
@@ -14,18 +14,18 @@ __all__ = ["find_outputs", "has_convolutions"]
 
 
 def has_convolutions(layers: Mapping[str, QuantizedLayer]) -> bool:
-    """Tell whether outputs can matter: engines run an integer convolution only where its output is quantized."""
+    """Whether outputs can matter: engines run an integer convolution only if its output is quantized."""
     return any(isinstance(layer, CONVOLUTIONS) and layer.activation_bits is not None for layer in layers.values())
 
 
 def find_outputs(
     called: nn.Module, inputs: ForwardInputs, layers: Mapping[str, QuantizedLayer], called_name: str = ""
 ) -> dict[str, bool]:
-    """Return the layers whose output is to be quantized -> whether a ReLU follows, read from the exported graph.
+    """Return the layers whose output needs a range -> whether a ReLU follows, read from the exported graph.
 
     Args:
         called: The module whose forward takes ``inputs``.
-        inputs: What its forward receives.
+        inputs: Arguments of its forward.
         layers: The quantized layers, by their names in the whole model.
         called_name: Dotted name of ``called`` in the whole model.
 
@@ -44,6 +44,6 @@ def find_outputs(
         if not isinstance(layer, QuantizedLayer) and own_class(layer) not in QUANTIZED:
             raise ValueError(
                 f"the output of {dot}{name} needs a range, and a {type(layer).__name__} cannot hold one (with "
-                "sync_batchnorm=True, for example). Exclude the convolution before it, or do without."
+                "sync_batchnorm=True, for example). Exclude the convolution before it, or use another norm."
             )
     return {dot + name: relu for name, relu in found.items()}

@@ -1,4 +1,4 @@
-"""Which layers are quantized, and the swap of their classes."""
+"""Selects the layers to quantize, and replaces their classes."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -36,7 +36,7 @@ _FROM: dict[type[nn.Module], type[nn.Module]] = {
 
 _NOT_INCLUDED = "not in include"
 
-# Layers with matrices that stay float, and why; the first that applies.
+# Layers with matrices that stay float, and why; the first match counts.
 _WHY_FLOAT: tuple[tuple[tuple[type[nn.Module], ...], str], ...] = (
     ((nn.MultiheadAttention,), "nn.MultiheadAttention computes in one fused call; its projections stay float"),
     (RECURRENT, "a recurrent layer: no integer kernels to export to"),
@@ -46,14 +46,14 @@ _WHY_FLOAT: tuple[tuple[tuple[type[nn.Module], ...], str], ...] = (
 
 @dataclass(frozen=True)
 class QuantizationScheme:
-    """How layers are quantized; checked when it is made.
+    """How layers are quantized; checked when it is created.
 
     Attributes:
         weight_bits: 2 to 8.
         activation_bits: 2 to 8, or None: weights only.
         weight_granularity: "per_channel", "per_tensor" or "per_group:32".
         observer: Name in ``functional.observers.OBSERVERS``.
-        bits: Weight bits by name, glob pattern or layer class; the first that matches counts.
+        bits: Weight bits by name or glob pattern; the first match counts.
     """
 
     weight_bits: int = 8
@@ -67,7 +67,7 @@ class QuantizationScheme:
         if self.activation_bits is not None:
             _check_bits("activation_bits", self.activation_bits)
         check_mapping("bits", self.bits, "names or glob patterns to bits")
-        object.__setattr__(self, "bits", dict(self.bits))  # the caller's may change
+        object.__setattr__(self, "bits", dict(self.bits))  # the caller may change its own
         for pattern, bits in self.bits.items():
             if not isinstance(pattern, str):
                 raise TypeError(f"`bits` maps names or glob patterns to bits, got the key {pattern!r}.")
@@ -75,7 +75,7 @@ class QuantizationScheme:
         parse_weight_granularity(self.weight_granularity)
         if not isinstance(self.observer, str):
             raise TypeError(
-                f"`observer` is a registered name ({', '.join(sorted(OBSERVERS))}), since files name it; got "
+                f"`observer` must be a registered name ({', '.join(sorted(OBSERVERS))}), which files refer to; got "
                 f"{self.observer!r}. Register your own with @OBSERVERS.register('name')."
             )
         OBSERVERS.resolve(self.observer)
@@ -86,9 +86,9 @@ class QuantizationScheme:
         return self.weight_bits if pattern is None else self.bits[pattern]
 
     def check_patterns(self, chosen: Mapping[str, nn.Module], prefix: str) -> None:
-        """Raise when nothing is selected, or a pattern of ``bits`` matches no layer that is quantized."""
+        """Raise if nothing is selected, or a pattern of ``bits`` matches no quantized layer."""
         if not chosen:
-            raise ValueError("no layer is selected to be quantized. Name what to quantize with include=[...].")
+            raise ValueError("no layer is selected to be quantized. Name the layers with include=[...].")
         for pattern in self.bits:
             if not any(matches(pattern, f"{name}.weight", layer, prefix) for name, layer in chosen.items()):
                 raise ValueError(
@@ -96,18 +96,18 @@ class QuantizationScheme:
                 )
 
 
-def _check_bits(word: str, bits: object) -> None:
+def _check_bits(argument: str, bits: object) -> None:
     try:
         integer_range(bits, symmetric=True)  # type: ignore[arg-type]
     except ValueError:
         raise ValueError(
-            f"`{word}` must be a whole number of bits from 2 to 8, got {bits!r}. To leave layers float, exclude them."
+            f"`{argument}` must be a whole number of bits from 2 to 8, got {bits!r}. Exclude layers to keep them float."
         ) from None
 
 
 @dataclass(frozen=True)
 class QuantizedLayers:
-    """The layers that are quantized, by name as in ``state_dict()``, and every other with parameters and why not."""
+    """The layers to quantize, by name as in ``state_dict()``, and all other layers with parameters and why not."""
 
     chosen: dict[str, nn.Module]
     left_out: dict[str, str]
@@ -121,24 +121,23 @@ def select_layers(
     exclude: Sequence[Pattern] | None = None,
     root: nn.Module | None = None,
 ) -> QuantizedLayers:
-    """Select the layers that are quantized: by default every one that can be, embeddings and the last one too.
+    """Select the layers to quantize: by default every one that can be, including embeddings and the last layer.
 
-    A weight that several layers share is quantized in all of them or in none.
+    A weight shared by several layers is quantized in all of them or in none.
 
     Args:
-        target: The module that is walked.
-        prefix: What its names begin with in the LightningModule's ``state_dict()``.
-        include: Exactly what is quantized: names, glob patterns, layer classes.
-        exclude: What stays float; it wins.
-        root: The whole module, where other layers may hold the target's weights; default the target.
+        target: The module whose layers are selected.
+        prefix: Prefix of its names in the LightningModule's ``state_dict()``.
+        include: Exactly the layers to quantize: names, glob patterns, layer classes.
+        exclude: Layers that stay float; it takes precedence.
+        root: The whole module, in which other layers may share the target's weights; default the target.
 
     Raises:
-        ValueError: If a pattern matches nothing, a layer that is asked for by ``include`` cannot be quantized, or a
-            layer is lazy.
+        ValueError: If a pattern matches nothing, a layer named by ``include`` cannot be quantized, or a layer is lazy.
     """
     chosen: dict[str, nn.Module] = {}
     left_out: dict[str, str] = {}
-    asked_for: set[str] = set()
+    named: set[str] = set()
     matched: set[Pattern] = set()
     refused: dict[Pattern, list[str]] = {}
     served: set[Pattern] = set()
@@ -152,7 +151,7 @@ def select_layers(
         matched.update(asked, excluded)
         why_not = _why_float(layer)
         if asked:
-            asked_for.add(name)
+            named.add(name)
         if why_not is None or excluded:
             served.update(asked)
         for pattern in asked:
@@ -176,10 +175,10 @@ def select_layers(
     for pattern in include or ():
         if pattern not in served:
             raise ValueError(
-                f"include: {_word(pattern)} takes only layers that cannot be quantized: "
-                f"{', '.join(refused[pattern][:5])}. Take it out of `include`."
+                f"include: {_word(pattern)} matches only layers that cannot be quantized: "
+                f"{', '.join(refused[pattern][:5])}. Remove it from `include`."
             )
-    return _settle_shared(target if root is None else root, QuantizedLayers(chosen, left_out), asked_for)
+    return _settle_shared(target if root is None else root, QuantizedLayers(chosen, left_out), named)
 
 
 def _cannot(name: str, layer: nn.Module, why_not: str) -> ValueError:
@@ -188,11 +187,11 @@ def _cannot(name: str, layer: nn.Module, why_not: str) -> ValueError:
     )
 
 
-def _settle_shared(root: nn.Module, selection: QuantizedLayers, asked_for: Collection[str]) -> QuantizedLayers:
-    """Quantize a weight that several layers share in all of them, or in none: a file holds it once.
+def _settle_shared(root: nn.Module, selection: QuantizedLayers, named: Collection[str]) -> QuantizedLayers:
+    """Quantize a weight shared by several layers in all of them, or in none: a file holds it once.
 
     Raises:
-        ValueError: If a layer that is asked for by ``include`` shares its weight with one that stays float.
+        ValueError: If a layer named by ``include`` shares its weight with a layer that stays float.
     """
     chosen, left_out = dict(selection.chosen), dict(selection.left_out)
     holders = _holders(root)
@@ -200,13 +199,13 @@ def _settle_shared(root: nn.Module, selection: QuantizedLayers, asked_for: Colle
         for holder, other in holders.get(id(layer._parameters["weight"]), ()):
             if other is layer or other in chosen.values() or name not in chosen or _from_before(other):
                 continue
-            reason = _why_float(other) or left_out.get(holder, "it is outside of the module that is quantized")
+            reason = _why_float(other) or left_out.get(holder, "it is outside the quantized module")
             if reason == _NOT_INCLUDED:
                 chosen[holder] = other
                 del left_out[holder]
                 continue
             shared = f"shares its weight with {holder or type(other).__name__}, which stays float ({reason})"
-            if name in asked_for:
+            if name in named:
                 raise _cannot(name, layer, f"it {shared}")
             del chosen[name]
             left_out[name] = shared
@@ -225,7 +224,7 @@ def _holders(root: nn.Module) -> dict[int, list[tuple[str, nn.Module]]]:
 
 def _from_before(layer: nn.Module) -> str:
     rounds = isinstance(layer, QuantizedLayer) and layer.quantization_phase in ("fake_quantize", "frozen")
-    return ", and stays as it was quantized before" if rounds else ""
+    return ", and stays quantized as before" if rounds else ""
 
 
 def _those_that_match(patterns: Sequence[Pattern] | None, name: str, layer: nn.Module, prefix: str) -> list[Pattern]:
@@ -244,21 +243,20 @@ def _word(pattern: Pattern) -> str:
 
 def _sentence(why_not: str) -> str:
     if why_not == "lazy":
-        return "it is lazy (not initialised); run one forward pass before fit."
+        return "it is lazy (uninitialized); run one forward pass before fit."
     return f"{why_not}."
 
 
 def _why_float(layer: nn.Module) -> str | None:
-    """Return why a layer stays float, None where it can be quantized."""
+    """Return why a layer stays float; None if it can be quantized."""
     if any(isinstance(parameter, UninitializedTensorMixin) for parameter in layer.parameters(recurse=False)):
         return "lazy"
     if is_parametrized(layer):
         return "its weight is computed by a parametrization"
     if own_class(layer) in _FROM:
         weight = layer._parameters.get("weight")
-        return (
-            None if weight is not None and weight.is_floating_point() else "its weight is no floating point Parameter"
-        )
+        is_float = weight is not None and weight.is_floating_point()
+        return None if is_float else "its weight is not a floating-point Parameter"
     for classes, reason in _WHY_FLOAT:
         if isinstance(layer, classes):
             return reason
@@ -266,7 +264,7 @@ def _why_float(layer: nn.Module) -> str | None:
         return "called inside nn.MultiheadAttention, never as a layer"
     known = next((cls for cls in _FROM if isinstance(layer, cls)), None)
     if known is not None:
-        return f"a subclass of {known.__name__}, whose own forward is not known"
+        return f"a subclass of {known.__name__}, whose own forward is unknown"
     return f"{own_class(layer).__name__} stays float"
 
 
@@ -281,13 +279,13 @@ def prepare(
     prefix: str = "",
     outputs: Mapping[str, bool] | None = None,
 ) -> None:
-    """Swap the classes of layers, in phase "off"; those that are quantized already keep their phase and ranges.
+    """Replace the classes of layers, in phase "off"; layers that are quantized already keep their phase and ranges.
 
     Args:
-        root: The module whose names are spoken: a LightningModule or an averaged copy of it.
+        root: The module that names refer to: a LightningModule or an averaged copy of it.
         names: Layers to quantize.
-        scheme: How.
-        prefix: The target's.
+        scheme: How to quantize them.
+        prefix: Prefix of the target's names.
         outputs: Layers (convolutions or their BatchNorms) whose output is quantized too -> whether a ReLU follows.
     """
     plan = plan_of(root)
@@ -304,7 +302,7 @@ def prepare(
 
 
 def drop_outputs(root: nn.Module, chosen: Collection[str]) -> None:
-    """Take back the ranges of outputs where all convolutions are among the chosen: their inputs become float."""
+    """Remove the ranges of outputs if all convolutions are among the chosen ones: their inputs become float."""
     layers = quantized_layers(root)
     others = [n for n, layer in layers.items() if isinstance(layer, CONVOLUTIONS) and layer.watched and n not in chosen]
     for layer in layers.values() if not others else ():
@@ -320,7 +318,7 @@ def _swap(root: nn.Module, name: str, scheme: QuantizationScheme, prefix: str) -
         plan_of(root).track(name, *ATTRIBUTES)
         set_class(layer, QUANTIZED[own_class(layer)])
         layer = root.get_submodule(name)
-        assert isinstance(layer, QuantizedLayer)  # noqa: S101 - what the line before made it
+        assert isinstance(layer, QuantizedLayer)  # noqa: S101 - after the line before
         layer.quantization_phase = layer.output_phase = "off"
         layer.quantizes_output = layer.output_relu = False
         layer.observer = scheme.observer
@@ -336,7 +334,7 @@ def _swap(root: nn.Module, name: str, scheme: QuantizationScheme, prefix: str) -
 
 
 def _watch_anew(layer: QuantizedLayer, scheme: QuantizationScheme, has_weight: bool) -> None:
-    """Give the layer the ranges that the scheme needs; what another observer gathered is of no use to this one."""
+    """Create the ranges that the scheme needs; a range gathered by another observer is of no use."""
     if layer.observer != scheme.observer:
         layer.observer = scheme.observer
         if layer.watched:
@@ -349,11 +347,11 @@ def _watch_anew(layer: QuantizedLayer, scheme: QuantizationScheme, has_weight: b
             del layer._buffers[name]
     elif has_weight and "input" not in layer.watched:
         layer.watch("input")
-        layer.quantization_phase = "off"  # until that range is known
+        layer.quantization_phase = "off"  # until its range is known
 
 
 def _fast_path(layer: nn.Module) -> dict[str, int | bool]:
-    """Return the attributes that keep PyTorch's fused inference path, which never calls the layers inside, off."""
+    """Return the attributes that turn off PyTorch's fused inference path, which bypasses the layers inside."""
     if isinstance(layer, nn.TransformerEncoderLayer):
         return {"activation_relu_or_gelu": 0}
     if isinstance(layer, nn.TransformerEncoder):
@@ -362,7 +360,7 @@ def _fast_path(layer: nn.Module) -> dict[str, int | bool]:
 
 
 def quantized_layers(root: nn.Module, prefix: str = "") -> dict[str, QuantizedLayer]:
-    """Return the quantized layers below a module, in order, by name."""
+    """Return the quantized layers below a module by name, in order."""
     return {
         name: layer
         for name, layer in root.named_modules(prefix=prefix.rstrip("."))
@@ -374,12 +372,12 @@ def set_phase(root: nn.Module, layers: Mapping[str, QuantizedLayer], phase: str)
     """Put layers into a phase.
 
     Args:
-        root: The module that holds them, whose fused inference paths are turned off where weights are rounded.
-        layers: By name.
-        phase: One of ``PHASES``. An output whose range is not known yet stays behind until it was observed.
+        root: The module that holds them; its fused inference paths are turned off if weights are rounded.
+        layers: The layers by name.
+        phase: One of ``PHASES``. An output whose range is unknown is observed first.
     """
     if phase not in PHASES:
-        raise ValueError(f"the phases are {', '.join(PHASES)}; got {phase!r}.")
+        raise ValueError(f"`phase` must be one of {', '.join(PHASES)}, got {phase!r}.")
     rounds = phase in ("fake_quantize", "frozen")
     for layer in layers.values():
         layer.quantization_phase = phase

@@ -1,4 +1,4 @@
-"""The ranges of activations: folded from what passed, and settled."""
+"""The ranges of activations: folded from batches, and settled."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,7 +13,7 @@ from lightning_optim.quantization.layers import QuantizedLayer
 __all__ = ["copy_ranges", "fold_ranges", "observing", "settle_ranges", "unseen_inputs", "write_scales"]
 
 Reduce = Callable[[Tensor, str], Tensor]
-"""Adds up ("sum") or takes the largest of ("max") a tensor over the ranks."""
+"""Sums ("sum") a tensor over the ranks, or returns its maximum ("max")."""
 
 _Watched = list[tuple[str, QuantizedLayer, str]]
 
@@ -29,7 +29,7 @@ def _watched(layers: Mapping[str, QuantizedLayer], phases: tuple[str, ...]) -> _
 
 @contextmanager
 def observing(layers: Mapping[str, QuantizedLayer]) -> Iterator[None]:
-    """Let layers note what passes while the block runs."""
+    """Let layers record their inputs and outputs while the block runs."""
     for layer in layers.values():
         layer.observing = True
     try:
@@ -40,11 +40,11 @@ def observing(layers: Mapping[str, QuantizedLayer]) -> Iterator[None]:
 
 
 def fold_ranges(layers: Mapping[str, QuantizedLayer], reduce: Reduce | None = None) -> None:
-    """Fold what passed since the last call into the statistics, and compute the scales anew.
+    """Fold what was recorded since the last call into the statistics, and update the scales.
 
     Args:
-        layers: All with one observer and one number of activation bits.
-        reduce: Pools over ranks: one call for all layers.
+        layers: Layers with the same observer and number of activation bits.
+        reduce: Pools over ranks, in one call for all layers.
     """
     watched = _watched(layers, ("observe", "fake_quantize"))
     if not watched:
@@ -66,7 +66,7 @@ def fold_ranges(layers: Mapping[str, QuantizedLayer], reduce: Reduce | None = No
 
 
 def _take_seen(watched: _Watched, statistic: Tensor, reduction: str) -> Tensor:
-    """Return what passed, and forget it; what passed nowhere is the reduction's neutral element."""
+    """Return what was recorded, and clear it; a layer without a record gets the reduction's neutral element."""
     nothing = torch.full_like(statistic[0], -torch.inf if reduction == "max" else 0.0)
     seen = []
     for _, layer, which in watched:
@@ -84,8 +84,8 @@ def write_scales(states: list[dict[str, Tensor]], layer: QuantizedLayer) -> None
     """Compute scales and zero points from the statistics.
 
     Args:
-        states: What :meth:`QuantizedLayer.state_of` returns, of several watched tensors.
-        layer: One of their layers: all have its observer and its bits.
+        states: :meth:`QuantizedLayer.state_of` of several watched tensors.
+        layer: One of their layers; all have the same observer and bits.
     """
     if not states:
         return
@@ -97,7 +97,7 @@ def write_scales(states: list[dict[str, Tensor]], layer: QuantizedLayer) -> None
 
 
 def unseen_inputs(layers: Mapping[str, QuantizedLayer]) -> set[str]:
-    """Return the layers whose input is to be rounded and was never seen; those that round already are not asked."""
+    """Return the layers whose input will be rounded and was never seen; layers that round already are skipped."""
     waiting = {
         name: layer.state_of("input")["batches"]
         for name, layer in layers.items()
@@ -111,7 +111,7 @@ def settle_ranges(layers: Mapping[str, QuantizedLayer]) -> None:
     """Compute the scales from the statistics, before they are used.
 
     Raises:
-        RuntimeError: If an input was never seen, or what was seen is not finite, naming the layers.
+        RuntimeError: If an input was never seen or is not finite; the layers are named.
     """
     watched = _watched(layers, ("observe", "fake_quantize"))
     if not watched:
@@ -129,14 +129,14 @@ def settle_ranges(layers: Mapping[str, QuantizedLayer]) -> None:
     infinite = [f"the {which} of {name}" for (name, _, which), ok in zip(watched, finite, strict=True) if not ok]
     if infinite:
         raise RuntimeError(
-            f"{infinite[0]} is not finite for some batch, so it has no range to quantize to. Look for overflow before "
-            "that layer, or exclude it."
+            f"{infinite[0]} is not finite for some batch, so it has no range. Look for overflow before that layer, or "
+            "exclude it."
         )
     write_scales(states, watched[0][1])
 
 
 def copy_ranges(layers: Mapping[str, QuantizedLayer], copies: Mapping[str, QuantizedLayer]) -> None:
-    """Give an averaged copy the ranges of the live layers: an average of ranges would trail behind."""
+    """Copy the ranges of the live layers to an averaged copy: an average of ranges would lag behind."""
     pairs = [
         (copies[name].state_of(which)[part], tensor)
         for name, layer in layers.items()

@@ -9,6 +9,8 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from lightning_optim.export.runtimes import RUNTIMES
+
 __all__ = [
     "ENGINES",
     "Column",
@@ -23,7 +25,10 @@ __all__ = [
     "with_values",
 ]
 
-ENGINES: Mapping[str, str] = {"torch": "PyTorch", "onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
+ENGINES: Mapping[str, str] = {
+    "torch": "PyTorch",
+    **{name: getattr(runtime, "title", name) for name, runtime in RUNTIMES.items()},
+}
 """How engines are called in a table."""
 
 Row = dict[str, Any]

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 
 from lightning_optim._upstream import tree_leaves
 from lightning_optim.checks import check_count, check_mapping, check_names
+from lightning_optim.export.latency import runtime_latencies
 from lightning_optim.export.onnx import export_onnx
 from lightning_optim.export.report import ExportReport
+from lightning_optim.export.runtimes import RUNTIMES, missing_package
 from lightning_optim.export.session import ExportedModel, as_fed
-from lightning_optim.export.verify import RUNTIMES, missing_package, runtime_latencies
 from lightning_optim.functional.score import Terms, checked_weights, performance_score
 from lightning_optim.measure.latency import LatencyResult, latencies
 from lightning_optim.measure.macs import count_macs
@@ -35,9 +36,6 @@ from lightning_optim.report.result import RESERVED, ComparisonReport
 from lightning_optim.target import ForwardInputs, as_forward_inputs, first_rows, move_inputs
 
 __all__ = ["ComparisonReport", "compare"]
-
-EXTRAS = {"onnxruntime": "onnx"}
-"""Of engines whose extra is not called like them."""
 
 EXPORTERS = ("onnx", "onnxscript")
 
@@ -208,7 +206,7 @@ def _checked_engines(engines: Sequence[str] | None, export: Mapping[str, Any] | 
             raise ValueError(f"{name} runs exported files, and export=False writes none. Take one of the two out.")
         for package in () if name == "torch" else (name, *EXPORTERS):
             if not _is_installed(package):
-                raise missing_package(package, EXTRAS.get(name, name) if package == name else "onnx")
+                raise missing_package(package, getattr(RUNTIMES[name], "extra", name) if package == name else "onnx")
     if not engines:
         raise ValueError("`engines` is empty: name at least one, or pass None for all that are installed.")
     return list(dict.fromkeys(engines))

@@ -281,7 +281,7 @@ def test_bad_arguments_of_the_wrong_type():
         ({"exclude": [nn.Conv2d]}, "exclude: Conv2d matches no layer"),
         ({"exclude": ["net"]}, "no layer is selected"),
         ({"include": ["rnn"]}, "rnn .GRU. cannot be quantized: a recurrent layer"),
-        ({"include": ["scaled"]}, "a subclass of Linear, whose own forward is not known"),
+        ({"include": ["scaled"]}, "a subclass of Linear, whose own forward is unknown"),
     ],
 )
 def test_bad_selections_raise_before_the_first_step(tmp_path, words, error):

@@ -30,7 +30,7 @@ from lightning_optim.distillation import (
     IndexedDataset,
     LogitCache,
 )
-from lightning_optim.distillation.cache import every_sample_once
+from lightning_optim.distillation.indexed import every_sample_once
 
 ROWS = 64
 
@@ -187,7 +187,7 @@ def test_a_list_that_is_no_list_of_samples_is_refused():
         def __getitems__(self, indices):
             return [torch.zeros(len(indices), 2), torch.zeros(len(indices))]
 
-    with pytest.raises(ValueError, match=r"Columns gave a list of 2 for 3 indices.*tuple or dict"):
+    with pytest.raises(ValueError, match=r"Columns returned a list of 2 for 3 indices.*tuple or dict"):
         next(iter(DataLoader(IndexedDataset(Columns()), 3, collate_fn=IndexedCollate(same))))
 
 
@@ -260,7 +260,7 @@ class Endless:
 def test_a_sampler_that_misses_or_repeats_samples_does_not_make_the_batches(sampler, size, caplog):
     with caplog.at_level("INFO", "lightning.pytorch"):
         assert once(sampler) == in_order(size)
-    assert f"{type(sampler).__name__} does not give each of 64 samples once" in caplog.text
+    assert f"{type(sampler).__name__} does not yield each of 64 samples once" in caplog.text
     assert f"in the dataset's order, {size} at a time" in caplog.text
 
 
@@ -419,12 +419,12 @@ def test_teacher_inputs_gets_a_batch_too_where_projectors_are_sized_by_an_exampl
         return Reads(new(), teacher(), features=HINT, example_inputs=torch.zeros(2, FEATURES))
 
     run(tmp_path, module(), max_epochs=1)
-    with pytest.raises(ValueError, match="`teacher_inputs` needs a run's batch"):
+    with pytest.raises(ValueError, match="overrides `teacher_inputs` needs a run's batch"):
         module().match_features()
 
 
 def test_features_and_a_cache_are_one_too_many(tmp_path):
-    with pytest.raises(ValueError, match="Give one of the two"):
+    with pytest.raises(ValueError, match="Pass one of the two"):
         distilled(cache=tmp_path / "c", features=[("net.2", "body.2")])
 
 

@@ -14,7 +14,8 @@ from helpers.distilled import HINT, IMAGES, ConvTeacher, Teacher, conv_distilled
 from helpers.models import Classifier, ConvNet, Files, Quiet, assert_same_state, fit, new, train_loader
 from lightning_optim import ChannelPruning
 from lightning_optim.distillation import DistillationModule, Feature
-from lightning_optim.distillation.features import propose_features, surviving_channels
+from lightning_optim.distillation.features import propose_features
+from lightning_optim.distillation.survivors import surviving_channels
 from lightning_optim.structured.groups import Removal
 from lightning_optim.target import ForwardInputs
 
@@ -24,7 +25,7 @@ EXAMPLE = torch.zeros(2, 12)
 def test_the_loss_is_the_sum_of_its_parts():
     features = [*HINT, ("net.5", "body.5", "rkd", 2.0)]
     module = distilled(new(Quiet), features=features, alpha=0.25, example_inputs=EXAMPLE)
-    module._size_projectors()
+    module._matching.size_projectors()
     module.eval()
     batch = next(iter(train_loader()))
     total = module.training_step(batch, 0)
@@ -61,7 +62,7 @@ def test_projectors_learn_in_the_first_group_and_draw_nothing(tmp_path):
     torch.manual_seed(5)
     module = DistillationModule(new(Twice), teacher(), features=HINT, example_inputs=EXAMPLE)
     state = torch.get_rng_state()
-    module._size_projectors()
+    module._matching.size_projectors()
     assert torch.equal(state, torch.get_rng_state())
     before = module.projectors["0"].weight.detach().clone()
     assert before.abs().max() <= 1 / math.sqrt(16)
@@ -141,7 +142,7 @@ class Concatenates(Classifier):
 
 def test_channels_that_cannot_be_followed_leave_the_model_as_it_was(tmp_path):
     module = DistillationModule(new(Concatenates), teacher(), features=[("net.1", "body.2")])
-    with pytest.raises(ValueError, match="which ones stay cannot be told"):
+    with pytest.raises(ValueError, match="which ones are kept is unknown"):
         fit(tmp_path, module, ChannelPruning(0.5, start=2, end=7, events=2, scope="layer"))
     assert module.student.net[0].one.weight.shape == (8, 12)
     other = DistillationModule(new(Concatenates), teacher(), features=[("net.1", "body.2", "rkd")])
@@ -150,11 +151,11 @@ def test_channels_that_cannot_be_followed_leave_the_model_as_it_was(tmp_path):
 
 
 def test_names_that_do_not_exist_are_refused_with_the_nearest():
-    with pytest.raises(ValueError, match=r"feature: Classifier has no layer 'net.22'. Nearest: net.2"):
+    with pytest.raises(ValueError, match=r"feature: Classifier has no layer 'net.22'. Closest: net.2"):
         distilled(features=[("net.22", "body.2")])
-    with pytest.raises(ValueError, match=r"feature of the teacher: Teacher has no layer 'bdy.2'. Nearest: body.2"):
+    with pytest.raises(ValueError, match=r"feature of the teacher: Teacher has no layer 'bdy.2'. Closest: body.2"):
         distilled(features=[("net.2", "bdy.2")])
-    with pytest.raises(ValueError, match=r"logits_from: Classifier has no layer 'nett'. Nearest: net"):
+    with pytest.raises(ValueError, match=r"logits_from: Classifier has no layer 'nett'. Closest: net"):
         distilled(logits_from="nett")
 
 

@@ -213,7 +213,7 @@ def test_compiled_networks_train_as_eager_ones(tmp_path):
 def test_features_inside_a_compiled_network_are_refused(tmp_path):
     module = distilled(features=[("net.2", "body.2", "rkd")])
     module.student.net.compile()
-    with pytest.raises(MisconfigurationException, match=r"'net.2' lies inside 'net', which is compiled"):
+    with pytest.raises(MisconfigurationException, match=r"'net.2' is inside 'net', which is compiled"):
         fit(tmp_path, module)
 
 
@@ -265,7 +265,7 @@ def test_ramps_follow_the_run_and_a_resumed_run_keeps_its_window(tmp_path):
     class Notes(pl.Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
             at = trainer.global_step
-            seen.append((pl_module._alpha.value(at), pl_module._temperature.value(at)))
+            seen.append((pl_module._ramps.alpha.value(at), pl_module._ramps.temperature.value(at)))
 
     module = make()
     fit(tmp_path, module, Notes(), Files(tmp_path / "files"))
@@ -381,7 +381,7 @@ class CallsItsNet(Quiet):
 
 
 def test_a_step_that_calls_a_part_says_which(tmp_path):
-    with pytest.raises(RuntimeError, match=r"never called its own forward.*`logits_from`.*it has net"):
+    with pytest.raises(RuntimeError, match=r"never called its own forward.*`logits_from`.*the layers are net"):
         fit(tmp_path, distilled(new(CallsItsNet)))
     outputs = step(distilled(new(CallsItsNet), logits_from="net"))
     assert outputs["more"] == 1
@@ -518,7 +518,7 @@ def test_a_file_with_projectors_loads_without_teacher_or_features(tmp_path):
         ({"loss": "kdd"}, ValueError, "unknown loss 'kdd'; known: bce"),
         ({"loss": 3}, TypeError, "a loss is a registered name"),
         ({"loss": ["kd", "dkd"]}, TypeError, "a loss is a registered name"),
-        ({"loss": {}}, ValueError, "one loss at least"),
+        ({"loss": {}}, ValueError, "at least one loss"),
         ({"loss": {"kd": -1}}, ValueError, "must be a number >= 0"),
         ({"optimizer": adam}, ValueError, "`optimizer` is for a plain module"),
         ({"task_loss": F.cross_entropy}, ValueError, "`task_loss` is for a plain module"),

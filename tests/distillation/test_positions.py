@@ -501,5 +501,5 @@ def test_a_teacher_that_cannot_take_the_inputs_is_told_by_the_method_that_gives_
         def forward(self, graph):
             return graph.nodes
 
-    with pytest.raises(ValueError, match=r"teacher Named cannot take .*: float32 \(4, 3, 6, 6\).*`teacher_inputs"):
+    with pytest.raises(ValueError, match=r"teacher Named fails with .*: float32 \(4, 3, 6, 6\).*`teacher_inputs"):
         plain(made(segmentation, 0, 4), Named(), (IMAGES, MAPS))

@@ -39,7 +39,7 @@ def test_what_it_cannot_read_is_not_written(tmp_path):
 SIGNALS_AFTER_TWO_MODELS = """
 import gc, signal, sys
 from pathlib import Path
-from lightning_optim.export.verify import RUNTIMES
+from lightning_optim.export.runtimes import RUNTIMES
 
 first = RUNTIMES["openvino"](Path(sys.argv[1]))
 second = RUNTIMES["openvino"](Path(sys.argv[1]))

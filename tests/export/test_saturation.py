@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from helpers.exported import quantized
-from lightning_optim.export import export_onnx, saturation, verify
+from lightning_optim.export import export_onnx, runtimes, saturation
 from lightning_optim.export.session import ExportedModel
 
 onnx = pytest.importorskip("onnx")
@@ -18,7 +18,7 @@ pytest.importorskip("onnxscript")
 @pytest.fixture(params=[False, True], ids=["as this processor is", "as one without VNNI"])
 def without_vnni(request, monkeypatch):
     if request.param:
-        monkeypatch.setattr(verify, "overflows", lambda: True)
+        monkeypatch.setattr(runtimes, "overflows", lambda: True)
     return request.param
 
 

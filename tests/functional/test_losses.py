@@ -269,7 +269,7 @@ def test_labels_that_are_no_classes_are_named(name):
     for wrong, sentence in (
         (TARGETS + 1, "from 0 to 4, got 5"),
         (TARGETS - 1, "got -1"),
-        (TARGETS[:2], "one class a r"),
+        (TARGETS[:2], "one class per r"),
     ):
         with pytest.raises(ValueError, match=sentence):
             LOSSES[name](logits(0), logits(1), targets=wrong)
@@ -280,7 +280,7 @@ def test_what_cannot_be_computed_says_so():
         losses.dist(logits(0)[:1], logits(1)[:1])
     with pytest.raises(ValueError, match="at least 2"):
         losses.rkd(logits(0)[:1], logits(1)[:1])
-    with pytest.raises(ValueError, match="one class a row"):
+    with pytest.raises(ValueError, match="one class per row"):
         losses.dkd(logits(0), logits(1), targets=TARGETS[:2])
     with pytest.raises(ValueError, match="smoothing"):
         losses.label_smoothing(logits(0), targets=TARGETS, smoothing=2.0)

@@ -115,13 +115,13 @@ def test_a_checkpoint_of_it_reloads(trained, tmp_path):
     ("loader", "words", "error"),
     [
         (None, {}, "ranges of activations need data: pass a dataloader, or activation_bits=None"),
-        ([], {}, "the dataloader gave no batch"),
+        ([], {}, "the dataloader has no batch"),
         ([torch.zeros(2, 12)], {"bits": {"head": 4}}, "bits: 'head' matches no layer"),
         ([torch.zeros(2, 12)], {"weight_bits": 1}, "from 2 to 8"),
         ([torch.full((2, 12), torch.inf)], {}, r"the input of net\.0 is not finite"),
         ([torch.zeros(2, 5)], {}, r"a batch of `dataloader` \(mat1 and mat2.*pass float32 \(2, 5\); pass inputs="),
         ([{"x": torch.zeros(2, 12), "y": torch.zeros(2)}], {}, "unexpected keyword argument 'y'.*pass inputs="),
-        ([{"x": torch.zeros(2, 12)}], {"inputs": lambda batch: (batch["x"], 3)}, "`inputs` makes of a batch .*int;"),
+        ([{"x": torch.zeros(2, 12)}], {"inputs": lambda batch: (batch["x"], 3)}, "`inputs` returns for a batch .*int;"),
     ],
 )
 def test_a_failure_leaves_the_model_as_it_was(loader, words, error):

@@ -68,9 +68,11 @@ def test_what_is_asked_for_and_cannot_be_raises(name):
 
 def test_a_pattern_that_takes_only_layers_that_stay_float_names_them():
     net = nn.ModuleDict({"body": nn.Linear(4, 4), "norm": nn.LayerNorm(4), "last_norm": nn.BatchNorm1d(4)})
-    words = r"include: '\*norm' takes only layers that cannot be quantized: norm \(LayerNorm .*last_norm \(BatchNorm1d"
+    message = (
+        r"include: '\*norm' matches only layers that cannot be quantized: norm \(LayerNorm .*last_norm \(BatchNorm1d"
+    )
     for include in (["*norm"], ["body", "*norm"]):
-        with pytest.raises(ValueError, match=words):
+        with pytest.raises(ValueError, match=message):
             select_layers(net, include=include)
     assert list(select_layers(net, include=["*"]).chosen) == ["body"]
 
@@ -127,5 +129,5 @@ def test_prepared_twice_keeps_its_ranges_unless_the_observer_changes():
 
 def test_unknown_phase():
     net = nn.Sequential(nn.Linear(3, 3))
-    with pytest.raises(ValueError, match="the phases are off, observe, fake_quantize, frozen; got 'on'"):
+    with pytest.raises(ValueError, match="`phase` must be one of off, observe, fake_quantize, frozen, got 'on'"):
         set_phase(net, quantized_layers(net), "on")

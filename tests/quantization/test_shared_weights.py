@@ -154,7 +154,7 @@ def test_a_part_of_a_model_leaves_what_the_rest_shares():
     whole["head"].weight = whole["encoder"][0].weight
     selection = select_layers(whole["encoder"], "encoder.", root=whole)
     assert not selection.chosen
-    assert "outside of the module that is quantized" in selection.left_out["encoder.0"]
+    assert "outside the quantized module" in selection.left_out["encoder.0"]
 
 
 # The file.

@@ -9,7 +9,7 @@ from torch import nn
 
 from helpers.compared import CLASSES, FEATURES, inputs, models, net
 from lightning_optim import compare
-from lightning_optim.export.verify import RUNTIMES
+from lightning_optim.export.runtimes import RUNTIMES
 from lightning_optim.functional.score import DEFAULT_WEIGHTS, Terms, performance_score
 from lightning_optim.measure.latency import LatencyResult
 

@@ -1,0 +1,130 @@
+"""The live teacher of a distillation: what it answers to the inputs of the student."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+
+from lightning_optim.distillation.capture import Capture, find_layer
+from lightning_optim.distillation.positions import one_a_row
+from lightning_optim.distillation.subclass_points import SubclassPoints
+from lightning_optim.distillation.teacher import Teacher, shared_parameters
+from lightning_optim.target import ForwardInputs, as_forward_inputs, map_inputs
+
+__all__ = ["LiveTeacher"]
+
+
+@dataclass(eq=False)
+class LiveTeacher:
+    """Calls a distillation's teacher."""
+
+    points: SubclassPoints
+    autocast: torch.dtype | None
+    teacher: Teacher | None = None
+
+    def set(self, teacher: Any) -> None:
+        """Take a teacher, or None.
+
+        Raises:
+            TypeError: If it is not a module.
+            ValueError: If it shares parameters with the student, or lacks the layer of a feature.
+        """
+        handle = Teacher.of(teacher, self.autocast)
+        if handle is not None:
+            shared = shared_parameters(self.points.student, handle)
+            if shared:
+                raise ValueError(
+                    f"teacher and student share {len(shared)} parameters ({shared[0]}, ...), and the teacher is "
+                    "frozen. For self-distillation pass copy.deepcopy(student) as the teacher."
+                )
+            for feature in self.points.features:
+                find_layer(handle.networks[0], feature.teacher, "feature of the teacher")
+            handle.freeze()
+        self.teacher = handle
+
+    def required(self) -> Teacher:
+        """Return the teacher.
+
+        Raises:
+            MisconfigurationException: If there is none.
+        """
+        if self.teacher is None:
+            raise MisconfigurationException(
+                "distillation needs a teacher to train: DistillationModule(student, teacher), or `set_teacher`. A "
+                "checkpoint never holds one, and a spawned process does not get one (use strategy='ddp')."
+            )
+        return self.teacher
+
+    def inputs_for(self, inputs: ForwardInputs, item: Any) -> ForwardInputs:
+        """Return the arguments of the teacher's forward.
+
+        Args:
+            inputs: The arguments of the student's.
+            item: The batch without its index.
+        """
+        own = self.points.teacher_inputs(item)
+        return inputs if own is None else as_forward_inputs(own)
+
+    def ask(self, inputs: ForwardInputs, item: Any) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """Return the logits of each teacher, and the outputs of the first one's layers that features name."""
+        teacher = self.required()
+        names = dict.fromkeys(feature.teacher for feature in self.points.features)
+        with Capture(teacher.networks[0], names, "feature of the teacher") as captured:
+            logits = [self.points.get_logits(answer) for answer in teacher(self.inputs_for(inputs, item))]
+        for name in names:
+            if not captured.calls[name]:
+                raise RuntimeError(f"the teacher's layer {name!r} is never called by its forward. Name another layer.")
+        return logits, {name: captured.outputs(name)[0] for name in names}
+
+    def combine(self, answers: Sequence[Tensor], dim: int, *, one_logit: bool) -> Tensor:
+        """Return the logits of all teachers combined.
+
+        Args:
+            answers: The logits of each.
+            dim: The dimension that holds the classes.
+            one_logit: Whether a row has one logit.
+        """
+        answers = [one_a_row(answer) for answer in answers]
+        if len(answers) == 1:
+            return answers[0]
+        return self.required().combine(answers, dim=dim, binary=one_logit or self.points._objective.binary)
+
+    def ask_combined(self, inputs: ForwardInputs, item: Any) -> Tensor:
+        """Return the logits to cache: all classes of one teacher, or of several combined.
+
+        Args:
+            inputs: The arguments of the student's forward.
+            item: The batch without its index.
+        """
+        points = self.points
+        own = map_inputs(lambda tensor: tensor.to(points.device), self.inputs_for(inputs, item))
+        answers = [points.get_logits(answer) for answer in self.required()(own)]
+        if len(answers) == 1:
+            return answers[0].float()
+        first = one_a_row(answers[0])
+        labels = points._labels(item, inputs, asks=first.ndim > 2)
+        matters = not points._objective.elementwise
+        dim = points._positions.dim_of(first, labels, told=points.class_dim, matters=matters)
+        return self.combine(answers, dim, one_logit=first.shape[dim] == 1).reshape(answers[0].shape)
+
+    def checksum_for(self, trainer: Any, *, needed: bool) -> str | None:
+        """Return the teacher's checksum if it is needed or there are several ranks; None: not computed, or no teacher.
+
+        Raises:
+            MisconfigurationException: If ranks hold different teachers.
+        """
+        several = trainer.world_size > 1
+        if not several and not needed:
+            return None
+        own = None if self.teacher is None else self.teacher.checksum()
+        if several:
+            first = trainer.strategy.broadcast(own, src=0)
+            if not trainer.strategy.reduce_boolean_decision(own == first, all=True):
+                raise MisconfigurationException(
+                    "the teacher's weights differ between ranks, so each rank would learn from another teacher. Load "
+                    "the teacher from the same file on every rank, or seed before it is created."
+                )
+        return own

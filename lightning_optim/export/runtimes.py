@@ -1,0 +1,222 @@
+"""Inference engines that run exported files. An engine is one class here, and an extra in ``pyproject.toml``."""
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from copy import copy
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from lightning_optim.export.report import Kernels
+from lightning_optim.export.saturation import NOTE, overflows, unsigned_weights
+from lightning_optim.registry import Registry
+
+__all__ = ["RUNTIMES", "Runtime", "load_runtime", "missing_package"]
+
+MOST_BYTES = 2_000_000_000
+"""Largest file that is rewritten in memory: protocol buffers end at 2 GiB."""
+
+
+class Runtime(Protocol):
+    """A file loaded in an engine, on one thread of the CPU.
+
+    A class may also have a ``title`` (the engine's name in tables), an ``extra`` (of this package, that installs it;
+    both default to the registered name), and a ``note``: a sentence for the export report on how the engine runs this
+    file on this processor.
+
+    Attributes:
+        clock: What times a call: seconds of the calling thread, or of the process.
+        names: Names of the inputs, in the file's order.
+    """
+
+    clock: Callable[[], float]
+    names: list[str]
+
+    def run(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """Return the outputs, in the file's order."""
+        ...
+
+    def kernels(self) -> Kernels:
+        """Count the operators that the engine runs with integers."""
+        ...
+
+    def again(self) -> "Runtime":
+        """Return the same file loaded once more, at another place in memory."""
+        ...
+
+
+RUNTIMES: Registry[Callable[[Path], Runtime]] = Registry("runtime")
+"""Name -> class that loads a file. The name is that of the engine's package."""
+
+
+def missing_package(package: str, extra: str) -> ImportError:
+    """Return the error that names the extra."""
+    return ImportError(f'{package} is not installed. Install it with: pip install "lightning-optim[{extra}]"')
+
+
+def load_runtime(path: Path, runtime: str) -> Runtime:
+    """Load an exported file in an engine.
+
+    Raises:
+        ImportError: If the engine is not installed.
+        RuntimeError: If it cannot load the file.
+    """
+    try:
+        return RUNTIMES.resolve(runtime)(path)
+    except ImportError:
+        raise
+    except Exception as error:  # engines raise classes of their own; all of them mean the same here
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = " ".join(lines)[-600:] or type(error).__name__
+        raise RuntimeError(
+            f"{runtime} cannot load the exported file, so nothing was written: {reason}\nExport it for another engine "
+            "with `runtime=`, or without verification with verify=False."
+        ) from error
+
+
+@RUNTIMES.register("onnxruntime")
+class OnnxRuntime:
+    """A session of ONNX Runtime."""
+
+    title, extra = "ONNX Runtime", "onnx"
+    clock = staticmethod(time.thread_time)  # with one thread, a call runs in the caller's
+
+    _CONVOLUTIONS = ("Conv", "FusedConv", "NhwcFusedConv")
+    _INTEGER_CONVOLUTIONS = ("QLinearConv", "ConvInteger")
+    _MATMULS = ("MatMul", "Gemm", "FusedMatMul", "FusedGemm", "MatMulNBits")
+    _INTEGER_MATMULS = (
+        "QLinearMatMul",
+        "MatMulInteger",
+        "MatMulIntegerToFloat",
+        "QGemm",
+        "DynamicQuantizeMatMul",
+    )
+
+    def __init__(self, path: Path) -> None:
+        try:
+            import onnxruntime  # type: ignore[import-not-found, import-untyped, unused-ignore]
+        except ImportError as error:
+            raise missing_package("onnxruntime", self.extra) from error
+        self._source, self.note = _source_here(path)
+        with TemporaryDirectory() as folder:
+            optimized = Path(folder) / "optimized.onnx"
+            self._session = self._load(onnxruntime, optimized_model_filepath=str(optimized))
+            self._operators = _operators(optimized)
+        self.names = [put.name for put in self._session.get_inputs()]
+
+    def _load(self, onnxruntime: Any, **more: str) -> Any:
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        for name, value in more.items():
+            setattr(options, name, value)
+        return onnxruntime.InferenceSession(self._source, options, providers=["CPUExecutionProvider"])
+
+    def again(self) -> "OnnxRuntime":
+        """Load the file once more."""
+        import onnxruntime  # type: ignore[import-not-found, import-untyped, unused-ignore]
+
+        other = copy(self)
+        other._session = self._load(onnxruntime)
+        return other
+
+    def run(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """Return the outputs."""
+        feeds = {name: x.numpy() for name, x in zip(self.names, inputs, strict=True)}
+        return [torch.as_tensor(y) for y in self._session.run(None, feeds)]
+
+    def kernels(self) -> Kernels:
+        """Count the operators of the optimized graph."""
+
+        def count(*groups: tuple[str, ...]) -> int:
+            return sum(operator in group for operator in self._operators for group in groups)
+
+        return Kernels(
+            count(self._CONVOLUTIONS, self._INTEGER_CONVOLUTIONS),
+            count(self._INTEGER_CONVOLUTIONS),
+            count(self._MATMULS, self._INTEGER_MATMULS),
+            count(self._INTEGER_MATMULS),
+        )
+
+
+def _source_here(path: Path) -> tuple[str | bytes, str]:
+    """Return a path or model that gives the file's answers on this processor, and what to note about it."""
+    if path.stat().st_size > MOST_BYTES or not overflows():
+        return str(path), ""
+    import onnx
+
+    model = onnx.load(str(path))
+    return (model.SerializeToString(), NOTE) if unsigned_weights(model) else (str(path), "")
+
+
+def _operators(path: Path) -> list[str]:
+    import onnx
+
+    def walk(graph: Any) -> Iterable[str]:
+        for node in graph.node:
+            yield node.op_type
+            for attribute in node.attribute:
+                for inner in (attribute.g, *attribute.graphs):
+                    yield from walk(inner)
+
+    return list(walk(onnx.load(str(path), load_external_data=False).graph))
+
+
+@cache
+def _core() -> Any:
+    """Return the process's one OpenVINO core.
+
+    A core gives the thread that first compiles with it an alternate signal stack, and takes it back when it is deleted.
+    Two cores that are deleted in the order in which they were made leave the thread with a freed one, and the next
+    signal with a Python handler (a DataLoader's worker that ends, Ctrl-C) crashes the process. Seen in OpenVINO 2026.4.
+    """
+    try:
+        import openvino  # type: ignore[import-not-found, import-untyped, unused-ignore]
+    except ImportError as error:
+        raise missing_package("openvino", OpenVINO.extra) from error
+    return openvino.Core()
+
+
+@RUNTIMES.register("openvino")
+class OpenVINO:
+    """A compiled model of OpenVINO."""
+
+    title, extra = "OpenVINO", "openvino"
+    clock = staticmethod(time.process_time)  # calls run in a thread of OpenVINO's own
+
+    def __init__(self, path: Path) -> None:
+        options = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1, "NUM_STREAMS": 1}
+        self._path = path
+        self._model = _core().compile_model(str(path), "CPU", options)
+        self._request = self._model.create_infer_request()
+        self.names = [put.get_any_name() for put in self._model.inputs]
+
+    def again(self) -> "OpenVINO":
+        """Compile the file once more."""
+        return type(self)(self._path)
+
+    def run(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """Return the outputs."""
+        results = self._request.infer([x.numpy() for x in inputs])
+        return [torch.tensor(results[put]) for put in self._model.outputs]
+
+    def kernels(self) -> Kernels:
+        """Count the operators of the compiled graph."""
+        convolutions: list[bool] = []
+        matmuls: list[bool] = []
+        kinds = {
+            "Convolution": convolutions,
+            "GroupConvolution": convolutions,
+            "FullyConnected": matmuls,
+            "MatMul": matmuls,
+        }
+        for operation in self._model.get_runtime_model().get_ops():
+            facts = operation.get_rt_info()
+            kind = facts["layerType"].astype(str) if "layerType" in facts else ""
+            if kind in kinds:
+                kinds[kind].append(facts["runtimePrecision"].astype(str) in ("u8", "i8"))
+        return Kernels(len(convolutions), sum(convolutions), len(matmuls), sum(matmuls))

@@ -1,0 +1,49 @@
+"""Distillation losses: how far a student's outputs are from its teacher's.
+
+``LOSSES`` compare logits (``logits.py``), ``FEATURE_LOSSES`` layers (``features.py``). All compute in float32, and in
+log space where probabilities are involved; the gradient goes to the student alone if the teacher's tensor has none.
+"""
+
+from lightning_optim.functional.losses.ensemble import ensemble_logits
+from lightning_optim.functional.losses.features import (
+    FEATURE_LOSSES,
+    FeatureLoss,
+    attention_transfer,
+    hint,
+    rkd,
+    similarity_preserving,
+)
+from lightning_optim.functional.losses.logits import (
+    LOSSES,
+    Loss,
+    bce,
+    cosine,
+    dist,
+    dkd,
+    kd,
+    label_smoothing,
+    listwise,
+    logit_std,
+    mse,
+)
+
+__all__ = [
+    "FEATURE_LOSSES",
+    "LOSSES",
+    "FeatureLoss",
+    "Loss",
+    "attention_transfer",
+    "bce",
+    "cosine",
+    "dist",
+    "dkd",
+    "ensemble_logits",
+    "hint",
+    "kd",
+    "label_smoothing",
+    "listwise",
+    "logit_std",
+    "mse",
+    "rkd",
+    "similarity_preserving",
+]
