@@ -212,7 +212,7 @@ class DistillationModule(StandsForStudent, SubclassPoints):
         """
         if is_lightning(self.student):
             configured = call_student(self.student, "configure_optimizers")
-            optimizers = [each for each in optimizers_of(configured) if isinstance(each, (Optimizer, Mapping))]
+            optimizers = [entry for entry in optimizers_of(configured) if isinstance(entry, (Optimizer, Mapping))]
             if len(optimizers) > 1:
                 raise MisconfigurationException(SEVERAL.format(len(optimizers)))
             return configured

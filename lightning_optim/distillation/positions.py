@@ -193,7 +193,7 @@ class Positions:
         last = logits.ndim - 1
         if told is not None or last == 1:
             return last if told == -1 else 1
-        shapes = [tuple(each.shape) for each in (labels, mask) if isinstance(each, Tensor)]
+        shapes = [tuple(tensor.shape) for tensor in (labels, mask) if isinstance(tensor, Tensor)]
         fitting = next((dims for shape in shapes if (dims := class_dims(logits.shape, shape))), [])
         if len(fitting) == 1:
             self._dim = 1 if fitting == [1] else -1

@@ -117,15 +117,15 @@ class SubclassPoints(pl.LightningModule):
         logits = one_a_row(logits)
         return task_cross_entropy(logits, targets, self._positions.dim_of(logits, targets, told=self.class_dim))
 
-    def kd_loss(self, student_logits: Tensor, teacher_logits: Tensor, **words: Any) -> dict[str, Tensor]:
+    def kd_loss(self, student_logits: Tensor, teacher_logits: Tensor, **arguments: Any) -> dict[str, Tensor]:
         """Return each loss of the logits, unweighted, by name.
 
         Args:
             student_logits: ``[rows, classes]``, without padding.
             teacher_logits: The same shape.
-            words: ``temperature`` and ``targets``; each loss gets those that it takes.
+            arguments: ``temperature`` and ``targets``; each loss gets those that it takes.
         """
-        return self._objective(student_logits, teacher_logits, **words)
+        return self._objective(student_logits, teacher_logits, **arguments)
 
     @property
     def _called(self) -> nn.Module:

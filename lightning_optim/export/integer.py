@@ -148,14 +148,14 @@ class _Weight(nn.Module):
 
     def rows(self, index: Tensor) -> Tensor:
         """Look up int8 rows, then scale them: ``[...] -> [..., size]``."""
-        found = F.embedding(index, self.integers.flatten(1)).float()
+        rows = F.embedding(index, self.integers.flatten(1)).float()
         if self.axis < 0:
-            return found * self.scale
+            return rows * self.scale
         scale = self.scale[:, None] if self.scale.ndim == 1 else self.scale
         scales = F.embedding(index, scale)
         if not self.grouped:
-            return found * scales
-        groups = found.reshape(*index.shape, *self.integers.shape[1:]) * scales.unsqueeze(-1)
+            return rows * scales
+        groups = rows.reshape(*index.shape, *self.integers.shape[1:]) * scales.unsqueeze(-1)
         return groups.flatten(-2)[..., : self.shape[1]]
 
     def matrix(self) -> Tensor:

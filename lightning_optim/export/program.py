@@ -125,10 +125,10 @@ def _is_about_sizes(error: Exception) -> bool:
 
 def _fixed_dimension(module: nn.Module, error: Exception, input_names: Sequence[str], free: FreeDimensions) -> str:
     """Return the sentence that names the dimension fixed by the module's code; empty if the error names none."""
-    found = re.search(r"L\['tensors'\]\[(\d+)\]\.size\(\)\[(\d+)\] as dynamic .* constant \((\d+)\)", str(error))
-    if found is None:
+    message = re.search(r"L\['tensors'\]\[(\d+)\]\.size\(\)\[(\d+)\] as dynamic .* constant \((\d+)\)", str(error))
+    if message is None:
         return ""
-    name, place, size = input_names[int(found[1])], int(found[2]), found[3]
+    name, place, size = input_names[int(message[1])], int(message[2]), message[3]
     dim = free[name].get(place, "")
     sentence = (
         f"{type(module).__name__} fixes dimension {place} of {name!r} ({dim!r}) at {size}, but it should be free. "

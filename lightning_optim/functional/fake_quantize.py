@@ -57,11 +57,11 @@ def parse_weight_granularity(text: str) -> tuple[str, int]:
         >>> parse_weight_granularity("per_group:32")
         ('per_group', 32)
     """
-    word, _, size = str(text).partition(":")
+    kind, _, size = str(text).partition(":")
     if text in ("per_tensor", "per_channel"):
         return text, 0
-    if word == "per_group" and size.isdecimal() and int(size) > 0:
-        return word, int(size)
+    if kind == "per_group" and size.isdecimal() and int(size) > 0:
+        return kind, int(size)
     raise ValueError(
         f"weight granularity must be 'per_tensor', 'per_channel' or 'per_group:32' (32 inputs of a row share "
         f"a scale), got {text!r}."

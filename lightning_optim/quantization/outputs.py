@@ -38,12 +38,12 @@ def find_outputs(
     inside = {name.removeprefix(dot): layer for name, layer in layers.items() if name.startswith(dot)}
     readers = {name for name, layer in inside.items() if layer.activation_bits is not None}
     convolutions = {name for name in readers if isinstance(inside[name], CONVOLUTIONS)}
-    found = read_graph(called, inputs, convolutions, readers).outputs
-    for name in found:
+    outputs = read_graph(called, inputs, convolutions, readers).outputs
+    for name in outputs:
         layer = called.get_submodule(name)
         if not isinstance(layer, QuantizedLayer) and own_class(layer) not in QUANTIZED:
             raise ValueError(
                 f"the output of {dot}{name} needs a range, and a {type(layer).__name__} cannot hold one (with "
                 "sync_batchnorm=True, for example). Exclude the convolution before it, or use another norm."
             )
-    return {dot + name: relu for name, relu in found.items()}
+    return {dot + name: relu for name, relu in outputs.items()}

@@ -157,7 +157,7 @@ def select_layers(
         for pattern in asked:
             refused.setdefault(pattern, []).append(f"{name} ({why_not})")
         if excluded:
-            left_out[name] = f"excluded by {_word(excluded[0])}{_from_before(layer)}"
+            left_out[name] = f"excluded by {_shown(excluded[0])}{_from_before(layer)}"
         elif include is not None and not asked:
             left_out[name] = f"{_NOT_INCLUDED}{_from_before(layer)}"
         elif why_not is None:
@@ -166,16 +166,16 @@ def select_layers(
             raise _cannot(name, layer, why_not)
         else:
             left_out[name] = why_not
-    for word, patterns in (("include", include), ("exclude", exclude)):
+    for argument, patterns in (("include", include), ("exclude", exclude)):
         for pattern in patterns or ():
             if pattern not in matched:
                 raise ValueError(
-                    f"{word}: {_word(pattern)} matches no layer with parameters. Layers: {', '.join(names[:8])}."
+                    f"{argument}: {_shown(pattern)} matches no layer with parameters. Layers: {', '.join(names[:8])}."
                 )
     for pattern in include or ():
         if pattern not in served:
             raise ValueError(
-                f"include: {_word(pattern)} matches only layers that cannot be quantized: "
+                f"include: {_shown(pattern)} matches only layers that cannot be quantized: "
                 f"{', '.join(refused[pattern][:5])}. Remove it from `include`."
             )
     return _settle_shared(target if root is None else root, QuantizedLayers(chosen, left_out), named)
@@ -237,7 +237,7 @@ def _those_that_match(patterns: Sequence[Pattern] | None, name: str, layer: nn.M
     ]
 
 
-def _word(pattern: Pattern) -> str:
+def _shown(pattern: Pattern) -> str:
     return repr(pattern) if isinstance(pattern, str) else pattern.__name__
 
 

@@ -32,14 +32,14 @@ def ensemble_logits(logits: list[Tensor], weights: list[float], *, dim: int = -1
     """
     if len(logits) == 1:
         return logits[0].float()
-    if len({tuple(each.shape) for each in logits}) > 1:
+    if len({tuple(x.shape) for x in logits}) > 1:
         raise ValueError(f"teachers must agree in shape, got {', '.join(str(tuple(x.shape)) for x in logits)}.")
     shares = [math.log(weight / sum(weights)) for weight in weights]
 
     def mean(log_probabilities: list[Tensor]) -> Tensor:
-        shifted = [each + share for each, share in zip(log_probabilities, shares, strict=True)]
+        shifted = [x + share for x, share in zip(log_probabilities, shares, strict=True)]
         return torch.stack(shifted).logsumexp(0)
 
     if binary:
         return mean([F.logsigmoid(x.float()) for x in logits]) - mean([F.logsigmoid(-x.float()) for x in logits])
-    return mean([each.float().log_softmax(dim) for each in logits])
+    return mean([x.float().log_softmax(dim) for x in logits])
