@@ -28,6 +28,7 @@ LAYERS = [
         "structure",
         "change",
         "plan",
+        "techniques",
     },
     {"structured", "quantization", "measure", "export", "checkpoint", "target", "calls", "window"},
     {"report", "callbacks", "strategies", "distillation", "recipe", "demo", "cli", "__main__"},

@@ -111,7 +111,6 @@ class ChannelPruning(CompressionCallback):
         Fang et al. 2023, "DepGraph: Towards Any Structural Pruning".
     """
 
-    order = 0
     instead = (
         "Take Trainer(strategy='optim_ddp') or a single device, or prune before the model is sharded: "
         "prune_channels(...), or load_from_checkpoint(...) of a pruned file, and train that."

@@ -88,8 +88,6 @@ class QuantizationAwareTraining(CompressionCallback):
         Inference"; Krishnamoorthi 2018, "Quantizing deep convolutional networks for efficient inference".
     """
 
-    order = 2
-
     def __init__(
         self,
         *,

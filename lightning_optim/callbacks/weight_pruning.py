@@ -114,8 +114,6 @@ class WeightPruning(CompressionCallback):
         (500, 0.8)
     """
 
-    order = 1
-
     def __init__(
         self,
         sparsity: float | dict[str, float] | Literal["hold"] | None = None,
