@@ -29,6 +29,7 @@ LAYERS = [
         "change",
         "plan",
         "techniques",
+        "patterns",
     },
     {"structured", "quantization", "measure", "export", "checkpoint", "target", "calls", "window"},
     {"report", "callbacks", "strategies", "distillation", "recipe", "demo", "cli", "__main__"},

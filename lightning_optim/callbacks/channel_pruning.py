@@ -124,7 +124,7 @@ class ChannelPruning(CompressionCallback):
         strict: bool = True,
         criterion: ChannelCriterion | str = "magnitude",
         scope: Literal["global", "layer"] = "global",
-        schedule: Schedule | str = "cubic",
+        schedule: Schedule | str | dict[str, Any] = "cubic",
         start: int | float = 0.1,
         end: int | float = 0.7,
         events: int = 8,

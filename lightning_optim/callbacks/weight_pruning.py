@@ -121,7 +121,7 @@ class WeightPruning(CompressionCallback):
         granularity: str = "weight",
         criterion: Criterion | str = "magnitude",
         scope: Literal["global", "layer"] = "global",
-        schedule: Schedule | str = "cubic",
+        schedule: Schedule | str | dict[str, Any] = "cubic",
         start: int | float = 0.1,
         end: int | float = 0.7,
         every_n_steps: int = 100,

@@ -12,10 +12,11 @@ from lightning_optim.checks import check_mapping
 from lightning_optim.functional.fake_quantize import integer_range, parse_weight_granularity
 from lightning_optim.functional.observers import OBSERVERS
 from lightning_optim.modules import CONVOLUTIONS, EMBEDDINGS, RECURRENT, TRANSPOSED
+from lightning_optim.patterns import NOT_INCLUDED, Pattern, Selector, first_match, matches, shown
 from lightning_optim.quantization.layers import ATTRIBUTES, PHASES, QUANTIZED, QuantizedLayer
 from lightning_optim.quantization.ranges import write_scales
 from lightning_optim.sharding import own_class, set_class
-from lightning_optim.target import Pattern, matches, named_layers
+from lightning_optim.target import named_layers
 
 __all__ = [
     "QuantizationScheme",
@@ -33,8 +34,6 @@ _FROM: dict[type[nn.Module], type[nn.Module]] = {
     **{quantized: cls for cls, quantized in QUANTIZED.items() if cls not in _BATCH_NORMS},
 }
 """Class of a layer, float or quantized -> its float class."""
-
-_NOT_INCLUDED = "not in include"
 
 # Layers with matrices that stay float, and why; the first that applies.
 _WHY_FLOAT: tuple[tuple[tuple[type[nn.Module], ...], str], ...] = (
@@ -82,7 +81,7 @@ class QuantizationScheme:
 
     def bits_of(self, name: str, layer: nn.Module, prefix: str) -> int:
         """Return the weight bits of a layer."""
-        pattern = next((p for p in self.bits if matches(p, f"{name}.weight", layer, prefix)), None)
+        pattern = first_match(self.bits, f"{name}.weight", layer, prefix)
         return self.weight_bits if pattern is None else self.bits[pattern]
 
     def check_patterns(self, chosen: Mapping[str, nn.Module], prefix: str) -> None:
@@ -139,44 +138,35 @@ def select_layers(
     chosen: dict[str, nn.Module] = {}
     left_out: dict[str, str] = {}
     asked_for: set[str] = set()
-    matched: set[Pattern] = set()
     refused: dict[Pattern, list[str]] = {}
     served: set[Pattern] = set()
+    selector = Selector(include, exclude, prefix)
     names = []
     for name, layer in named_layers(target, prefix):
         if not any(True for _ in layer.parameters(recurse=False)) and not is_parametrized(layer):
             continue
         names.append(name)
-        asked = _those_that_match(include, name, layer, prefix)
-        excluded = _those_that_match(exclude, name, layer, prefix)
-        matched.update(asked, excluded)
-        why_not = _why_float(layer)
+        verdict = selector.judge(f"{name}.weight", layer)
+        asked, why_not = verdict.included, _why_float(layer)
         if asked:
             asked_for.add(name)
-        if why_not is None or excluded:
+        if why_not is None or verdict.reason is not None:
             served.update(asked)
         for pattern in asked:
             refused.setdefault(pattern, []).append(f"{name} ({why_not})")
-        if excluded:
-            left_out[name] = f"excluded by {_word(excluded[0])}{_from_before(layer)}"
-        elif include is not None and not asked:
-            left_out[name] = f"{_NOT_INCLUDED}{_from_before(layer)}"
+        if verdict.reason is not None:
+            left_out[name] = f"{verdict.reason}{_from_before(layer)}"
         elif why_not is None:
             chosen[name] = layer
         elif (asked and _has_matrix(layer)) or why_not == "lazy":
             raise _cannot(name, layer, why_not)
         else:
             left_out[name] = why_not
-    for word, patterns in (("include", include), ("exclude", exclude)):
-        for pattern in patterns or ():
-            if pattern not in matched:
-                raise ValueError(
-                    f"{word}: {_word(pattern)} matches no layer with parameters. Layers: {', '.join(names[:8])}."
-                )
+    selector.check_all_matched(names)
     for pattern in include or ():
         if pattern not in served:
             raise ValueError(
-                f"include: {_word(pattern)} takes only layers that cannot be quantized: "
+                f"include: {shown(pattern)} takes only layers that cannot be quantized: "
                 f"{', '.join(refused[pattern][:5])}. Take it out of `include`."
             )
     return _settle_shared(target if root is None else root, QuantizedLayers(chosen, left_out), asked_for)
@@ -201,7 +191,7 @@ def _settle_shared(root: nn.Module, selection: QuantizedLayers, asked_for: Colle
             if other is layer or other in chosen.values() or name not in chosen or _from_before(other):
                 continue
             reason = _why_float(other) or left_out.get(holder, "it is outside of the module that is quantized")
-            if reason == _NOT_INCLUDED:
+            if reason == NOT_INCLUDED:
                 chosen[holder] = other
                 del left_out[holder]
                 continue
@@ -226,20 +216,6 @@ def _holders(root: nn.Module) -> dict[int, list[tuple[str, nn.Module]]]:
 def _from_before(layer: nn.Module) -> str:
     rounds = isinstance(layer, QuantizedLayer) and layer.quantization_phase in ("fake_quantize", "frozen")
     return ", and stays as it was quantized before" if rounds else ""
-
-
-def _those_that_match(patterns: Sequence[Pattern] | None, name: str, layer: nn.Module, prefix: str) -> list[Pattern]:
-    float_class = _FROM.get(own_class(layer))
-    return [
-        pattern
-        for pattern in patterns or ()
-        if matches(pattern, f"{name}.weight", layer, prefix)
-        or (not isinstance(pattern, str) and float_class is not None and issubclass(float_class, pattern))
-    ]
-
-
-def _word(pattern: Pattern) -> str:
-    return repr(pattern) if isinstance(pattern, str) else pattern.__name__
 
 
 def _sentence(why_not: str) -> str:
