@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import nn
 
@@ -32,8 +32,6 @@ In this order: jsonargparse takes the first that fits.
 
 NOT_INCLUDED = "not in include"
 REGEX = "re:"
-
-V = TypeVar("V")
 
 
 def check_patterns(argument: str, patterns: Any) -> list[Pattern] | None:
@@ -123,7 +121,7 @@ def _matches_module(pattern: str, name: str) -> bool:
     return any(fnmatchcase(".".join(parts[:depth]), pattern) for depth in range(len(parts) + 1))
 
 
-def first_match(by_pattern: Mapping[Any, V], name: str, layer: nn.Module, prefix: str = "") -> Any:
+def first_match(by_pattern: Mapping[Pattern, Any], name: str, layer: nn.Module, prefix: str = "") -> Pattern | None:
     """Return the first key of ``{pattern: value}`` that selects a parameter, None without one."""
     return next((pattern for pattern in by_pattern if matches(pattern, name, layer, prefix)), None)
 

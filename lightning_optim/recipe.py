@@ -369,25 +369,27 @@ def _checked(name: str, value: Any) -> Arguments | None:
             f"`{name}` has no argument {', '.join(map(repr, unknown))}; known: {', '.join(part.known)}."
             + (" Pass example inputs to `callbacks(example_inputs=...)`." if "example_inputs" in unknown else "")
         )
-    return {key: _patterns(one) if key in ("include", "exclude") else _own(one) for key, one in value.items()}
+    return {key: _own(item, patterns=key in ("include", "exclude")) for key, item in value.items()}
 
 
-def _own(value: Any) -> Any:
-    """Return a copy of nested mappings and lists: the caller may change theirs."""
+def _own(value: Any, *, patterns: bool = False) -> Any:
+    """Copy nested mappings and lists, since the caller may change theirs; ``"torch.nn.Linear"`` becomes the class.
+
+    Args:
+        value: An argument.
+        patterns: Whether the items of a list are patterns; the keys of a mapping always may be.
+    """
     if isinstance(value, Mapping):
-        return {key: _own(item) for key, item in value.items()}
+        return {_layer_class(key): _own(item) for key, item in value.items()}
+    if patterns and isinstance(value, (list, tuple)):
+        return [_layer_class(item) for item in value]
     return [_own(item) for item in value] if isinstance(value, list) else value
 
 
-def _patterns(patterns: Any) -> Any:
-    """Replace ``"torch.nn.Linear"`` by the class; other patterns stay."""
-    if not isinstance(patterns, (list, tuple)):
-        return patterns  # the callback rejects it
-    return [_layer_class(one) if isinstance(one, str) and one.startswith("torch.nn.") else one for one in patterns]
-
-
-def _layer_class(path: str) -> type[nn.Module]:
-    cls = getattr(nn, path.removeprefix("torch.nn."), None)
+def _layer_class(pattern: Any) -> Any:
+    if not isinstance(pattern, str) or not pattern.startswith("torch.nn."):
+        return pattern
+    cls = getattr(nn, pattern.removeprefix("torch.nn."), None)
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
-        raise ValueError(f"{path!r} is no layer class of torch.nn.")
+        raise ValueError(f"{pattern!r} is no layer class of torch.nn.")
     return cls

@@ -165,3 +165,46 @@ def test_a_recipe_keeps_expressions_and_names_functions(tmp_path):
     (callback,) = recipe.callbacks()
     assert callback.include == ["re:net.*", is_wide]
     assert recipe.as_plain()["weight_pruning"]["include"] == ["re:net.*", "test_patterns.is_wide"]
+
+
+@pytest.mark.parametrize("pattern", [r"re:net\.0", lambda name, layer: name == "net.0", nn.Linear], ids=str)
+@pytest.mark.parametrize("argument", ["sparsity", "pruning_ratio", "bits"])
+def test_keys_of_a_dict_are_patterns(tmp_path, argument, pattern):
+    window = {"start": 1, "end": 3}
+    callback = {
+        "sparsity": lambda by: WeightPruning(by, every_n_steps=1, **window),
+        "pruning_ratio": lambda by: ChannelPruning(by, events=1, example_inputs=torch.zeros(2, 12), **window),
+        "bits": lambda by: QuantizationAwareTraining(bits=by, start=1, freeze=3),
+    }[argument]({pattern: 4 if argument == "bits" else 0.5})
+    module = new()
+    run = fit(tmp_path, module, callback, max_epochs=1)
+    assert {
+        "sparsity": lambda layer: float((layer.weight == 0).float().mean()) > 0.2,
+        "pruning_ratio": lambda layer: layer.out_features == 8,
+        "bits": lambda layer: layer.weight_bits == 4,
+    }[argument](module.net[0])
+    run.save_checkpoint(tmp_path / "file.ckpt")
+    torch.load(tmp_path / "file.ckpt", weights_only=True)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda key: WeightPruning({key: 0.5}),
+        lambda key: ChannelPruning({key: 0.5}),
+        lambda key: QuantizationAwareTraining(bits={key: 4}),
+        lambda key: prune_channels(new(), torch.zeros(2, 12), pruning_ratio={key: 0.5}),
+        lambda key: quantize_post_training(new(), [torch.zeros(2, 12)], bits={key: 4}),
+    ],
+)
+def test_wrong_keys_of_a_dict_are_rejected(call):
+    with pytest.raises(ValueError, match="'re:\\(', which is not a valid regular expression"):
+        call("re:(")
+    with pytest.raises(TypeError, match="takes names, glob patterns"):
+        call(3)
+
+
+def test_classes_are_keys_in_a_recipe_too():
+    recipe = Recipe(weight_pruning={"sparsity": {"torch.nn.Linear": 0.5, "re:x": 0.1}})
+    assert recipe.callbacks()[0].sparsity == {nn.Linear: 0.5, "re:x": 0.1}
+    assert recipe.as_plain()["weight_pruning"]["sparsity"] == {"torch.nn.Linear": 0.5, "re:x": 0.1}

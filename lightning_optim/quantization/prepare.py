@@ -12,7 +12,7 @@ from lightning_optim.checks import check_mapping
 from lightning_optim.functional.fake_quantize import integer_range, parse_weight_granularity
 from lightning_optim.functional.observers import OBSERVERS
 from lightning_optim.modules import CONVOLUTIONS, EMBEDDINGS, RECURRENT, TRANSPOSED
-from lightning_optim.patterns import NOT_INCLUDED, Pattern, Selector, first_match, matches, shown
+from lightning_optim.patterns import NOT_INCLUDED, Pattern, Selector, check_pattern, first_match, matches, shown
 from lightning_optim.quantization.layers import ATTRIBUTES, PHASES, QUANTIZED, QuantizedLayer
 from lightning_optim.quantization.ranges import write_scales
 from lightning_optim.sharding import own_class, set_class
@@ -52,14 +52,14 @@ class QuantizationScheme:
         activation_bits: 2 to 8, or None: weights only.
         weight_granularity: "per_channel", "per_tensor" or "per_group:32".
         observer: Name in ``functional.observers.OBSERVERS``.
-        bits: Weight bits by name, glob pattern or layer class; the first that matches counts.
+        bits: Weight bits by pattern; the first that matches counts.
     """
 
     weight_bits: int = 8
     activation_bits: int | None = 8
     weight_granularity: str = "per_channel"
     observer: str = "moving_average"
-    bits: Mapping[str, int] = field(default_factory=dict)
+    bits: Mapping[Pattern, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _check_bits("weight_bits", self.weight_bits)
@@ -68,9 +68,8 @@ class QuantizationScheme:
         check_mapping("bits", self.bits, "names or glob patterns to bits")
         object.__setattr__(self, "bits", dict(self.bits))  # the caller's may change
         for pattern, bits in self.bits.items():
-            if not isinstance(pattern, str):
-                raise TypeError(f"`bits` maps names or glob patterns to bits, got the key {pattern!r}.")
-            _check_bits(f"bits[{pattern!r}]", bits)
+            check_pattern("bits", pattern)
+            _check_bits(f"bits[{shown(pattern)}]", bits)
         parse_weight_granularity(self.weight_granularity)
         if not isinstance(self.observer, str):
             raise TypeError(
@@ -91,7 +90,8 @@ class QuantizationScheme:
         for pattern in self.bits:
             if not any(matches(pattern, f"{name}.weight", layer, prefix) for name, layer in chosen.items()):
                 raise ValueError(
-                    f"bits: {pattern!r} matches no layer that is quantized. Quantized: {', '.join(list(chosen)[:8])}."
+                    f"bits: {shown(pattern)} matches no layer that is quantized. Quantized: "
+                    f"{', '.join(list(chosen)[:8])}."
                 )
 
 
