@@ -139,7 +139,7 @@ def test_ratios_by_pattern_take_the_first_match_of_any_output():
     report = ChannelReport(groups)
     assert report.ratios({"stem": 0.25, "conv*": 0.5}, module) == {"down": 0.5, "conv2": 0.25, "conv1": 0.5}
     assert report.ratios({"net.conv1": 0.5}, module, "net.") == {"down": 0.0, "conv2": 0.0, "conv1": 0.5}
-    assert report.ratios({r"re:conv\d": 0.5}, module, "net.") == {"down": 0.0, "conv2": 0.5, "conv1": 0.5}
+    assert report.ratios({r"re:conv[1]": 0.5}, module, "net.") == {"down": 0.0, "conv2": 0.0, "conv1": 0.5}
     by_function = {lambda name, layer: name == "conv1" and layer is module.conv1: 0.5}
     assert report.ratios(by_function, module, "net.") == {"down": 0.0, "conv2": 0.0, "conv1": 0.5}
     with pytest.raises(ValueError, match="'conv9' matches no group; there are down, conv2, conv1"):
