@@ -104,9 +104,9 @@ def _metrics(trainer: Any) -> dict[str, float]:
 def as_plain(value: Any) -> Any:
     """Return plain types, for a checkpoint or YAML: classes and functions by name, dataclasses as their fields."""
     if isinstance(value, Mapping):
-        return {str(key): as_plain(each) for key, each in value.items()}
+        return {str(as_plain(key)): as_plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple, set)):
-        return [as_plain(each) for each in value]
+        return [as_plain(item) for item in value]
     if is_dataclass(value) and not isinstance(value, type):
         return {field.name: as_plain(getattr(value, field.name)) for field in fields(value)}
     if callable(value) and not isinstance(value, Enum):

@@ -1,8 +1,8 @@
 """Recipes: which techniques compress a model together, in one run, with windows that fit."""
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from importlib import resources
 from itertools import pairwise
 from pathlib import Path
@@ -13,43 +13,40 @@ import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-from lightning_optim.callbacks.channel_pruning import ChannelPruning
 from lightning_optim.callbacks.compressed_checkpoint import CompressedCheckpoint
 from lightning_optim.callbacks.performance_score import PerformanceScore
-from lightning_optim.callbacks.quantization import QuantizationAwareTraining
-from lightning_optim.callbacks.weight_pruning import WeightPruning
 from lightning_optim.distillation.module import DistillationModule
 from lightning_optim.provenance import as_plain
+from lightning_optim.techniques import TECHNIQUES, windows
+from lightning_optim.window import Window
 
 __all__ = ["Recipe", "recipe_names"]
 
-Words = Mapping[str, Any]
+Arguments = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class _Part:
-    """A word of a recipe.
+    """A key of a recipe.
 
     Attributes:
-        makes: The class that takes its words.
-        first: The word that a bare value stands for.
-        window: The words of its window; empty where it has none.
-        given: What the recipe does not say, since it is given when the recipe is used.
+        makes: The class that takes its arguments.
+        first: The argument that a bare value sets.
+        later: Arguments that are given when the recipe is used.
     """
 
     makes: Callable[..., Any]
     first: str
-    window: tuple[str, ...] = ()
-    given: tuple[str, ...] = ("example_inputs",)
+    later: tuple[str, ...] = ("example_inputs",)
 
     @property
     def known(self) -> list[str]:
-        """The words it takes."""
-        return [name for name in _arguments(self.makes) if name not in self.given]
+        """The arguments it takes in a recipe."""
+        return [name for name in _arguments_of(self.makes) if name not in self.later]
 
 
-def _arguments(makes: Callable[..., Any]) -> list[str]:
-    """Return what a class takes; CompressedCheckpoint passes everything on to ModelCheckpoint."""
+def _arguments_of(makes: Callable[..., Any]) -> list[str]:
+    """Return the arguments of a class; CompressedCheckpoint passes all on to ModelCheckpoint."""
     own = inspect.signature(makes).parameters
     passes_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in own.values())
     if not passes_on:
@@ -57,47 +54,46 @@ def _arguments(makes: Callable[..., Any]) -> list[str]:
     return list(inspect.signature(pl.callbacks.ModelCheckpoint).parameters)
 
 
-_PARTS: Mapping[str, _Part] = {
-    "channel_pruning": _Part(ChannelPruning, "pruning_ratio", ("start", "end")),
-    "weight_pruning": _Part(WeightPruning, "sparsity", ("start", "end")),
-    "quantization": _Part(QuantizationAwareTraining, "weight_bits", ("start", "freeze")),
-    "distillation": _Part(DistillationModule, "loss", given=("student", "teacher", "example_inputs")),
+_OTHERS: Mapping[str, _Part] = {
+    "distillation": _Part(DistillationModule, "loss", later=("student", "teacher", "example_inputs")),
     "score": _Part(PerformanceScore, "accuracy"),
     "checkpoint": _Part(CompressedCheckpoint, "monitor"),
 }
-_STAGES = ("channel_pruning", "weight_pruning", "quantization")
-"""In this order they act, each on what the one before left."""
-
-_TOGETHER: Mapping[tuple[str, ...], tuple[tuple[float, float], ...]] = {
-    ("channel_pruning", "weight_pruning"): ((0.1, 0.4), (0.5, 0.75)),
-    ("channel_pruning", "quantization"): ((0.1, 0.5), (0.6, 0.9)),
-    ("weight_pruning", "quantization"): ((0.1, 0.5), (0.6, 0.9)),
-    ("channel_pruning", "weight_pruning", "quantization"): ((0.1, 0.35), (0.45, 0.65), (0.75, 0.9)),
-}
-"""Windows of several techniques in one run: a tenth of it to recover after each, and some before the first."""
+"""Keys beside the techniques of the table."""
 
 
-@dataclass(frozen=True, kw_only=True)
+def _part(name: str) -> _Part:
+    if name in _OTHERS:
+        return _OTHERS[name]
+    technique = TECHNIQUES[name]
+    return _Part(technique.callback_class, technique.first)
+
+
+def _keys() -> list[str]:
+    return ["description", *TECHNIQUES, *_OTHERS]
+
+
+@dataclass(frozen=True, init=False, repr=False)
 class Recipe:
-    """Techniques that compress a model together in one run; in Python, or as a YAML file of the same words.
+    """Techniques that compress a model together in one run; in Python, or as a YAML file of the same keys.
 
-    Each word holds the arguments of one class, or just its first: ``weight_pruning=0.8`` is ``{"sparsity": 0.8}``, and
-    ``True`` takes all as they are. Windows that are not given are laid out so that channels leave first, then weights
-    become zero, then rounding begins, each after time to recover; given ones must be in that order.
+    Each key holds the arguments of one class, or only the first: ``weight_pruning=0.8`` is ``{"sparsity": 0.8}``, and
+    ``True`` uses the defaults. Where several techniques share the run, windows that are not given are laid out in the
+    order in which the techniques act, with time to recover after each; windows that are given must keep that order.
 
     Args:
-        description: What it is for, in words.
-        channel_pruning: Of :class:`ChannelPruning`.
-        weight_pruning: Of :class:`WeightPruning`.
-        quantization: Of :class:`QuantizationAwareTraining`.
-        distillation: Of :class:`DistillationModule`, without student and teacher.
-        score: Of :class:`PerformanceScore`.
-        checkpoint: Of :class:`CompressedCheckpoint`.
+        description: What the recipe is for.
+        techniques: Techniques by name, as :func:`dataclasses.replace` passes them on; a keyword of the same name wins.
+        distillation: Arguments of :class:`DistillationModule`, without student and teacher.
+        score: Arguments of :class:`PerformanceScore`.
+        checkpoint: Arguments of :class:`CompressedCheckpoint`.
+        named: Techniques by name, as keywords: ``channel_pruning``, ``weight_pruning``, ``quantization``, and every
+            other one in ``lightning_optim.techniques.TECHNIQUES``; each takes the arguments of its callback.
 
     Raises:
-        ValueError: For unknown words (the known ones are listed), windows that overlap or mix steps with fractions,
-            and whatever the classes refuse.
-        TypeError: If a part is neither a mapping nor its first value.
+        ValueError: For unknown arguments (the error lists the known ones), windows that overlap or mix steps with
+            fractions, and whatever the classes reject.
+        TypeError: For an unknown key, or a key that holds neither a mapping nor a single value.
 
     Examples:
         >>> recipe = Recipe(channel_pruning=0.5, quantization=True)
@@ -108,32 +104,50 @@ class Recipe:
     """
 
     description: str = ""
-    channel_pruning: Any = None
-    weight_pruning: Any = None
-    quantization: Any = None
-    distillation: Any = None
-    score: Any = None
-    checkpoint: Any = None
+    techniques: Mapping[str, Arguments] = field(default_factory=dict)
+    distillation: Arguments | None = None
+    score: Arguments | None = None
+    checkpoint: Arguments | None = None
 
-    def __post_init__(self) -> None:
-        if not isinstance(self.description, str):
-            raise TypeError(f"`description` must be a text, got {self.description!r}.")
-        for name, part in _PARTS.items():
-            object.__setattr__(self, name, _as_words(name, part, getattr(self, name)))
-        self._fill_in_windows()
-        self._check_windows()
-        self.callbacks()  # the classes check their own words
+    def __init__(
+        self,
+        *,
+        description: str = "",
+        techniques: Mapping[str, Any] | None = None,
+        distillation: Any = None,
+        score: Any = None,
+        checkpoint: Any = None,
+        **named: Any,
+    ) -> None:
+        if not isinstance(description, str):
+            raise TypeError(f"`description` must be a string, got {description!r}.")
+        asked = {**(techniques or {}), **named}
+        unknown = [name for name in asked if name not in TECHNIQUES]
+        if unknown:
+            raise TypeError(f"unknown technique {unknown[0]!r} in a recipe; known: {', '.join(TECHNIQUES)}.")
+        others = {"distillation": distillation, "score": score, "checkpoint": checkpoint}
+        for name, value in {"description": description, "techniques": _in_order(asked)}.items():
+            object.__setattr__(self, name, value)
+        for name, value in others.items():
+            object.__setattr__(self, name, _checked(name, value))
+        self._check_windows()  # here the classes check their arguments
         self._check_distillation()
 
+    def __getattr__(self, name: str) -> Any:
+        """Return the arguments of a technique by its name, None where the recipe does not have it."""
+        if name not in TECHNIQUES:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return self.__dict__.get("techniques", {}).get(name)
+
     @classmethod
-    def load(cls, source: "str | Path | Words | Recipe") -> "Recipe":
-        """Return a recipe: one that comes with the package, a YAML file, or the words themselves.
+    def load(cls, source: "str | Path | Mapping[str, Any] | Recipe") -> "Recipe":
+        """Return a recipe: one that comes with the package, a YAML file, or a mapping of its keys.
 
         Args:
             source: A name of :func:`recipe_names`, a path that ends in ``.yaml`` or ``.yml``, a mapping, or a recipe.
 
         Raises:
-            ValueError: For a name or word that is unknown, and a file that holds no mapping.
+            ValueError: For an unknown name or key, and a file that holds no mapping.
             FileNotFoundError: If there is no such file.
         """
         if isinstance(source, Recipe):
@@ -141,67 +155,67 @@ class Recipe:
         if isinstance(source, Mapping):
             return cls._of(source, "a recipe")
         if not isinstance(source, (str, Path)):
-            raise TypeError(f"a recipe is a name, a path or its words, got {source!r}.")
+            raise TypeError(f"a recipe is a name, a path or a mapping of its keys, got {source!r}.")
         text, where = _read(source)
         try:
-            words = yaml.safe_load(text)
+            content = yaml.safe_load(text)
         except yaml.YAMLError as error:
-            raise ValueError(f"{where} is no YAML: {error}") from error
-        if not isinstance(words, Mapping):
-            raise ValueError(f"{where} must hold the words of a recipe ({', '.join(_names())}), got {words!r}.")
-        return cls._of(words, where)
+            raise ValueError(f"{where} is not valid YAML: {error}") from error
+        if not isinstance(content, Mapping):
+            raise ValueError(f"{where} must be a mapping with keys of {', '.join(_keys())}, got {content!r}.")
+        return cls._of(content, where)
 
     @classmethod
-    def _of(cls, words: Words, where: str) -> "Recipe":
-        unknown = [str(word) for word in words if word not in _names()]
+    def _of(cls, content: Mapping[str, Any], where: str) -> "Recipe":
+        unknown = [str(key) for key in content if key not in _keys()]
         if unknown:
-            raise ValueError(f"{where} has no word {', '.join(map(repr, unknown))}; known: {', '.join(_names())}.")
-        return cls(**words)
+            raise ValueError(f"{where} has unknown keys {', '.join(map(repr, unknown))}; known: {', '.join(_keys())}.")
+        return cls(**content)
 
     @property
     def stages(self) -> tuple[str, ...]:
-        """The techniques it has that change the model, in the order in which they act."""
-        return tuple(name for name in _STAGES if getattr(self, name) is not None)
+        """The names of its techniques, in the order in which they act."""
+        return tuple(self.techniques)
 
     def callbacks(self, *, example_inputs: Any = None) -> list[pl.Callback]:
         """Return new callbacks, for ``Trainer(callbacks=...)``.
 
-        A recipe that distils has one more: a fit of a module that :meth:`wrap` did not return raises.
+        A recipe with ``distillation`` has one more: it raises where the fitted module does not come from :meth:`wrap`.
 
         Args:
-            example_inputs: What the model's forward receives, for the callbacks that would else catch it from the first
+            example_inputs: What the model's forward receives, for the callbacks that otherwise take it from the first
                 batch.
         """
         names = (*self.stages, *(name for name in ("score", "checkpoint") if getattr(self, name) is not None))
         guards = [] if self.distillation is None else [_NeedsDistillation()]
         return [*(self._make(name, example_inputs) for name in names), *guards]
 
-    def _make(self, name: str, example_inputs: Any) -> pl.Callback:
-        part, words = _PARTS[name], dict(getattr(self, name))
-        if "example_inputs" in _arguments(part.makes):
-            words["example_inputs"] = example_inputs
+    def _make(self, name: str, example_inputs: Any) -> Any:
+        part, arguments = _part(name), dict(getattr(self, name))
+        if "example_inputs" in _arguments_of(part.makes):
+            arguments["example_inputs"] = example_inputs
         try:
-            callback = cast("pl.Callback", part.makes(**words))
+            callback = part.makes(**arguments)
         except (TypeError, ValueError) as error:
             raise type(error)(f"`{name}`: {error}") from error
-        if name in _STAGES:
-            callback.recipe = self._run_by(name)  # type: ignore[attr-defined]  # a CompressionCallback
+        if name in self.techniques:
+            callback.recipe = self._with_only(name)
         return callback
 
     def wrap(self, module: nn.Module, teacher: Any = None, **options: Any) -> Any:
-        """Return what the Trainer fits: the module itself, or where the recipe distils a module around it.
+        """Return the module for ``trainer.fit``: the given one, or for a recipe with ``distillation`` one around it.
 
         Args:
             module: The model to compress.
-            teacher: Who teaches it, as :class:`DistillationModule` takes it.
-            options: More arguments of :class:`DistillationModule`, over the recipe's.
+            teacher: As :class:`DistillationModule` takes it.
+            options: More arguments of :class:`DistillationModule`, which override the recipe's.
 
         Raises:
             ValueError: If there is a teacher or an option and the recipe has no ``distillation``.
         """
         if self.distillation is not None:
             wrapped = DistillationModule(module, teacher, **{**self.distillation, **options})
-            wrapped.recipe = self._run_by("distillation")
+            wrapped.recipe = self._with_only("distillation")
             return wrapped
         if teacher is not None or options:
             got = "a teacher was given" if teacher is not None else f"got {', '.join(options)}"
@@ -209,84 +223,73 @@ class Recipe:
         return module
 
     def as_plain(self) -> dict[str, Any]:
-        """Return its words as plain types, without those that are absent: what a checkpoint and a YAML file hold."""
-        words = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: as_plain(value) for name, value in words.items() if value is not None and value != ""}
+        """Return the keys that are set as plain types: what a checkpoint and a YAML file hold."""
+        keys = {"description": self.description, **self.techniques}
+        keys |= {name: getattr(self, name) for name in _OTHERS}
+        return {name: as_plain(value) for name, value in keys.items() if value is not None and value != ""}
 
-    def _run_by(self, name: str) -> dict[str, Any]:
-        """Return the words for the checkpoints of a run with one technique: others say for themselves that they ran."""
-        others = {*_STAGES, "distillation"} - {name}
-        return {word: value for word, value in self.as_plain().items() if word not in others}
+    def _with_only(self, name: str) -> dict[str, Any]:
+        """Return the keys for the checkpoints of a run with one technique: the others report themselves if they run."""
+        left_out = {*self.techniques, "distillation"} - {name}
+        return {key: value for key, value in self.as_plain().items() if key not in left_out}
 
     def to_yaml(self) -> str:
-        """Return the words as YAML, windows filled in."""
+        """Return the recipe as YAML, windows filled in."""
         return cast("str", yaml.safe_dump(self.as_plain(), sort_keys=False, allow_unicode=True))
 
     def __hash__(self) -> int:
         return hash(str(self.as_plain()))
+
+    def __repr__(self) -> str:
+        keys = {"description": self.description, **self.techniques, **{name: getattr(self, name) for name in _OTHERS}}
+        return f"Recipe({', '.join(f'{name}={value!r}' for name, value in keys.items() if value not in (None, ''))})"
 
     def __str__(self) -> str:
         return self.to_yaml().rstrip()
 
     # Checks.
 
-    def _fill_in_windows(self) -> None:
-        for name, window in zip(self.stages, _TOGETHER.get(self.stages, ()), strict=False):
-            words = getattr(self, name)
-            defaults = dict(zip(_PARTS[name].window, window, strict=True))
-            object.__setattr__(self, name, {**defaults, **words})
-
     def _check_windows(self) -> None:
-        scheduled = [name for name in self.stages if getattr(self, name).get("sparsity") != "hold"]
-        self._check_units(scheduled)
-        for earlier, later in pairwise(scheduled):
-            end_word, start_word = _PARTS[earlier].window[1], _PARTS[later].window[0]
-            end, start = getattr(self, earlier)[end_word], getattr(self, later)[start_word]
-            if isinstance(end, (int, float)) and isinstance(start, (int, float)) and end > start:
+        """Reject windows that overlap; a technique that has nothing left to do (``sparsity="hold"``) has none."""
+        made: dict[str, Any] = dict(zip(self.stages, self.callbacks(), strict=False))  # these come first
+        timed = {name: callback for name, callback in made.items() if TECHNIQUES[name].window}
+        open_windows = {name: callback.window for name, callback in timed.items() if not callback.reached_end}
+        _check_units(open_windows)
+        for (earlier, before), (later, after) in pairwise(open_windows.items()):
+            if before.end > after.start:
+                (_, end), (start, _) = before.names, after.names
                 raise ValueError(
-                    f"`{earlier}` has {end_word}={end!r}, `{later}` has {start_word}={start!r}: the windows overlap. "
-                    f"Channels leave first, then weights, then rounding begins; give `{later}` a later {start_word}, "
-                    f"or `{earlier}` an earlier {end_word}."
+                    f"`{earlier}` has {end}={before.end!r}, `{later}` has {start}={after.start!r}: the windows "
+                    f"overlap. `{earlier}` acts first: give `{later}` a later {start}, or `{earlier}` an earlier {end}."
                 )
 
-    def _check_units(self, scheduled: Sequence[str]) -> None:
-        """Refuse steps beside fractions where several techniques have to fit; 0 is both."""
-        if len(scheduled) < 2:
-            return
-        words = {(name, word): getattr(self, name)[word] for name in scheduled for word in _PARTS[name].window}
-        steps = [key for key, value in words.items() if type(value) is int and value != 0]
-        fractions = [key for key, value in words.items() if isinstance(value, float)]
-        if steps and fractions:
-            said = ", ".join(f"`{name}` has {word}={words[name, word]!r}" for name, word in (steps[0], fractions[0]))
-            raise ValueError(f"{said}: give all windows of a recipe as fractions, or all as steps.")
-
     def _check_distillation(self) -> None:
-        """Let the class check its words on a student without layers, except those that name layers."""
+        """Let the class check its arguments on a student without layers, except those that name layers."""
         if self.distillation is None:
             return
-        words = {name: value for name, value in self.distillation.items() if name not in ("features", "logits_from")}
-        is_plain = "optimizer" in words or "task_loss" in words
+        arguments = {key: value for key, value in self.distillation.items() if key not in ("features", "logits_from")}
+        is_plain = "optimizer" in arguments or "task_loss" in arguments
         try:
-            DistillationModule(nn.Identity() if is_plain else _NoStudent(), **words)
+            DistillationModule(nn.Identity() if is_plain else _NoStudent(), **arguments)
         except (TypeError, ValueError) as error:
             raise type(error)(f"`distillation`: {error}") from error
 
 
 class _NeedsDistillation(pl.Callback):
-    """Belongs to the callbacks of a recipe that distils: a run without its teacher would be another run."""
+    """Guards a recipe with ``distillation``: a run without its teacher would be a different run."""
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Raise where the module that is fitted has no teacher around it."""
+        """Raise if the fitted module was not wrapped for distillation."""
         if stage == "fit" and not isinstance(pl_module, DistillationModule):
             raise MisconfigurationException(
-                f"the recipe of these callbacks distils, and the Trainer fits a {type(pl_module).__name__} that nobody "
-                "teaches. Call trainer.fit(recipe.wrap(module, teacher), ...), or take `distillation` out of the "
+                f"the recipe of these callbacks distils, and the Trainer fits a {type(pl_module).__name__} without a "
+                "teacher. Call trainer.fit(recipe.wrap(module, teacher), ...), or take `distillation` out of the "
                 "recipe: dataclasses.replace(recipe, distillation=None)."
             )
 
 
 class _NoStudent(pl.LightningModule):
-    """Stands for the student while a recipe's words are checked."""
+    """Stands for the student while a recipe's arguments are checked."""
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         raise NotImplementedError
@@ -296,7 +299,7 @@ class _NoStudent(pl.LightningModule):
 
 
 def recipe_names() -> dict[str, str]:
-    """Return the recipes that come with the package: name and what it is for."""
+    """Return the recipes that come with the package: name and description."""
     return {name: Recipe.load(name).description for name in sorted(_shipped())}
 
 
@@ -306,7 +309,7 @@ def _shipped() -> dict[str, Any]:
 
 
 def _read(source: str | Path) -> tuple[str, str]:
-    """Return a recipe's text, and how errors call it."""
+    """Return a recipe's YAML, and how errors name it."""
     path = Path(source)
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
@@ -314,7 +317,7 @@ def _read(source: str | Path) -> tuple[str, str]:
         try:
             return path.read_text(encoding="utf-8"), f"the recipe {str(source)!r}"
         except UnicodeDecodeError as error:
-            raise ValueError(f"the recipe {str(source)!r} is no UTF-8 text: {error}") from error
+            raise ValueError(f"the recipe {str(source)!r} is not UTF-8 text: {error}") from error
     shipped = _shipped()
     if str(source) not in shipped:
         raise ValueError(
@@ -324,45 +327,69 @@ def _read(source: str | Path) -> tuple[str, str]:
     return shipped[str(source)].read_text(encoding="utf-8"), f"the recipe {str(source)!r}"
 
 
-def _names() -> list[str]:
-    return [field.name for field in fields(Recipe)]
+def _in_order(asked: Mapping[str, Any]) -> dict[str, Arguments]:
+    """Return the arguments of each technique that is asked for, in order, with windows where several share the run."""
+    checked = {name: _checked(name, asked[name]) for name in TECHNIQUES if name in asked}
+    techniques = {name: arguments for name, arguments in checked.items() if arguments is not None}
+    timed = [name for name in techniques if TECHNIQUES[name].window]
+    if len(timed) > 1:
+        for name, window in zip(timed, windows(len(timed)), strict=True):
+            techniques[name] = {**dict(zip(TECHNIQUES[name].window, window, strict=True)), **techniques[name]}
+    return techniques
 
 
-def _as_words(name: str, part: _Part, given: Any) -> Words | None:
-    """Return a part's words as a mapping of its own; None where it is absent."""
-    if given is None or given is False:
+def _check_units(open_windows: Mapping[str, Window]) -> None:
+    """Reject a mix of step counts and fractions when several techniques share a run (0 counts as either)."""
+    moments = [
+        (name, key, value)
+        for name, window in open_windows.items()
+        for key, value in zip(window.names, (window.start, window.end), strict=True)
+    ]
+    steps = [moment for moment in moments if type(moment[2]) is int and moment[2] != 0]
+    fractions = [moment for moment in moments if isinstance(moment[2], float)]
+    if len(open_windows) > 1 and steps and fractions:
+        both = ", ".join(f"`{name}` has {key}={value!r}" for name, key, value in (steps[0], fractions[0]))
+        raise ValueError(f"{both}: give all windows of a recipe as fractions, or all as steps.")
+
+
+def _checked(name: str, value: Any) -> Arguments | None:
+    """Return the arguments under a key as a dict of its own; None where it is absent."""
+    if value is None or value is False:
         return None
-    if given is True:
+    if value is True:
         return {}
-    if not isinstance(given, Mapping):
-        if not isinstance(given, (int, float, str)):
-            raise TypeError(f"`{name}` must be a mapping of {part.first} and other words, or just that; got {given!r}.")
-        return {part.first: given}
-    unknown = [str(word) for word in given if word not in part.known]
+    part = _part(name)
+    if not isinstance(value, Mapping):
+        if not isinstance(value, (int, float, str)):
+            raise TypeError(f"`{name}` must be a mapping of arguments, or a value for {part.first}; got {value!r}.")
+        return {part.first: value}
+    unknown = [str(argument) for argument in value if argument not in part.known]
     if unknown:
         raise ValueError(
-            f"`{name}` has no word {', '.join(map(repr, unknown))}; known: {', '.join(part.known)}."
-            + (" Example inputs are given to `callbacks(example_inputs=...)`." if "example_inputs" in unknown else "")
+            f"`{name}` has no argument {', '.join(map(repr, unknown))}; known: {', '.join(part.known)}."
+            + (" Pass example inputs to `callbacks(example_inputs=...)`." if "example_inputs" in unknown else "")
         )
-    return {word: _patterns(value) if word in ("include", "exclude") else _own(value) for word, value in given.items()}
+    return {key: _own(item, patterns=key in ("include", "exclude")) for key, item in value.items()}
 
 
-def _own(value: Any) -> Any:
-    """Return a copy of nested mappings and lists: what the caller has may change."""
+def _own(value: Any, *, patterns: bool = False) -> Any:
+    """Copy nested mappings and lists, since the caller may change theirs; ``"torch.nn.Linear"`` becomes the class.
+
+    Args:
+        value: An argument.
+        patterns: Whether the items of a list are patterns; the keys of a mapping always may be.
+    """
     if isinstance(value, Mapping):
-        return {key: _own(each) for key, each in value.items()}
-    return [_own(each) for each in value] if isinstance(value, list) else value
+        return {_layer_class(key): _own(item) for key, item in value.items()}
+    if patterns and isinstance(value, (list, tuple)):
+        return [_layer_class(item) for item in value]
+    return [_own(item) for item in value] if isinstance(value, list) else value
 
 
-def _patterns(given: Any) -> Any:
-    """Turn ``"torch.nn.Linear"`` into the class; names and glob patterns stay."""
-    if not isinstance(given, (list, tuple)):
-        return given  # the class says what it expects
-    return [_layer_class(each) if isinstance(each, str) and each.startswith("torch.nn.") else each for each in given]
-
-
-def _layer_class(path: str) -> type[nn.Module]:
-    found = getattr(nn, path.removeprefix("torch.nn."), None)
-    if not (isinstance(found, type) and issubclass(found, nn.Module)):
-        raise ValueError(f"{path!r} is no layer class of torch.nn.")
-    return found
+def _layer_class(pattern: Any) -> Any:
+    if not isinstance(pattern, str) or not pattern.startswith("torch.nn."):
+        return pattern
+    cls = getattr(nn, pattern.removeprefix("torch.nn."), None)
+    if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+        raise ValueError(f"{pattern!r} is no layer class of torch.nn.")
+    return cls

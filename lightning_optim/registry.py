@@ -1,7 +1,9 @@
 """Registries: the one place where a name becomes a function."""
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Generic, TypeVar
+from functools import partial
+from inspect import signature
+from typing import Any, Generic, TypeVar, cast
 
 __all__ = ["Registry"]
 
@@ -11,11 +13,12 @@ F = TypeVar("F", bound=Callable[..., Any])
 class Registry(Mapping[str, F], Generic[F]):
     """A read-only mapping from names to functions that grows by decorating functions.
 
-    Callbacks accept a registered name or any callable of the same signature; both go through :meth:`resolve`.
-    Error texts, documentation tables and the tests over "every registered ..." read the registry itself.
+    Callbacks accept a registered name, ``{name: arguments}``, or any callable of the same signature; all go through
+    :meth:`resolve`. Error messages, documentation tables and the tests over "every registered ..." read the registry.
 
     Args:
-        kind: What is registered, for error texts ("criterion", "schedule").
+        kind: What is registered, for error messages ("criterion", "schedule").
+        trial: Calls a function that was given arguments once, so that it can reject them when it is made.
 
     Examples:
         >>> SHAPES = Registry("shape")
@@ -30,8 +33,9 @@ class Registry(Mapping[str, F], Generic[F]):
         ValueError: unknown shape 'circle'; known: square. A callable of the same signature is accepted too.
     """
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, kind: str, *, trial: Callable[[F], Any] | None = None) -> None:
         self.kind = kind
+        self._trial = trial
         self._functions: dict[str, F] = {}
 
     def register(self, name: str, *, needs: tuple[str, ...] = ()) -> Callable[[F], F]:
@@ -40,8 +44,8 @@ class Registry(Mapping[str, F], Generic[F]):
         Args:
             name: The word users write. A name that is taken raises.
             needs: What the caller must prepare for the function (a criterion: of ``gradient``, ``input_norm``,
-                ``generator``). It is kept on the function as ``needs``, so an unregistered callable may carry
-                the same attribute.
+                ``generator``). The function keeps it as its attribute ``needs``, which an unregistered callable may
+                have too.
 
         Raises:
             ValueError: If the name is taken.
@@ -56,26 +60,47 @@ class Registry(Mapping[str, F], Generic[F]):
 
         return add
 
-    def resolve(self, name_or_function: str | F) -> F:
-        """Return the function of a registered name, or the given callable itself.
+    def resolve(self, wanted: str | Mapping[str, Any] | F) -> F:
+        """Return the function of a registered name, the same with arguments, or the given callable itself.
+
+        Args:
+            wanted: A name; ``{name: {argument: value}}`` for a function with keyword-only arguments; or a callable.
 
         Raises:
-            ValueError: If the name is unknown; the known ones are listed.
-            TypeError: If it is neither a name nor a callable.
+            ValueError: If the name or an argument is unknown (the error lists the known ones), or a value is rejected.
+            TypeError: If it is none of the three.
         """
-        if isinstance(name_or_function, str):
-            if name_or_function not in self._functions:
+        if isinstance(wanted, str):
+            if wanted not in self._functions:
                 raise ValueError(
-                    f"unknown {self.kind} {name_or_function!r}; known: {', '.join(sorted(self))}. "
+                    f"unknown {self.kind} {wanted!r}; known: {', '.join(sorted(self))}. "
                     "A callable of the same signature is accepted too."
                 )
-            return self._functions[name_or_function]
-        if not callable(name_or_function):
+            return self._functions[wanted]
+        if isinstance(wanted, Mapping):
+            return self._with_arguments(wanted)
+        if not callable(wanted):
             raise TypeError(
-                f"a {self.kind} is a registered name ({', '.join(sorted(self))}) or a callable, "
-                f"got {name_or_function!r}."
+                f"a {self.kind} is a registered name ({', '.join(sorted(self))}) or a callable, got {wanted!r}."
             )
-        return name_or_function
+        return wanted
+
+    def _with_arguments(self, wanted: Mapping[str, Any]) -> F:
+        names, arguments = list(wanted), next(iter(wanted.values()), None)
+        if len(names) != 1 or not isinstance(names[0], str) or not isinstance(arguments, Mapping):
+            raise TypeError(f"a {self.kind} with arguments is {{name: {{argument: value}}}}, got {dict(wanted)!r}.")
+        function = self.resolve(names[0])
+        known = [name for name, word in signature(function).parameters.items() if word.kind is word.KEYWORD_ONLY]
+        unknown = [argument for argument in arguments if argument not in known]
+        if unknown:
+            raise ValueError(
+                f"{self.kind} {names[0]!r} has no argument {unknown[0]!r}; known: {', '.join(known) or 'none'}."
+            )
+        made: Any = partial(function, **arguments)
+        made.needs = function.needs  # type: ignore[attr-defined]
+        if self._trial is not None:
+            self._trial(made)
+        return cast("F", made)
 
     def __getitem__(self, name: str) -> F:
         return self._functions[name]

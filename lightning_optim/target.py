@@ -6,7 +6,6 @@ Every technique asks here, so that ``module``, ``include`` and ``exclude`` mean 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -15,13 +14,13 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_optim.modules import (
-    COMPILED_CHILD,
     CONVOLUTIONS,
     RECURRENT,
     TRANSPOSED,
     is_inside_compiled,
     without_compiler,
 )
+from lightning_optim.patterns import Pattern, Selector, matches
 from lightning_optim.sharding import own_class
 
 __all__ = [
@@ -36,11 +35,10 @@ __all__ = [
     "first_rows",
     "is_computed",
     "lightning_class",
+    "matches",
     "named_layers",
     "select_weights",
 ]
-
-Pattern = type[nn.Module] | str  # in this order: jsonargparse takes the first that fits
 
 _LINEAR_AND_CONV = (nn.Linear, nn.Bilinear, *CONVOLUTIONS, *TRANSPOSED)
 # Layers whose weights are pruned by default, and the names those weights begin with.
@@ -180,10 +178,9 @@ def select_weights(
     Args:
         target: The module whose parameters are walked.
         prefix: What ``target``'s names begin with in the ``state_dict()`` of the LightningModule.
-        include: Exactly what is selected, instead of the default: names, glob patterns or layer classes. A name of
-            a layer or of a module above it takes the layer's weight; a bias is taken only by a pattern that ends in
-            its name (``"*.bias"``). Names may be written from the LightningModule or from the target.
-        exclude: What is left out, in the same words; it wins over ``include``.
+        include: Patterns of exactly what is selected, instead of the default (see
+            :func:`~lightning_optim.patterns.matches`).
+        exclude: Patterns of what is left out; they win.
 
     Returns:
         The selection; ``chosen`` may be empty.
@@ -191,7 +188,7 @@ def select_weights(
     Raises:
         ValueError: If a pattern of ``include`` or ``exclude`` matches nothing.
     """
-    matched: set[int] = set()
+    selector = Selector(include, exclude, prefix)
     chosen: dict[str, Weight] = {}
     left_out: dict[str, str] = {}
     seen: dict[int, str] = {}
@@ -201,14 +198,16 @@ def select_weights(
             left_out[name] = f"shared with {seen[id(parameter)]}"
             continue
         seen[id(parameter)] = name
-        reason = _reason_to_leave(name, layer, prefix, include, exclude, layer is last, matched)
+        reason = selector.judge(name, layer).reason
+        if reason is None and include is None:
+            reason = _default_reason(name, layer, layer is last)
         if reason is not None:
             left_out[name] = reason
         elif not isinstance(parameter, nn.Parameter):
             left_out[name] = COMPUTED
         else:
             chosen[name] = Weight(name, layer, parameter)
-    _check_all_matched(include, exclude, matched, [*chosen, *left_out])
+    selector.check_all_matched(name for name in (*chosen, *left_out) if "weight" in name)
     return Selection(chosen, left_out)
 
 
@@ -246,84 +245,12 @@ def _last_layer(target: nn.Module) -> nn.Module | None:
     return layers[-1] if layers else None
 
 
-def _reason_to_leave(
-    name: str,
-    layer: nn.Module,
-    prefix: str,
-    include: Sequence[Pattern] | None,
-    exclude: Sequence[Pattern] | None,
-    is_last: bool,
-    matched: set[int],
-) -> str | None:
-    """Return why a parameter is left out, or None when it is taken; notes which patterns matched."""
-    included = [p for p in include or () if matches(p, name, layer, prefix)]
-    excluded = [p for p in exclude or () if matches(p, name, layer, prefix)]
-    matched.update(id(p) for p in (*included, *excluded))
-    if excluded:
-        return f"excluded by {_word(excluded[0])}"
-    if include is not None:
-        return None if included else "not in include"
+def _default_reason(name: str, layer: nn.Module, is_last: bool) -> str | None:
+    """Return why a parameter is left out by default, None where it is selected."""
     leaf = name.rpartition(".")[2]
-    if not _pruned_by_default(layer, leaf):
+    if not any(isinstance(layer, classes) and leaf.startswith(start) for classes, start in _PRUNED_BY_DEFAULT):
         return f"{own_class(layer).__name__} {leaf}"
     return "last layer" if is_last else None
-
-
-def _pruned_by_default(layer: nn.Module, leaf: str) -> bool:
-    return any(isinstance(layer, classes) and leaf.startswith(name) for classes, name in _PRUNED_BY_DEFAULT)
-
-
-def matches(pattern: Pattern, name: str, layer: nn.Module, prefix: str = "") -> bool:
-    """Tell whether a name, glob pattern or layer class selects a parameter.
-
-    Args:
-        pattern: What the user wrote.
-        name: The parameter's full name.
-        layer: The module that holds it.
-        prefix: The target's prefix: names are compared with it and without.
-    """
-    leaf = name.rpartition(".")[2]
-    is_weight = "bias" not in leaf and ("weight" in leaf or not _is_torch_layer(layer))
-    if not isinstance(pattern, str):
-        return isinstance(layer, pattern) and is_weight
-    return any(
-        _matches_parameter(pattern, candidate, leaf) or (is_weight and _matches_module(pattern, candidate))
-        for candidate in {name, name.removeprefix(prefix), name.replace(f"{COMPILED_CHILD}.", "")}
-    )
-
-
-def _is_torch_layer(layer: nn.Module) -> bool:
-    return own_class(layer).__module__.startswith("torch.nn.")
-
-
-def _matches_parameter(pattern: str, name: str, leaf: str) -> bool:
-    return pattern.rpartition(".")[2].rpartition("*")[2].endswith(leaf) and fnmatchcase(name, pattern)
-
-
-def _matches_module(pattern: str, name: str) -> bool:
-    """A pattern takes a layer when it matches the layer's name or that of a module above it."""
-    parts = name.split(".")[:-1]
-    return any(fnmatchcase(".".join(parts[:depth]), pattern) for depth in range(len(parts) + 1))
-
-
-def _word(pattern: Pattern) -> str:
-    return repr(pattern) if isinstance(pattern, str) else pattern.__name__
-
-
-def _check_all_matched(
-    include: Sequence[Pattern] | None,
-    exclude: Sequence[Pattern] | None,
-    matched: set[int],
-    names: Sequence[str],
-) -> None:
-    for word, patterns in (("include", include), ("exclude", exclude)):
-        for pattern in patterns or ():
-            if id(pattern) not in matched:
-                like = ", ".join([name for name in names if "weight" in name][:6])
-                raise ValueError(
-                    f"{word}: {_word(pattern)} matches no layer. Names look like: {like or 'none'}. "
-                    "Write a module's name, a glob pattern such as 'encoder.*', or a layer class."
-                )
 
 
 def averaged_copies(trainer: Any) -> list[nn.Module]:

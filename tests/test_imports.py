@@ -28,6 +28,8 @@ LAYERS = [
         "structure",
         "change",
         "plan",
+        "techniques",
+        "patterns",
     },
     {"structured", "quantization", "measure", "export", "checkpoint", "target", "calls", "window"},
     {"report", "callbacks", "strategies", "distillation", "recipe", "demo", "cli", "__main__"},

@@ -100,20 +100,20 @@ def test_layer_classes_are_written_as_torch_names():
 @pytest.mark.parametrize(
     ("words", "error"),
     [
-        ({"channel_prunning": 0.5}, "no word 'channel_prunning'; known: description, channel_pruning"),
-        ({"weight_pruning": {"sparsty": 0.5}}, "`weight_pruning` has no word 'sparsty'; known: sparsity"),
+        ({"channel_prunning": 0.5}, "unknown keys 'channel_prunning'; known: description, channel_pruning"),
+        ({"weight_pruning": {"sparsty": 0.5}}, "`weight_pruning` has no argument 'sparsty'; known: sparsity"),
         ({"weight_pruning": 80}, r"`weight_pruning`: `sparsity` must be a fraction in \[0, 1\), got 80"),
         (
             {"weight_pruning": {"start": 0.9, "end": 0.5, "sparsity": 0.5}},
             "`weight_pruning`: `start` must not be after",
         ),
         ({"quantization": {"weight_bits": 9}}, "`quantization`: `weight_bits` must be a whole number of bits"),
-        ({"quantization": {"example_inputs": 1}}, r"given to `callbacks\(example_inputs"),
+        ({"quantization": {"example_inputs": 1}}, r"Pass example inputs to `callbacks\(example_inputs"),
         ({"distillation": {"alpha": 2.0}}, r"`distillation`: `alpha` must be a weight in \[0, 1\]"),
         ({"distillation": {"loss": "kdd"}}, "unknown loss 'kdd'"),
-        ({"distillation": {"teacher": 1}}, "`distillation` has no word 'teacher'"),
+        ({"distillation": {"teacher": 1}}, "`distillation` has no argument 'teacher'"),
         ({"score": {"min_accuracy": 95}}, "`score`: `min_accuracy` must be"),
-        ({"checkpoint": {"monitr": "P"}}, "`checkpoint` has no word 'monitr'; known: dirpath"),
+        ({"checkpoint": {"monitr": "P"}}, "`checkpoint` has no argument 'monitr'; known: dirpath"),
         ({"weight_pruning": {"sparsity": 0.5, "include": ["torch.nn.Linaer"]}}, "'torch.nn.Linaer' is no layer class"),
         ({"channel_pruning": 0.5, "quantization": {"start": 0.3}}, "the windows overlap"),
         ({"weight_pruning": {"sparsity": 0.5, "end": 0.9}, "quantization": True}, "the windows overlap"),
@@ -127,7 +127,7 @@ def test_what_cannot_be_is_said_at_once(words, error):
 
 
 def test_a_part_is_a_mapping_or_its_first_value():
-    with pytest.raises(TypeError, match="must be a mapping of sparsity"):
+    with pytest.raises(TypeError, match="must be a mapping of arguments, or a value for sparsity"):
         Recipe(weight_pruning=[0.5])
 
 
@@ -170,10 +170,10 @@ def test_an_unknown_name_lists_the_known_ones(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no recipe file 'mine\.yaml'"):
         Recipe.load("mine.yaml")
     (tmp_path / "list.yaml").write_text("- a\n- b\n")
-    with pytest.raises(ValueError, match="must hold the words of a recipe"):
+    with pytest.raises(ValueError, match="must be a mapping with keys of description"):
         Recipe.load(tmp_path / "list.yaml")
     (tmp_path / "broken.yaml").write_text("a: [1")
-    with pytest.raises(ValueError, match="is no YAML"):
+    with pytest.raises(ValueError, match="is not valid YAML"):
         Recipe.load(tmp_path / "broken.yaml")
 
 
@@ -314,13 +314,13 @@ def test_a_recipe_is_its_own():
 
 @pytest.mark.parametrize("source", [None, 3, b"x"])
 def test_what_is_no_recipe_is_said(source):
-    with pytest.raises(TypeError, match="a recipe is a name, a path or its words"):
+    with pytest.raises(TypeError, match="a recipe is a name, a path or a mapping"):
         Recipe.load(source)
 
 
 def test_a_file_that_is_no_text_is_named(tmp_path):
     (tmp_path / "bin.yaml").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ValueError, match=r"bin\.yaml' is no UTF-8 text"):
+    with pytest.raises(ValueError, match=r"bin\.yaml' is not UTF-8 text"):
         Recipe.load(tmp_path / "bin.yaml")
 
 

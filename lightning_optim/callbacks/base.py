@@ -6,7 +6,6 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_info
-from torch import nn
 
 from lightning_optim import checkpoint
 from lightning_optim.callbacks.commit import commit
@@ -14,8 +13,8 @@ from lightning_optim.callbacks.monitors import check_score_is_logged, warn_of_pl
 from lightning_optim.callbacks.windowed import WindowedCallback, callbacks_of, mro_names
 from lightning_optim.change import Change, Changed
 from lightning_optim.checks import check_name
+from lightning_optim.patterns import Pattern, check_patterns, pattern_name
 from lightning_optim.strategies.common import INSTEAD, check_supported
-from lightning_optim.target import Pattern
 from lightning_optim.window import Window
 
 __all__ = ["CompressionCallback", "callbacks_of", "compressions", "mro_names", "ranks_per_batch"]
@@ -63,13 +62,15 @@ class CompressionCallback(WindowedCallback):
         super().__init__(window)
         check_name("module", module, "encoder")
         self.module = module
-        self.include = _as_list("include", include)
-        self.exclude = _as_list("exclude", exclude)
+        self.include = check_patterns("include", include)
+        self.exclude = check_patterns("exclude", exclude)
 
     @property
     def state_key(self) -> str:
         """Class name with module, include and exclude: several instances can run together."""
-        return self._generate_state_key(module=self.module, include=_names(self.include), exclude=_names(self.exclude))
+        patterns = {"include": self.include, "exclude": self.exclude}
+        named = {argument: given and list(map(pattern_name, given)) for argument, given in patterns.items()}
+        return self._generate_state_key(module=self.module, **named)
 
     @property
     def label(self) -> str:
@@ -185,21 +186,3 @@ def _write_plan(pl_module: pl.LightningModule, file: dict[str, Any]) -> None:
         checkpoint.write_plan(plan, file)
     if "on_load_checkpoint" not in vars(pl_module):  # after the fit: nothing stays attached
         checkpoint.detach(pl_module)
-
-
-def _as_list(name: str, patterns: Sequence[Pattern] | None) -> list[Pattern] | None:
-    if patterns is None:
-        return None
-    if not isinstance(patterns, Sequence) or isinstance(patterns, str):
-        raise TypeError(
-            f"`{name}` must be a list of names, patterns or layer classes, got {patterns!r}. Put it in a list."
-        )
-    for pattern in patterns:
-        is_class = isinstance(pattern, type) and issubclass(pattern, nn.Module)
-        if not is_class and (not isinstance(pattern, str) or not pattern):
-            raise TypeError(f"`{name}` holds names, glob patterns or layer classes, got {pattern!r}.")
-    return list(patterns)
-
-
-def _names(patterns: list[Pattern] | None) -> list[str] | None:
-    return None if patterns is None else [p if isinstance(p, str) else p.__qualname__ for p in patterns]

@@ -23,6 +23,7 @@ from lightning_optim.measure.latency import interleaved_latency
 from lightning_optim.measure.macs import count_macs
 from lightning_optim.measure.size import SIZES
 from lightning_optim.modules import copy_module
+from lightning_optim.provenance import as_plain
 from lightning_optim.sharding import is_sharded
 from lightning_optim.structured.allocation import Allocation, Pool, Shortfall, one_pool, shortfall
 from lightning_optim.structured.events import (
@@ -111,7 +112,6 @@ class ChannelPruning(CompressionCallback):
         Fang et al. 2023, "DepGraph: Towards Any Structural Pruning".
     """
 
-    order = 0
     instead = (
         "Take Trainer(strategy='optim_ddp') or a single device, or prune before the model is sharded: "
         "prune_channels(...), or load_from_checkpoint(...) of a pruned file, and train that."
@@ -119,13 +119,13 @@ class ChannelPruning(CompressionCallback):
 
     def __init__(
         self,
-        pruning_ratio: float | dict[str, float] = 0.5,
+        pruning_ratio: float | dict[Pattern, float] = 0.5,
         *,
         target: dict[str, float] | None = None,
         strict: bool = True,
         criterion: ChannelCriterion | str = "magnitude",
         scope: Literal["global", "layer"] = "global",
-        schedule: Schedule | str = "cubic",
+        schedule: Schedule | str | dict[str, Any] = "cubic",
         start: int | float = 0.1,
         end: int | float = 0.7,
         events: int = 8,
@@ -304,7 +304,7 @@ class ChannelPruning(CompressionCallback):
         report, _ = self._known()
         if not isinstance(self.pruning_ratio, dict):
             return [one_pool(self.schedule(progress, 0.0, self.pruning_ratio), report.groups, self.allocation)]
-        pools = report.pools(self.pruning_ratio, self._prefix)
+        pools = report.pools(self.pruning_ratio, self._target, self._prefix)
         return [replace(pool, ratio=self.schedule(progress, 0.0, pool.ratio)) for pool in pools]
 
     def _remove(self, trainer: pl.Trainer, pl_module: pl.LightningModule, pools: list[Pool]) -> None:
@@ -436,7 +436,7 @@ class ChannelPruning(CompressionCallback):
             return {}
         if not isinstance(self.pruning_ratio, dict):
             return dict.fromkeys(self._report.groups, self.pruning_ratio)
-        return self._report.ratios(self.pruning_ratio, self._prefix)
+        return self._report.ratios(self.pruning_ratio, self._target, self._prefix)
 
     def _say(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         report, dense = self._known()
@@ -503,10 +503,8 @@ class ChannelPruning(CompressionCallback):
 
     def plan_entry(self) -> dict[str, Any]:
         """Return what was asked, and what is left."""
-        entry = {
-            "technique": "ChannelPruning",
-            "asked": self.pruning_ratio if self.target is None else {self.target.figure: self.target.fraction},
-        }
+        goal = self.pruning_ratio if self.target is None else {self.target.figure: self.target.fraction}
+        entry = {"technique": "ChannelPruning", "asked": as_plain(goal)}
         if self._dense is None or getattr(self, "_target", None) is None:  # restored, and not fitted since
             return entry
         return {**entry, "parameters_left": self._fraction_left()}

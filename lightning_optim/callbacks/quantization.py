@@ -21,6 +21,7 @@ from lightning_optim.callbacks.base import (
 from lightning_optim.callbacks.example_inputs import InputSource
 from lightning_optim.change import Changed
 from lightning_optim.modules import is_compiled
+from lightning_optim.provenance import as_plain
 from lightning_optim.quantization.coverage import coverage_table
 from lightning_optim.quantization.layers import PHASES, QuantizedLayer
 from lightning_optim.quantization.outputs import find_outputs, has_convolutions
@@ -88,8 +89,6 @@ class QuantizationAwareTraining(CompressionCallback):
         Inference"; Krishnamoorthi 2018, "Quantizing deep convolutional networks for efficient inference".
     """
 
-    order = 2
-
     def __init__(
         self,
         *,
@@ -100,7 +99,7 @@ class QuantizationAwareTraining(CompressionCallback):
         freeze: int | float = 0.9,
         observer: str = "moving_average",
         weight_granularity: str = "per_channel",
-        bits: dict[str, int] | None = None,
+        bits: dict[Pattern, int] | None = None,
         example_inputs: Any = None,
         module: str | None = None,
         include: Sequence[Pattern] | None = None,
@@ -424,7 +423,7 @@ class QuantizationAwareTraining(CompressionCallback):
             "weight_bits": self.scheme.weight_bits,
             "activation_bits": self.scheme.activation_bits,
             "weight_granularity": self.scheme.weight_granularity,
-            "bits": dict(self.scheme.bits),
+            "bits": as_plain(self.scheme.bits),
             "phase": self.phase,
         }
 

@@ -23,6 +23,7 @@ from lightning_optim.report.document import Card, Report, Section, as_json
 from lightning_optim.report.layers import against_reference, layer_facts, layer_rows
 from lightning_optim.report.styles import styles_of
 from lightning_optim.target import find_target
+from lightning_optim.techniques import TECHNIQUES
 
 __all__ = ["ReportCallback"]
 
@@ -31,8 +32,6 @@ _log = logging.getLogger(__name__)
 START, END = "at fit start", "at fit end"
 UNBEGUN = "off"
 COUNTED = ("parameters", "nonzero", "bits")
-EVENTS = {"WeightPruning": "pruning/", "ChannelPruning": "channels/", "QuantizationAwareTraining": "quantization/"}
-"""Callback -> what the names of the metrics begin with that it logs at an event."""
 
 COLUMNS = [
     Column("name", "model"),
@@ -152,7 +151,7 @@ class ReportCallback(pl.Callback):
         logged = _numbers(self._logged.read(trainer))
         self._last.update(logged)
         if self._open:
-            state = tuple(EVENTS.values())
+            state = tuple(technique.logs for technique in TECHNIQUES.values())
             self._epochs[-1].update({k: v for k, v in self._last.items() if k.startswith(state)} | logged)
 
     def _note_events(self, trainer: pl.Trainer) -> None:
@@ -160,10 +159,11 @@ class ReportCallback(pl.Callback):
             mark = _mark(callback)
             if mark != self._seen.get(callback.state_key, UNBEGUN):
                 self._seen[callback.state_key] = mark
-                name = type(callback).__name__
-                family = EVENTS.get(name, "")
-                metrics = {k: v for k, v in _numbers(trainer.callback_metrics).items() if k.startswith(family)}
-                self._events.append({"step": callback.window.last_event, "callback": name, **metrics})
+                technique = TECHNIQUES.of(callback)
+                logs = "" if technique is None else technique.logs
+                metrics = {k: v for k, v in _numbers(trainer.callback_metrics).items() if k.startswith(logs)}
+                event = {"step": callback.window.last_event, "callback": type(callback).__name__}
+                self._events.append({**event, **metrics})
 
     @property
     def state_key(self) -> str:

@@ -38,10 +38,12 @@ from lightning_optim.functional.masks import (
 from lightning_optim.functional.schedules import SCHEDULES, Schedule
 from lightning_optim.functional.thresholds import Scores
 from lightning_optim.modules import TRANSPOSED, is_compiled, is_inside_compiled
+from lightning_optim.patterns import Pattern, check_pattern, first_match, shown
+from lightning_optim.provenance import as_plain
 from lightning_optim.sharding import copies, full, is_dtensor, local, reshard, shard_like, wrap_like
 from lightning_optim.structured.removal import keep_channels
 from lightning_optim.tables import by_reason, by_stack, render
-from lightning_optim.target import Pattern, Selection, Weight, averaged_copies, find_target, matches, select_weights
+from lightning_optim.target import Selection, Weight, averaged_copies, find_target, select_weights
 from lightning_optim.window import Window
 
 __all__ = ["WeightPruning"]
@@ -114,16 +116,14 @@ class WeightPruning(CompressionCallback):
         (500, 0.8)
     """
 
-    order = 1
-
     def __init__(
         self,
-        sparsity: float | dict[str, float] | Literal["hold"] | None = None,
+        sparsity: float | dict[Pattern, float] | Literal["hold"] | None = None,
         *,
         granularity: str = "weight",
         criterion: Criterion | str = "magnitude",
         scope: Literal["global", "layer"] = "global",
-        schedule: Schedule | str = "cubic",
+        schedule: Schedule | str | dict[str, Any] = "cubic",
         start: int | float = 0.1,
         end: int | float = 0.7,
         every_n_steps: int = 100,
@@ -357,7 +357,7 @@ class WeightPruning(CompressionCallback):
         return {
             "technique": "WeightPruning",
             "masks": {name: tuple(self._weights[name].parameter.shape) for name in self._keeps},
-            "asked": self.sparsity if isinstance(self.sparsity, (float, str)) else dict(self.sparsity),
+            "asked": as_plain(self.sparsity),
             "reached": self._reached(),
         }
 
@@ -396,7 +396,7 @@ class WeightPruning(CompressionCallback):
         if self.include is not None or not isinstance(self.sparsity, dict):
             return selection
         layers = {name.rpartition(".")[0] for name in selection.left_out if name.endswith(".weight")}
-        named = [p for p in self.sparsity if p in layers or prefix + p in layers]
+        named = [p for p in self.sparsity if isinstance(p, str) and (p in layers or prefix + p in layers)]
         if not named:
             return selection
         exact = select_weights(target, prefix, include=named, exclude=self.exclude).chosen
@@ -517,7 +517,7 @@ class WeightPruning(CompressionCallback):
                 names = [name for name in self._weights if first[name] == pattern]
                 if not names:
                     raise MisconfigurationException(
-                        f"sparsity: {pattern!r} matches no selected layer that an earlier pattern does not match. "
+                        f"sparsity: {shown(pattern)} matches no selected layer that an earlier pattern does not match. "
                         f"Selected: {', '.join(self._weights)}."
                     )
                 groups.append((names, sparsity))
@@ -527,9 +527,9 @@ class WeightPruning(CompressionCallback):
             groups = [([name], sparsity) for names, sparsity in groups for name in names]
         return [_Goal(names, self._initial_of(names), sparsity) for names, sparsity in groups if names]
 
-    def _first_pattern(self, weight: Weight, prefix: str) -> str | None:
+    def _first_pattern(self, weight: Weight, prefix: str) -> Pattern | None:
         patterns = self.sparsity if isinstance(self.sparsity, dict) else {}
-        return next((p for p in patterns if matches(p, weight.name, weight.layer, prefix)), None)
+        return first_match(patterns, weight.name, weight.layer, prefix)
 
     def _initial_of(self, names: Sequence[str]) -> float:
         return sum(self._initial.get(name, 0.0) * self._numel([name]) for name in names) / self._numel(names)
@@ -713,8 +713,8 @@ def _granularity_of(state_dict: Mapping[str, Any], asked: Granularity) -> Granul
 
 
 def _checked_sparsity(
-    sparsity: float | dict[str, float] | str | None, final: float | None
-) -> float | dict[str, float] | Literal["hold"]:
+    sparsity: float | dict[Pattern, float] | str | None, final: float | None
+) -> float | dict[Pattern, float] | Literal["hold"]:
     if sparsity is None:
         return 0.8 if final is None else final
     if sparsity == "hold":
@@ -723,10 +723,7 @@ def _checked_sparsity(
         if not sparsity:
             raise ValueError("`sparsity` as a dict maps patterns to fractions, got an empty one.")
         for pattern in sparsity:
-            if not isinstance(pattern, str):
-                raise TypeError(
-                    f"`sparsity` as a dict maps names or glob patterns to fractions, got the key {pattern!r}."
-                )
+            check_pattern("sparsity", pattern)
         return {pattern: _checked_fraction(value, final) for pattern, value in sparsity.items()}
     return _checked_fraction(sparsity, final)
 

@@ -12,6 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_optim.optimizers import StepWatch, check_current, held_ids, replaced_parameters, unwrapped
+from lightning_optim.techniques import TECHNIQUES
 from lightning_optim.window import Window, planned_steps
 
 __all__ = ["WindowedCallback", "callbacks_of", "mro_names"]
@@ -40,9 +41,6 @@ class WindowedCallback(pl.Callback):
         window: When it acts.
     """
 
-    order = 2
-    """Where several act on one target, the lower goes first, whatever the order of the Trainer's list."""
-
     def __init__(self, window: Window) -> None:
         self.window = window
         self.event_seconds = 0.0
@@ -53,6 +51,11 @@ class WindowedCallback(pl.Callback):
         self._holders: list[Optimizer] = []
         self._stepped = False
         self._advance = _Advance()
+
+    @property
+    def order(self) -> float:
+        """Where several techniques act in one step, the lower acts first, whatever the order of the Trainer's list."""
+        return TECHNIQUES.order_of(self)
 
     @property
     def reached_end(self) -> bool:

@@ -29,7 +29,7 @@ class Ramp:
 
     initial: float
     final: float
-    schedule: Schedule | str = "linear"
+    schedule: Schedule | str | dict[str, Any] = "linear"
     start: int | float = 0.0
     end: int | float = 1.0
 

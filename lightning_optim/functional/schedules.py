@@ -7,14 +7,16 @@ between, in floating point too.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any
 
 from lightning_optim.registry import Registry
 
-__all__ = ["SCHEDULES", "Schedule", "cosine", "cubic", "exponential", "linear", "one_cycle", "one_shot"]
+__all__ = ["SCHEDULES", "Schedule", "cosine", "cubic", "exponential", "linear", "multi_step", "one_cycle", "one_shot"]
 
 Schedule = Callable[[float, float, float], float]
-SCHEDULES: Registry[Schedule] = Registry("schedule")
+SCHEDULES: Registry[Schedule] = Registry("schedule", trial=lambda schedule: schedule(0.5, 0.0, 0.5))
 
 # Hubens et al. 2021, section 3: steepness and offset of the one-cycle curve.
 _ALPHA = 14.0
@@ -112,6 +114,58 @@ def one_shot(u: float, initial: float, final: float) -> float:
     Args, result and errors as for :func:`cubic`.
     """
     return _move(u, initial, final, lambda _: 1.0)
+
+
+@SCHEDULES.register("multi_step")
+def multi_step(
+    u: float,
+    initial: float,
+    final: float,
+    *,
+    milestones: Sequence[float] = (1 / 3, 2 / 3, 1.0),
+    values: Sequence[float] = (1 / 3, 2 / 3, 1.0),
+) -> float:
+    """Stay, then jump at each milestone: ``initial + (final - initial) * value`` of the last milestone reached.
+
+    In a callback: ``schedule={"multi_step": {"milestones": [0.3, 0.6, 1.0], "values": [0.5, 0.8, 1.0]}}``, in YAML the
+    same. A milestone takes effect at the first event from there on. Other arguments, result and errors as for
+    :func:`cubic`.
+
+    Args:
+        u: Progress.
+        initial: At ``u = 0``.
+        final: At ``u = 1``.
+        milestones: Rising progress through the window, each in (0, 1].
+        values: For each milestone the fraction of the way from ``initial`` to ``final``, never falling; the last is 1.
+
+    Raises:
+        TypeError: If ``milestones`` or ``values`` is no list of numbers.
+        ValueError: If they differ in length, are out of range, fall, or do not end at 1.
+
+    Examples:
+        >>> [multi_step(u, 0.0, 0.8, milestones=[0.3, 0.6], values=[0.5, 1.0]) for u in (0.2, 0.3, 0.5, 0.6)]
+        [0.0, 0.4, 0.4, 0.8]
+    """
+    _check_steps(milestones, values)
+    steps = list(zip(milestones, values, strict=True))
+    return _move(u, initial, final, lambda u: max((value for at, value in steps if at <= u), default=0.0))
+
+
+def _check_steps(milestones: Any, values: Any) -> None:
+    for name, numbers in (("milestones", milestones), ("values", values)):
+        is_list = isinstance(numbers, Sequence) and not isinstance(numbers, str)
+        if not is_list or any(isinstance(x, bool) or not isinstance(x, (int, float)) for x in numbers):
+            raise TypeError(f"`{name}` must be a list of numbers, got {numbers!r}.")
+    if not milestones or len(milestones) != len(values):
+        raise ValueError(
+            f"`milestones` and `values` must have one number for each step, got {len(milestones)} and {len(values)}."
+        )
+    if not 0.0 < milestones[0] <= milestones[-1] <= 1.0 or any(a >= b for a, b in pairwise(milestones)):
+        raise ValueError(f"`milestones` must rise, each in (0, 1] (progress through the window), got {milestones!r}.")
+    if not 0.0 <= values[0] <= values[-1] == 1.0 or any(a > b for a, b in pairwise(values)):
+        raise ValueError(
+            f"`values` must not fall and end at 1 (fractions of the way to the final value), got {values!r}."
+        )
 
 
 def _move(u: float, initial: float, final: float, progress: Callable[[float], float]) -> float:

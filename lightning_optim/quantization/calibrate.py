@@ -39,7 +39,7 @@ def quantize_post_training(
     activation_bits: int | None = 8,
     weight_granularity: str = "per_channel",
     observer: str = "moving_average",
-    bits: Mapping[str, int] | None = None,
+    bits: Mapping[Pattern, int] | None = None,
     module: str | None = None,
     include: Sequence[Pattern] | None = None,
     exclude: Sequence[Pattern] | None = None,
@@ -61,7 +61,7 @@ def quantize_post_training(
         activation_bits: 2 to 8, or None: inputs stay float.
         weight_granularity: What shares a scale: "per_channel", "per_tensor", "per_group:32".
         observer: "moving_average", "min_max" or "histogram"; with few batches the first is the mean of their extremes.
-        bits: Weight bits by name or glob pattern; the first match counts.
+        bits: Weight bits by pattern; the first match counts.
         module: Dotted name of the part to quantize; default the whole model.
         include: Exactly the layers to quantize: names, glob patterns, layer classes.
         exclude: Layers that stay float.

@@ -12,10 +12,11 @@ from lightning_optim.checks import check_mapping
 from lightning_optim.functional.fake_quantize import integer_range, parse_weight_granularity
 from lightning_optim.functional.observers import OBSERVERS
 from lightning_optim.modules import CONVOLUTIONS, EMBEDDINGS, RECURRENT, TRANSPOSED
+from lightning_optim.patterns import NOT_INCLUDED, Pattern, Selector, check_pattern, first_match, matches, shown
 from lightning_optim.quantization.layers import ATTRIBUTES, PHASES, QUANTIZED, QuantizedLayer
 from lightning_optim.quantization.ranges import write_scales
 from lightning_optim.sharding import own_class, set_class
-from lightning_optim.target import Pattern, matches, named_layers
+from lightning_optim.target import named_layers
 
 __all__ = [
     "QuantizationScheme",
@@ -34,8 +35,6 @@ _FROM: dict[type[nn.Module], type[nn.Module]] = {
 }
 """Class of a layer, float or quantized -> its float class."""
 
-_NOT_INCLUDED = "not in include"
-
 # Layers with matrices that stay float, and why; the first match counts.
 _WHY_FLOAT: tuple[tuple[tuple[type[nn.Module], ...], str], ...] = (
     ((nn.MultiheadAttention,), "nn.MultiheadAttention computes in one fused call; its projections stay float"),
@@ -53,14 +52,14 @@ class QuantizationScheme:
         activation_bits: 2 to 8, or None: weights only.
         weight_granularity: "per_channel", "per_tensor" or "per_group:32".
         observer: Name in ``functional.observers.OBSERVERS``.
-        bits: Weight bits by name or glob pattern; the first match counts.
+        bits: Weight bits by pattern; the first match counts.
     """
 
     weight_bits: int = 8
     activation_bits: int | None = 8
     weight_granularity: str = "per_channel"
     observer: str = "moving_average"
-    bits: Mapping[str, int] = field(default_factory=dict)
+    bits: Mapping[Pattern, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _check_bits("weight_bits", self.weight_bits)
@@ -69,9 +68,8 @@ class QuantizationScheme:
         check_mapping("bits", self.bits, "names or glob patterns to bits")
         object.__setattr__(self, "bits", dict(self.bits))  # the caller may change its own
         for pattern, bits in self.bits.items():
-            if not isinstance(pattern, str):
-                raise TypeError(f"`bits` maps names or glob patterns to bits, got the key {pattern!r}.")
-            _check_bits(f"bits[{pattern!r}]", bits)
+            check_pattern("bits", pattern)
+            _check_bits(f"bits[{shown(pattern)}]", bits)
         parse_weight_granularity(self.weight_granularity)
         if not isinstance(self.observer, str):
             raise TypeError(
@@ -82,7 +80,7 @@ class QuantizationScheme:
 
     def bits_of(self, name: str, layer: nn.Module, prefix: str) -> int:
         """Return the weight bits of a layer."""
-        pattern = next((p for p in self.bits if matches(p, f"{name}.weight", layer, prefix)), None)
+        pattern = first_match(self.bits, f"{name}.weight", layer, prefix)
         return self.weight_bits if pattern is None else self.bits[pattern]
 
     def check_patterns(self, chosen: Mapping[str, nn.Module], prefix: str) -> None:
@@ -92,7 +90,8 @@ class QuantizationScheme:
         for pattern in self.bits:
             if not any(matches(pattern, f"{name}.weight", layer, prefix) for name, layer in chosen.items()):
                 raise ValueError(
-                    f"bits: {pattern!r} matches no layer that is quantized. Quantized: {', '.join(list(chosen)[:8])}."
+                    f"bits: {shown(pattern)} matches no layer that is quantized. Quantized: "
+                    f"{', '.join(list(chosen)[:8])}."
                 )
 
 
@@ -138,44 +137,35 @@ def select_layers(
     chosen: dict[str, nn.Module] = {}
     left_out: dict[str, str] = {}
     named: set[str] = set()
-    matched: set[Pattern] = set()
     refused: dict[Pattern, list[str]] = {}
     served: set[Pattern] = set()
+    selector = Selector(include, exclude, prefix)
     names = []
     for name, layer in named_layers(target, prefix):
         if not any(True for _ in layer.parameters(recurse=False)) and not is_parametrized(layer):
             continue
         names.append(name)
-        asked = _those_that_match(include, name, layer, prefix)
-        excluded = _those_that_match(exclude, name, layer, prefix)
-        matched.update(asked, excluded)
-        why_not = _why_float(layer)
+        verdict = selector.judge(f"{name}.weight", layer)
+        asked, why_not = verdict.included, _why_float(layer)
         if asked:
             named.add(name)
-        if why_not is None or excluded:
+        if why_not is None or verdict.reason is not None:
             served.update(asked)
         for pattern in asked:
             refused.setdefault(pattern, []).append(f"{name} ({why_not})")
-        if excluded:
-            left_out[name] = f"excluded by {_shown(excluded[0])}{_from_before(layer)}"
-        elif include is not None and not asked:
-            left_out[name] = f"{_NOT_INCLUDED}{_from_before(layer)}"
+        if verdict.reason is not None:
+            left_out[name] = f"{verdict.reason}{_from_before(layer)}"
         elif why_not is None:
             chosen[name] = layer
         elif (asked and _has_matrix(layer)) or why_not == "lazy":
             raise _cannot(name, layer, why_not)
         else:
             left_out[name] = why_not
-    for argument, patterns in (("include", include), ("exclude", exclude)):
-        for pattern in patterns or ():
-            if pattern not in matched:
-                raise ValueError(
-                    f"{argument}: {_shown(pattern)} matches no layer with parameters. Layers: {', '.join(names[:8])}."
-                )
+    selector.check_all_matched(names)
     for pattern in include or ():
         if pattern not in served:
             raise ValueError(
-                f"include: {_shown(pattern)} matches only layers that cannot be quantized: "
+                f"include: {shown(pattern)} matches only layers that cannot be quantized: "
                 f"{', '.join(refused[pattern][:5])}. Remove it from `include`."
             )
     return _settle_shared(target if root is None else root, QuantizedLayers(chosen, left_out), named)
@@ -199,8 +189,8 @@ def _settle_shared(root: nn.Module, selection: QuantizedLayers, named: Collectio
         for holder, other in holders.get(id(layer._parameters["weight"]), ()):
             if other is layer or other in chosen.values() or name not in chosen or _from_before(other):
                 continue
-            reason = _why_float(other) or left_out.get(holder, "it is outside the quantized module")
-            if reason == _NOT_INCLUDED:
+            reason = _why_float(other) or left_out.get(holder, "it is outside of the module that is quantized")
+            if reason == NOT_INCLUDED:
                 chosen[holder] = other
                 del left_out[holder]
                 continue
@@ -225,20 +215,6 @@ def _holders(root: nn.Module) -> dict[int, list[tuple[str, nn.Module]]]:
 def _from_before(layer: nn.Module) -> str:
     rounds = isinstance(layer, QuantizedLayer) and layer.quantization_phase in ("fake_quantize", "frozen")
     return ", and stays quantized as before" if rounds else ""
-
-
-def _those_that_match(patterns: Sequence[Pattern] | None, name: str, layer: nn.Module, prefix: str) -> list[Pattern]:
-    float_class = _FROM.get(own_class(layer))
-    return [
-        pattern
-        for pattern in patterns or ()
-        if matches(pattern, f"{name}.weight", layer, prefix)
-        or (not isinstance(pattern, str) and float_class is not None and issubclass(float_class, pattern))
-    ]
-
-
-def _shown(pattern: Pattern) -> str:
-    return repr(pattern) if isinstance(pattern, str) else pattern.__name__
 
 
 def _sentence(why_not: str) -> str:

@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
 from functools import partial
 
 import torch
@@ -13,6 +12,7 @@ from lightning_optim.errors import FAILURES, first_line
 from lightning_optim.functional.channels import Slices, channels_to_remove, group_scores
 from lightning_optim.functional.criteria import parameter_generator
 from lightning_optim.modules import INPUTS_FIRST, NORMS
+from lightning_optim.patterns import Pattern, check_pattern, matches, shown
 from lightning_optim.structured.allocation import Allocation, Pool, kept_channels, one_pool
 from lightning_optim.structured.attention import as_heads, in_attention
 from lightning_optim.structured.check import Damage, damage, trusted
@@ -36,7 +36,7 @@ _UNREACHED = "not reached by the example inputs"
 _CHANNEL_DIM = {"out": 0, "in": 1}
 
 
-def check_ratio(ratio: float | dict[str, float]) -> float | dict[str, float]:
+def check_ratio(ratio: float | dict[Pattern, float]) -> float | dict[Pattern, float]:
     """Return a pruning ratio, or ratios by pattern, as floats.
 
     Raises:
@@ -46,6 +46,8 @@ def check_ratio(ratio: float | dict[str, float]) -> float | dict[str, float]:
     if isinstance(ratio, dict):
         if not ratio:
             raise ValueError("`pruning_ratio` as a dict maps patterns to fractions, got an empty one.")
+        for pattern in ratio:
+            check_pattern("pruning_ratio", pattern)
         return {pattern: float(check_ratio(value)) for pattern, value in ratio.items()}  # type: ignore[arg-type]
     if isinstance(ratio, bool) or not isinstance(ratio, (int, float)):
         raise TypeError(f"`pruning_ratio` must be a fraction in (0, 1) or a dict of them, got {ratio!r}.")
@@ -67,38 +69,40 @@ class ChannelReport:
         reasons = ", ".join(f"{name} ({reason})" for name, reason in self.left_out.items())
         return reasons or "the model has no Linear, convolution or embedding layer"
 
-    def ratios(self, by_pattern: Mapping[str, float], prefix: str = "") -> dict[str, float]:
+    def ratios(self, by_pattern: Mapping[Pattern, float], target: nn.Module, prefix: str = "") -> dict[str, float]:
         """Return each group's ratio: of the first pattern that matches one of its outputs, else 0.
 
         Raises:
             ValueError: If a pattern matches no group.
         """
-        pools = self.pools(by_pattern, prefix)
+        pools = self.pools(by_pattern, target, prefix)
         by_group = {name: pool.ratio for pool in pools for name in pool.names}
         return {name: by_group.get(name, 0.0) for name in self.groups}
 
-    def pools(self, by_pattern: Mapping[str, float], prefix: str = "") -> list[Pool]:
+    def pools(self, by_pattern: Mapping[Pattern, float], target: nn.Module, prefix: str = "") -> list[Pool]:
         """Return the groups of each pattern: the first that matches one of a group's outputs. Others are in no pool.
 
         Raises:
             ValueError: If a pattern matches no group.
         """
         found = {
-            name: next((p for p in by_pattern if _matches(p, group, prefix)), None)
+            name: next((p for p in by_pattern if _matches(p, group, target, prefix)), None)
             for name, group in self.groups.items()
         }
         for pattern in by_pattern:
             if pattern not in found.values():
-                raise ValueError(f"pruning_ratio: {pattern!r} matches no group; there are {', '.join(self.groups)}.")
+                raise ValueError(
+                    f"pruning_ratio: {shown(pattern)} matches no group; there are {', '.join(self.groups)}."
+                )
         return [
             Pool(ratio, tuple(name for name, first in found.items() if first == pattern), even=True)
             for pattern, ratio in by_pattern.items()
         ]
 
 
-def _matches(pattern: str, group: ChannelGroup, prefix: str) -> bool:
+def _matches(pattern: Pattern, group: ChannelGroup, target: nn.Module, prefix: str) -> bool:
     outputs = {member.layer for member in group.members if member.side == "out"}
-    return any(fnmatchcase(name, pattern) or fnmatchcase(prefix + name, pattern) for name in outputs)
+    return any(matches(pattern, f"{prefix}{name}.weight", target.get_submodule(name), prefix) for name in outputs)
 
 
 def find_prunable(

@@ -63,7 +63,7 @@ def prune_channels(
     /,
     example_inputs: Any,
     *,
-    pruning_ratio: float | dict[str, float] = 0.5,
+    pruning_ratio: float | dict[Pattern, float] = 0.5,
     criterion: str | ChannelCriterion = "magnitude",
     scope: Literal["global", "layer"] = "global",
     round_to: int | None = None,
@@ -131,13 +131,13 @@ def _planned(
     target: nn.Module,
     inputs: ForwardInputs,
     found: ChannelReport,
-    ratio: float | Mapping[str, float],
+    ratio: float | Mapping[Pattern, float],
     allocation: Allocation,
     prefix: str,
     check: bool,
 ) -> tuple[Removal, dict[str, tuple[int, int]]]:
     dense = {name: group.channels for name, group in found.groups.items()}
-    pools = found.pools(ratio, prefix) if isinstance(ratio, Mapping) else [one_pool(ratio, dense, allocation)]
+    pools = found.pools(ratio, target, prefix) if isinstance(ratio, Mapping) else [one_pool(ratio, dense, allocation)]
     event = plan_event(target, inputs, found.groups, dense, pools, allocation, held_gradients(target), prefix)
     problem = event_damage(target, inputs, found.groups, event) if check else None
     if problem is not None:

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_optim.functional.schedules import SCHEDULES
+from lightning_optim import ChannelPruning, Ramp, WeightPruning
+from lightning_optim.functional.schedules import SCHEDULES, multi_step
 
 FRACTIONS = st.floats(0, 1)
 SPARSITIES = st.floats(0, 0.999)
@@ -98,3 +99,70 @@ def test_exponential_with_equal_ends_stays():
 def test_unknown_schedule_lists_the_known_ones():
     with pytest.raises(ValueError, match="unknown schedule 'cubical'; known: cosine, cubic, exponential"):
         SCHEDULES.resolve("cubical")
+
+
+STEPS = {"milestones": [0.3, 0.6, 1.0], "values": [0.5, 0.8, 1.0]}
+
+
+def test_multi_step_stays_and_jumps():
+    schedule = SCHEDULES.resolve({"multi_step": STEPS})
+    values = [schedule(u, 0.2, 0.7) for u in (0.0, 0.29, 0.3, 0.59, 0.6, 0.99, 1.0)]
+    assert values == pytest.approx([0.2, 0.2, 0.45, 0.45, 0.6, 0.6, 0.7])
+    assert values == [multi_step(u, 0.2, 0.7, **STEPS) for u in (0.0, 0.29, 0.3, 0.59, 0.6, 0.99, 1.0)]
+
+
+@settings(deadline=None, derandomize=True)
+@given(
+    steps=st.lists(st.tuples(st.floats(0.01, 1), FRACTIONS), min_size=1, max_size=5, unique_by=lambda step: step[0]),
+    a=FRACTIONS,
+    b=FRACTIONS,
+    final=SPARSITIES,
+)
+def test_multi_step_goes_from_initial_to_final_and_never_back(steps, a, b, final):
+    values = sorted(value for _, value in steps)
+    steps = {"milestones": sorted(at for at, _ in steps), "values": [*values[:-1], 1.0]}
+    schedule = SCHEDULES.resolve({"multi_step": steps})
+    assert schedule(0.0, 0.0, final) == 0.0
+    assert schedule(1.0, 0.0, final) == final
+    assert 0.0 <= schedule(min(a, b), 0.0, final) <= schedule(max(a, b), 0.0, final) <= final
+
+
+@pytest.mark.parametrize(
+    ("steps", "error"),
+    [
+        ({"milestones": [0.5]}, "one number for each step, got 1 and 3"),
+        ({"milestones": [], "values": []}, "one number for each step, got 0 and 0"),
+        ({"milestones": [0.6, 0.3, 1.0], "values": [0.1, 0.2, 1.0]}, "`milestones` must rise"),
+        ({"milestones": [0.0, 1.0], "values": [0.1, 1.0]}, "`milestones` must rise"),
+        ({"milestones": [30, 60], "values": [0.1, 1.0]}, "`milestones` must rise, each in"),
+        ({"milestones": [0.5, 1.0], "values": [0.9, 0.8]}, "`values` must not fall and end at 1"),
+        ({"milestones": [0.5, 1.0], "values": [0.5, 0.8]}, "`values` must not fall and end at 1"),
+        ({"milestones": [math.nan, 1.0], "values": [0.5, 1.0]}, "`milestones` must rise"),
+        ({"milestones": [0.5, 1.0], "values": [math.nan, 1.0]}, "`values` must not fall"),
+        ({"milestones": "0.5"}, "`milestones` must be a list of numbers"),
+        ({"values": ["a", 1.0, 1.0]}, "`values` must be a list of numbers"),
+        ({"steps": 3}, "schedule 'multi_step' has no argument 'steps'; known: milestones, values"),
+        (3, r"is \{name: \{argument: value\}\}, got"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda schedule: WeightPruning(0.5, schedule=schedule),
+        lambda schedule: ChannelPruning(0.5, schedule=schedule),
+        lambda schedule: Ramp(0.0, 1.0, schedule=schedule),
+    ],
+    ids=["weights", "channels", "ramp"],
+)
+def test_wrong_steps_are_rejected_by_the_constructor(make, steps, error):
+    with pytest.raises((TypeError, ValueError), match=error):
+        make({"multi_step": steps})
+
+
+def test_events_of_a_callback_follow_the_steps():
+    pruning = WeightPruning(0.8, schedule={"multi_step": STEPS}, start=0, end=10, every_n_steps=1)
+    assert pruning.preview(10) == [
+        (step, pytest.approx(0.8 * (1.0 if step == 10 else 0.8 if step >= 6 else 0.5 if step >= 3 else 0.0)))
+        for step in range(11)
+    ]

@@ -11,7 +11,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from helpers.techniques import TRIED
 from lightning_optim.strategies import OptimFSDP2, build
+from lightning_optim.techniques import TECHNIQUES
 
 ROOT = Path(__file__).parents[2]
 FILES = (ROOT / "docs" / "support.md", ROOT / "docs" / "strategies.md")
@@ -68,11 +70,9 @@ LAUNCHES = {
 }
 
 ROWS = {
-    "WeightPruning": ("weights", "wanda", "columns", "both", "score", "all"),
-    "QuantizationAwareTraining": ("integers", "histogram", "both", "all"),
+    **{technique.callback_class.__name__: TRIED[name].cases for name, technique in TECHNIQUES.items()},
     "DistillationModule": ("distilled", "all"),
     "PerformanceScore": ("score", "all"),
-    "ChannelPruning": ("channels",),
 }
 """Public name -> the techniques of the cases that show it works."""
 PRECISIONS = {"32-true": "32", "bf16-mixed": "bf16", "bf16-true": "bf16-true"}

@@ -1,6 +1,6 @@
 """The promises that hold for every callback, one test each over all of them.
 
-A new callback adds a row to ``CALLBACKS`` and to the check of what it reached.
+A new technique adds a row to ``helpers.techniques.TRIED``; what is tried beside its plain form is in ``CALLBACKS``.
 """
 
 import copy
@@ -29,56 +29,25 @@ from helpers.models import (
     trainer,
     val_loader,
 )
-from lightning_optim import (
-    ChannelPruning,
-    CompressedCheckpoint,
-    PerformanceScore,
-    QuantizationAwareTraining,
-    WeightPruning,
-    load_from_checkpoint,
-)
+from helpers.techniques import TRIED, assert_reached, channels, integers, weights
+from lightning_optim import ChannelPruning, CompressedCheckpoint, PerformanceScore, load_from_checkpoint
 
 
-def weights(**words):
-    return WeightPruning(0.8, **{"start": 2, "end": 9, "every_n_steps": 3, **words})
-
-
-def channels(**words):
-    return ChannelPruning(0.5, **{"start": 2, "end": 7, "events": 2, "scope": "layer", **words})
-
-
-def integers(*, start=2, end=9, **words):
-    return QuantizationAwareTraining(start=start, freeze=end, **{"weight_bits": 4, **words})
+def plainly(name):
+    return lambda **arguments: [TRIED[name].make(**arguments)]
 
 
 CALLBACKS = {
-    "weights": lambda **words: [weights(**words)],
-    "weights, taylor": lambda **words: [weights(criterion="taylor", **words)],
-    "channels": lambda **words: [channels(**words)],
-    "channels, taylor": lambda **words: [channels(criterion="taylor", **words)],
-    "channels and weights": lambda **words: [channels(**words), weights(**words)],
-    "weights and channels": lambda **words: [weights(**words), channels(**words)],
-    "integers": lambda **words: [integers(**words)],
-    "integers, histogram": lambda **words: [integers(observer="histogram", **words)],
-    "weights and integers": lambda **words: [weights(**words), integers(**words)],
-    "integers, channels and weights": lambda **words: [integers(**words), channels(**words), weights(**words)],
+    **{name: plainly(name) for name in TRIED},
+    "weights, taylor": lambda **arguments: [weights(criterion="taylor", **arguments)],
+    "channels, taylor": lambda **arguments: [channels(criterion="taylor", **arguments)],
+    "channels and weights": lambda **arguments: [channels(**arguments), weights(**arguments)],
+    "weights and channels": lambda **arguments: [weights(**arguments), channels(**arguments)],
+    "integers, histogram": lambda **arguments: [integers(observer="histogram", **arguments)],
+    "weights and integers": lambda **arguments: [weights(**arguments), integers(**arguments)],
+    "all": lambda **arguments: [integers(**arguments), channels(**arguments), weights(**arguments)],
 }
 every_callback = pytest.mark.parametrize("make", CALLBACKS.values(), ids=CALLBACKS)
-
-
-def assert_reached(module, callbacks):
-    """What was asked is there: half of the channels gone, 80 % of what is left zero."""
-    hidden = [module.net[i].weight for i in (0, 4)]
-    if any(isinstance(c, ChannelPruning) for c in callbacks):
-        assert [tuple(w.shape) for w in hidden] == [(8, 12), (8, 8)]
-        assert module.net[6].weight.shape == (3, 8)
-    if any(isinstance(c, WeightPruning) for c in callbacks):
-        numel = sum(w.numel() for w in hidden)
-        assert sum(int((w == 0).sum()) for w in hidden) == int(0.8 * numel + 0.5)
-    if any(isinstance(c, QuantizationAwareTraining) for c in callbacks):
-        assert [module.net[i].quantization_phase for i in (0, 4, 6)] == ["frozen"] * 3
-        assert all(int(module.net[i].input_batches) > 0 for i in (0, 4, 6))
-    assert all(c.reached_end for c in callbacks)
 
 
 # 1. Nothing of the user's code changes.
@@ -141,9 +110,11 @@ def test_resumed_at_every_step_equals_uninterrupted(tmp_path, make, first):
                     trainer.save_checkpoint(files / f"{trainer.global_step}.ckpt")
 
         example = {"example_inputs": torch.zeros(2, 12)}
-        ours = [weights(criterion=c.criterion) if isinstance(c, WeightPruning) else c for c in make()]
         ours = [
-            channels(criterion=c.allocation.criterion, **example) if isinstance(c, ChannelPruning) else c for c in ours
+            channels(criterion=callback.allocation.criterion, **example)
+            if isinstance(callback, ChannelPruning)
+            else callback
+            for callback in make()
         ]
         callbacks = [Saves(), *ours] if first else [*ours, Saves()]
         trainer(tmp_path, *callbacks, max_epochs=2).fit(module, ResumableLoader(), val_loader(), ckpt_path=ckpt_path)

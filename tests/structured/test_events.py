@@ -135,11 +135,15 @@ def test_attention_keeps_whole_heads_and_never_fewer_than_two(ratio, heads, scop
 
 
 def test_ratios_by_pattern_take_the_first_match_of_any_output():
-    report = ChannelReport(residual()[2])
-    assert report.ratios({"stem": 0.25, "conv*": 0.5}) == {"down": 0.5, "conv2": 0.25, "conv1": 0.5}
-    assert report.ratios({"net.conv1": 0.5}, "net.") == {"down": 0.0, "conv2": 0.0, "conv1": 0.5}
+    module, _, groups, *_ = residual()
+    report = ChannelReport(groups)
+    assert report.ratios({"stem": 0.25, "conv*": 0.5}, module) == {"down": 0.5, "conv2": 0.25, "conv1": 0.5}
+    assert report.ratios({"net.conv1": 0.5}, module, "net.") == {"down": 0.0, "conv2": 0.0, "conv1": 0.5}
+    assert report.ratios({r"re:conv[1]": 0.5}, module, "net.") == {"down": 0.0, "conv2": 0.0, "conv1": 0.5}
+    by_function = {lambda name, layer: name == "conv1" and layer is module.conv1: 0.5}
+    assert report.ratios(by_function, module, "net.") == {"down": 0.0, "conv2": 0.0, "conv1": 0.5}
     with pytest.raises(ValueError, match="'conv9' matches no group; there are down, conv2, conv1"):
-        report.ratios({"conv9": 0.5})
+        report.ratios({"conv9": 0.5}, module)
 
 
 @pytest.mark.parametrize(

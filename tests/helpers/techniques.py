@@ -1,0 +1,75 @@
+"""What the tests ask of each technique, and how they see that it was reached: a row for each of ``TECHNIQUES``.
+
+The model is ``helpers.models.Classifier`` of width 16, trained for three epochs of eight steps.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import lightning.pytorch as pl
+
+from lightning_optim import ChannelPruning, QuantizationAwareTraining, WeightPruning
+from lightning_optim.techniques import TECHNIQUES
+
+
+@dataclass(frozen=True)
+class Tried:
+    """How a technique is tried.
+
+    Attributes:
+        make: Makes the callback; takes ``start``, ``end`` and arguments of the callback.
+        check: Asserts that a module has what was asked.
+        cases: Names of ``integration/sharded_worker.py`` that show that it works under a strategy.
+    """
+
+    make: Callable[..., Any]
+    check: Callable[[pl.LightningModule], None]
+    cases: tuple[str, ...]
+
+
+def weights(**arguments):
+    return WeightPruning(0.8, **{"start": 2, "end": 9, "every_n_steps": 3, **arguments})
+
+
+def channels(**arguments):
+    return ChannelPruning(0.5, **{"start": 2, "end": 7, "events": 2, "scope": "layer", **arguments})
+
+
+def integers(*, start=2, end=9, **arguments):
+    return QuantizationAwareTraining(start=start, freeze=end, **{"weight_bits": 4, **arguments})
+
+
+def hidden(module):
+    return [module.net[place].weight for place in (0, 4)]
+
+
+def half_of_the_channels(module):
+    assert [tuple(weight.shape) for weight in hidden(module)] == [(8, 12), (8, 8)]
+    assert module.net[6].weight.shape == (3, 8)
+
+
+def zeros(module):
+    """80 % of the weights that are left."""
+    numel = sum(weight.numel() for weight in hidden(module))
+    assert sum(int((weight == 0).sum()) for weight in hidden(module)) == int(0.8 * numel + 0.5)
+
+
+def rounding(module):
+    layers = [module.net[place] for place in (0, 4, 6)]
+    assert [layer.quantization_phase for layer in layers] == ["frozen"] * 3
+    assert all(int(layer.input_batches) > 0 for layer in layers)
+
+
+TRIED = {
+    "channel_pruning": Tried(channels, half_of_the_channels, ("channels",)),
+    "weight_pruning": Tried(weights, zeros, ("weights", "wanda", "columns", "both", "score", "all")),
+    "quantization": Tried(integers, rounding, ("integers", "histogram", "both", "all")),
+}
+
+
+def assert_reached(module, callbacks):
+    """What was asked of each technique is there."""
+    for callback in callbacks:
+        TRIED[TECHNIQUES.of(callback).name].check(module)
+        assert callback.reached_end
