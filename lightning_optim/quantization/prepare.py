@@ -189,7 +189,7 @@ def _settle_shared(root: nn.Module, selection: QuantizedLayers, named: Collectio
         for holder, other in holders.get(id(layer._parameters["weight"]), ()):
             if other is layer or other in chosen.values() or name not in chosen or _from_before(other):
                 continue
-            reason = _why_float(other) or left_out.get(holder, "it is outside of the module that is quantized")
+            reason = _why_float(other) or left_out.get(holder, "it is outside the quantized module")
             if reason == NOT_INCLUDED:
                 chosen[holder] = other
                 del left_out[holder]
