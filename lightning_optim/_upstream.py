@@ -1,7 +1,7 @@
-"""The one door to what is private upstream: names of torch and Lightning that their makers may change without a word.
+"""The private names of torch, Lightning and torch-pruning that the package relies on, each with its reason.
 
-Nothing else in the package imports such a name. Each is looked up when it is used, so importing the package needs none
-of them, and one that is gone is an error that says what of the package does not work, and what to do.
+No other file imports such a name. Each is looked up when it is used: importing the package needs none of them, and a
+missing one raises an error that says what does not work without it, and what to do.
 """
 
 import inspect
@@ -19,6 +19,7 @@ __all__ = [
     "Attribute",
     "BatchNorm",
     "NormBase",
+    "OpOverload",
     "Override",
     "Private",
     "SubprocessScriptLauncher",
@@ -40,19 +41,19 @@ __all__ = [
 
 
 class UpstreamChangedError(RuntimeError):
-    """A private name of torch or Lightning that the package relies on is gone, or takes other arguments."""
+    """A private name that the package relies on is missing upstream, or takes other arguments."""
 
 
 @dataclass(frozen=True)
 class Private:
-    """A private name that is imported.
+    """A private name that the package imports.
 
     Attributes:
-        module: Where it is.
+        module: The module that defines it.
         name: The name.
-        why: What the package does with it.
+        why: What the package uses it for.
         seen: The version it was last seen in.
-        without: What to do where it is gone.
+        without: What a user can do if it is missing.
     """
 
     module: str
@@ -68,11 +69,11 @@ class Override:
 
     Attributes:
         owner: Name of the upstream class.
-        name: Of the method.
+        name: Name of the method.
         parameters: Names of its parameters, without ``self``.
         why: What the override does.
         seen: The version it was last seen in.
-        without: What to do where it is gone.
+        without: What a user can do if it is missing.
     """
 
     owner: str
@@ -89,15 +90,17 @@ class Attribute:
 
     Attributes:
         owner: Name of the upstream class.
-        name: Of the attribute.
-        why: What the package does with it.
+        name: Name of the attribute.
+        why: What the package uses it for.
         seen: The version it was last seen in.
+        without: What a user can do if it is missing.
     """
 
     owner: str
     name: str
     why: str
     seen: str
+    without: str
 
 
 LIGHTNING, TORCH, TORCH_PRUNING = "lightning 2.6.6", "torch 2.13.0", "torch-pruning 1.6.1"
@@ -116,21 +119,21 @@ NAMES: Mapping[str, Private] = {
     "SubprocessScriptLauncher": Private(
         "lightning.pytorch.strategies.launchers.subprocess_script",
         "_SubprocessScriptLauncher",
-        "finds the processes that rank 0 started, to end them when it fails",
+        "finds the processes that rank 0 started, to end them when rank 0 fails",
         LIGHTNING,
         f"Launch with torchrun. Or: {_OLDER}",
     ),
     "is_interactive": Private(
         "lightning.fabric.utilities.imports",
         "_IS_INTERACTIVE",
-        "OptimFSDP2 refuses a notebook, whose processes cannot keep their part of the model",
+        "OptimFSDP2 rejects a notebook, which cannot start processes that keep their shards",
         LIGHTNING,
         _DDP_INSTEAD,
     ),
     "materialize_distributed_module": Private(
         "lightning.fabric.utilities.init",
         "_materialize_distributed_module",
-        "OptimFSDP2 gives memory to layers that `configure_model` built without",
+        "OptimFSDP2 allocates layers that `configure_model` created on the meta device",
         LIGHTNING,
         _DDP_INSTEAD,
     ),
@@ -144,18 +147,23 @@ NAMES: Mapping[str, Private] = {
     "compress_hook": Private(
         "torch.distributed.algorithms.ddp_comm_hooks.default_hooks",
         "_compress_hook",
-        "OptimDDP(compress=...) sends gradients in half precision, also without NCCL",
+        "OptimDDP(compress=...) sends gradients in half precision, with gloo as well",
         TORCH,
         f"Take Trainer(strategy='optim_ddp'). Or: {_OLDER}",
     ),
-    "BatchNorm": Private("torch.nn.modules.batchnorm", "_BatchNorm", "tells BatchNorm of any dimension", TORCH, _OLDER),
+    "BatchNorm": Private("torch.nn.modules.batchnorm", "_BatchNorm", "recognizes any BatchNorm", TORCH, _OLDER),
     "NormBase": Private(
-        "torch.nn.modules.batchnorm", "_NormBase", "tells BatchNorm and InstanceNorm of any dimension", TORCH, _OLDER
+        "torch.nn.modules.batchnorm",
+        "_NormBase",
+        "recognizes any BatchNorm and InstanceNorm",
+        TORCH,
+        _OLDER,
     ),
+    "OpOverload": Private("torch._ops", "OpOverload", "reads the operators of an exported graph", TORCH, _OLDER),
     "dispatch_mode": Private(
         "torch.utils._python_dispatch",
         "TorchDispatchMode",
-        "the check of channel pruning computes in float64, and over the channels that stay",
+        "the check of channel pruning computes in float64 and over the kept channels",
         TORCH,
         _OLDER,
     ),
@@ -165,14 +173,14 @@ NAMES: Mapping[str, Private] = {
     "tree_map_only": Private("torch.utils._pytree", "tree_map_only", _PYTREE, TORCH, _OLDER),
     "tree_unflatten": Private("torch.utils._pytree", "tree_unflatten", _PYTREE, TORCH, _OLDER),
 }
-"""Name here -> what is imported."""
+"""Name in this module -> the private name it stands for."""
 
 OVERRIDES: tuple[Override, ...] = (
     Override(
         "ModelCheckpoint",
         "_save_topk_checkpoint",
         ("trainer", "monitor_candidates"),
-        "CompressedCheckpoint keeps no model before it is compressed",
+        "CompressedCheckpoint saves no model before it is compressed",
         LIGHTNING,
         f"Monitor 'P' with ModelCheckpoint and PerformanceScore, or: {_OLDER[0].lower()}{_OLDER[1:]}",
     ),
@@ -184,7 +192,7 @@ OVERRIDES: tuple[Override, ...] = (
         "LightningCLI",
         "_parse_ckpt_path",
         (),
-        "a checkpoint's arguments do not take the place of the configuration's",
+        "a checkpoint's arguments do not override those of the configuration",
         LIGHTNING,
         _OLDER,
     ),
@@ -199,14 +207,28 @@ OVERRIDES: tuple[Override, ...] = (
 )
 
 ATTRIBUTES: tuple[Attribute, ...] = (
-    Attribute("ModelCheckpoint", "_last_global_step_saved", "writes last.ckpt without a top-k file", LIGHTNING),
-    Attribute("ModelParallelStrategy", "_layer_sync", "refuses or applies SyncBatchNorm", LIGHTNING),
-    Attribute("ModelParallelStrategy", "_data_parallel_size", "sets the sizes of the mesh", LIGHTNING),
-    Attribute("ModelParallelStrategy", "_tensor_parallel_size", "sets the sizes of the mesh", LIGHTNING),
-    Attribute("ModelParallelStrategy", "_save_distributed_checkpoint", "writes a file or a folder", LIGHTNING),
-    Attribute("DDPStrategy", "_layer_sync", "refuses SyncBatchNorm on a CPU", LIGHTNING),
-    Attribute("SingleDeviceStrategy", "_root_device", "takes the Trainer's device", LIGHTNING),
+    Attribute("ModelCheckpoint", "_last_global_step_saved", "writes last.ckpt without a top-k file", LIGHTNING, _OLDER),
+    Attribute("ModelParallelStrategy", "_layer_sync", "rejects or applies SyncBatchNorm", LIGHTNING, _OLDER),
+    Attribute("ModelParallelStrategy", "_data_parallel_size", "sets the sizes of the mesh", LIGHTNING, _DDP_INSTEAD),
+    Attribute("ModelParallelStrategy", "_tensor_parallel_size", "sets the sizes of the mesh", LIGHTNING, _DDP_INSTEAD),
+    Attribute(
+        "ModelParallelStrategy", "_save_distributed_checkpoint", "writes a file or a folder", LIGHTNING, _DDP_INSTEAD
+    ),
+    Attribute("DDPStrategy", "_layer_sync", "rejects SyncBatchNorm on a CPU", LIGHTNING, _OLDER),
+    Attribute("SingleDeviceStrategy", "_root_device", "sets the device that the Trainer chose", LIGHTNING, _OLDER),
+    Attribute(
+        "LightningModule", "_trainer", "finds the Trainer, if any; `trainer` raises without one", LIGHTNING, _OLDER
+    ),
+    Attribute("LightningModule", "_compiler_ctx", "tells that torch.compile compiled it", LIGHTNING, _OLDER),
+    Attribute("WeightAveraging", "_average_model", "prunes and quantizes the averaged copy too", LIGHTNING, _OLDER),
+    Attribute(
+        "StochasticWeightAveraging", "_average_model", "prunes and quantizes the averaged copy too", LIGHTNING, _OLDER
+    ),
+    Attribute("StochasticWeightAveraging", "_max_epochs", "plans windows without the epoch it adds", LIGHTNING, _OLDER),
+    Attribute("OptimizedModule", "_orig_mod", "looks through torch.compile's wrapper", TORCH, _OLDER),
+    Attribute("Module", "_compiled_call_impl", "looks through Module.compile()", TORCH, _OLDER),
 )
+"""Of objects that are not classes of the package, the names are held by the tests alone."""
 
 
 @cache
@@ -230,13 +252,13 @@ def _installed(seen: str) -> str:
 
 
 def check(instance: object) -> None:
-    """Refuse to run where a private method that is overridden, or an attribute that is used, is gone upstream.
+    """Raise if a private method that the package overrides, or an attribute that it uses, is missing upstream.
 
     Args:
-        instance: An object of a class of the package, or the class, whose attributes are then not looked at.
+        instance: An instance of one of the package's classes. For a class, only methods are checked.
 
     Raises:
-        UpstreamChangedError: With the method or attribute, and what it is for.
+        UpstreamChangedError: Names the method or attribute, and what it is for.
     """
     cls = instance if isinstance(instance, type) else type(instance)
     theirs = {
@@ -250,7 +272,7 @@ def check(instance: object) -> None:
         if attribute.owner in theirs and instance is not cls and not hasattr(instance, attribute.name):
             raise UpstreamChangedError(
                 f"{cls.__name__} uses {attribute.owner}.{attribute.name} ({attribute.why}), seen in {attribute.seen}; "
-                f"the installed {_installed(attribute.seen)} has none. {_OLDER}"
+                f"the installed {_installed(attribute.seen)} has none. {attribute.without}"
             )
 
 
@@ -269,13 +291,13 @@ def _check_method(cls: type, owner: type, override: Override) -> None:
 
 
 def require(*keys: str) -> None:
-    """Look names up now, where their absence would else be noticed in the middle of a failure.
+    """Look names up now that are used later, while another failure is being handled.
 
     Args:
-        keys: Of :data:`NAMES`.
+        keys: Keys of :data:`NAMES`.
 
     Raises:
-        UpstreamChangedError: For the first that is gone.
+        UpstreamChangedError: For the first missing one.
     """
     for key in keys:
         _resolved(key)
@@ -292,22 +314,22 @@ def is_interactive() -> bool:
 
 
 def materialize_distributed_module(module: Any, device: Any) -> None:
-    """Give memory and values to the layers of a module that have none."""
+    """Allocate and initialize the layers of a module that are on the meta device."""
     _resolved("materialize_distributed_module")(module, device)
 
 
 def optimizers_to_device(optimizers: Any, device: Any) -> None:
-    """Move the states of optimizers."""
+    """Move the states of optimizers to a device."""
     _resolved("optimizers_to_device")(optimizers, device)
 
 
 def compress_hook(dtype: Any, group: Any, bucket: Any) -> Any:
-    """Average a bucket of gradients in another type; returns a future."""
+    """Average a bucket of gradients in another dtype; returns a future."""
     return _resolved("compress_hook")(dtype, group, bucket)
 
 
 def dispatch_mode(handle: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]) -> AbstractContextManager[Any]:
-    """Return a context in which ``handle(operator, arguments, keywords)`` stands for every operator of torch."""
+    """Return a context in which ``handle(operator, args, kwargs)`` is called instead of every operator of torch."""
 
     class Mode(_resolved("dispatch_mode")):  # type: ignore[misc]
         def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -324,7 +346,7 @@ def tree_leaves(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> list
 
 
 def tree_flatten(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> tuple[list[Any], Any]:
-    """Return the leaves of nested containers, and how they are nested."""
+    """Return the leaves of nested containers, and their structure."""
     leaves, spec = _resolved("tree_flatten")(tree, is_leaf)
     return leaves, spec
 
@@ -332,18 +354,18 @@ def tree_flatten(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> tup
 def tree_flatten_with_path(
     tree: Any, is_leaf: Callable[[Any], bool] | None = None
 ) -> tuple[list[tuple[tuple[Any, ...], Any]], Any]:
-    """Return the leaves of nested containers with their places, and how they are nested."""
+    """Return the leaves of nested containers with their paths, and their structure."""
     leaves, spec = _resolved("tree_flatten_with_path")(tree, is_leaf)
     return leaves, spec
 
 
 def tree_map_only(kind: Any, function: Callable[[Any], Any], tree: Any) -> Any:
-    """Return nested containers with a function applied to the leaves of a type."""
+    """Return nested containers with a function applied to the leaves of one type."""
     return _resolved("tree_map_only")(kind, function, tree)
 
 
 def tree_unflatten(leaves: Any, treespec: Any) -> Any:
-    """Nest leaves as they were."""
+    """Return leaves in a structure."""
     return _resolved("tree_unflatten")(leaves, treespec)
 
 
@@ -351,12 +373,13 @@ if TYPE_CHECKING:
     from lightning.pytorch.strategies.launchers.subprocess_script import (
         _SubprocessScriptLauncher as SubprocessScriptLauncher,
     )
+    from torch._ops import OpOverload
     from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
     from torch.nn.modules.batchnorm import _NormBase as NormBase
 else:
 
     class _Lazy(type):
-        """A class that stands for one upstream in ``isinstance``."""
+        """Metaclass of a class that stands in for a private upstream class in ``isinstance``."""
 
         def __instancecheck__(cls, instance: Any) -> bool:
             return isinstance(instance, _resolved(cls.__name__))
@@ -367,7 +390,7 @@ else:
     class _Standing(metaclass=_Lazy):
         def __init_subclass__(cls, standing: bool = False) -> None:
             if not standing:
-                raise TypeError(f"{cls.__name__}: the class that stands for one upstream is for `isinstance` only.")
+                raise TypeError(f"{cls.__name__} cannot be subclassed: its base is for `isinstance` only.")
 
     class BatchNorm(_Standing, standing=True):
         """BatchNorm of any dimension."""
@@ -375,5 +398,8 @@ else:
     class NormBase(_Standing, standing=True):
         """BatchNorm and InstanceNorm of any dimension."""
 
+    class OpOverload(_Standing, standing=True):
+        """An operator of torch, as a graph calls it."""
+
     class SubprocessScriptLauncher(_Standing, standing=True):
-        """The launcher that runs the script again for each further process."""
+        """The launcher that runs the script once more for each further process."""

@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch_pruning
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 
@@ -29,6 +29,11 @@ OWNERS = {
         ModelParallelStrategy,
         SingleDeviceStrategy,
         torch_pruning.DependencyGraph,
+        pl.LightningModule,
+        WeightAveraging,
+        StochasticWeightAveraging,
+        torch.nn.Module,
+        torch._dynamo.OptimizedModule,
     )
 }
 UPSTREAM = ("torch", "lightning", "torch_pruning", "pytorch_lightning")
@@ -50,6 +55,24 @@ def test_only_the_door_imports_what_is_private(path):
     assert not private or path.name == "_upstream.py"
 
 
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_only_the_door_reaches_what_is_private_by_attribute(path):
+    """``torch._ops.OpOverload`` is no import; ``torch._foreach_*`` are documented."""
+    reached = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if (
+            isinstance(node, ast.Attribute)
+            and node.attr.startswith("_")
+            and not node.attr.startswith(("__", "_foreach_"))
+        ):
+            root = node.value
+            while isinstance(root, ast.Attribute):
+                root = root.value
+            if isinstance(root, ast.Name) and root.id in (*UPSTREAM, "nn", "pl", "F"):
+                reached.add(ast.unparse(node))
+    assert not reached or path.name == "_upstream.py"
+
+
 @pytest.mark.parametrize("key", _upstream.NAMES)
 def test_every_name_is_there(key):
     private = _upstream.NAMES[key]
@@ -66,6 +89,7 @@ def test_every_private_method_that_is_overridden_is_there(override):
 
 @pytest.mark.parametrize("attribute", _upstream.ATTRIBUTES, ids=lambda attribute: attribute.name)
 def test_every_private_attribute_is_there(attribute):
+    assert all((attribute.why, attribute.seen, attribute.without))
     assert any(attribute.name in inspect.getsource(cls) for cls in OWNERS[attribute.owner].__mro__[:-1])
 
 
@@ -111,7 +135,7 @@ def test_an_override_with_other_arguments_is_an_error(monkeypatch):
 
 
 def test_an_attribute_that_is_gone_is_an_error(monkeypatch):
-    gone = _upstream.Attribute("ModelCheckpoint", "_gone", "does something", "lightning 2.6.6")
+    gone = _upstream.Attribute("ModelCheckpoint", "_gone", "does something", "lightning 2.6.6", "Wait.")
     monkeypatch.setattr(_upstream, "ATTRIBUTES", (gone,))
     with pytest.raises(_upstream.UpstreamChangedError, match=r"uses ModelCheckpoint\._gone \(does something\)"):
         CompressedCheckpoint()

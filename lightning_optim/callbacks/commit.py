@@ -50,7 +50,7 @@ def commit(
         for copy in averaged_copies(trainer):
             apply_change(copy, change)
         if is_compiled(pl_module):
-            torch._dynamo.reset()  # graphs of earlier shapes count towards its limit, beyond which it runs eager
+            torch.compiler.reset()  # graphs of earlier shapes count towards its limit, beyond which it runs eager
     return changed
 
 

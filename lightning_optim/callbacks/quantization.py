@@ -264,7 +264,7 @@ class QuantizationAwareTraining(CompressionCallback):
             self._set_phases(module, wanted)
         self._copy_ranges(trainer)
         if changes and is_compiled(pl_module):
-            torch._dynamo.reset()  # graphs of earlier phases count towards its limit, beyond which it runs eager
+            torch.compiler.reset()  # graphs of earlier phases count towards its limit, beyond which it runs eager
         if changes and say:
             self._report(trainer, pl_module)
 

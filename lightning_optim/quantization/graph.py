@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from lightning_optim._upstream import BatchNorm as _BatchNorm
+from lightning_optim._upstream import OpOverload
 from lightning_optim.errors import FAILURES
 from lightning_optim.modules import copy_module, without_fast_path
 from lightning_optim.outputs import output_tensors
@@ -105,7 +106,7 @@ def _use_first_names(module: nn.Module, nodes: Sequence[Any]) -> None:
 
 def _operator(node: Any) -> str:
     """Return the operator without its overload and the underscore of an in-place one; empty for other nodes."""
-    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+    if node.op != "call_function" or not isinstance(node.target, OpOverload):
         return ""  # Python's, such as the getitem after a pooling that returns two tensors
     return str(node.target.name()).partition(".")[0].rstrip("_")  # type: ignore[no-untyped-call]
 
