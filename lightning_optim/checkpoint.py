@@ -1,10 +1,10 @@
-"""How a module's plan gets into checkpoints and out of them.
+"""Writes a module's plan into checkpoints, and reads it from them.
 
-The plan (:mod:`lightning_optim.plan`) is written under the checkpoint key ``"lightning_optim"``, and a module of the
-user's class is given the same structure before its weights are loaded. Three hooks do it, all on the instance:
+The plan (:mod:`lightning_optim.plan`) is stored under the checkpoint key ``"lightning_optim"``. Before weights are
+loaded, a module of the user's class gets the structure that the plan describes. It works in three places:
 
-* ``on_save_checkpoint`` is wrapped, since ``save_weights_only=True`` calls no callback. The wrapper stays on the
-  module while it differs from its class.
+* ``on_save_checkpoint`` is wrapped on the instance, since Lightning calls no callback when it saves with
+  ``save_weights_only=True``. The wrapper stays on the module while the module differs from its class.
 * ``on_load_checkpoint`` is wrapped from ``Callback.setup`` to ``teardown``, so that a Trainer conforms the module
   before ``load_state_dict`` (https://github.com/Lightning-AI/pytorch-lightning/issues/14447 asks for such a hook).
 * :func:`load_from_checkpoint` does the same without a Trainer.
@@ -51,7 +51,7 @@ M = TypeVar("M", bound=pl.LightningModule)
 
 
 class _Hook:
-    """Stands in for one LightningModule hook on the instance; copies and pickles with its module."""
+    """Replaces one LightningModule hook on the instance; copied and pickled with its module."""
 
     name: str
 
@@ -67,7 +67,7 @@ class _Hook:
             getattr(type(self.module), self.name)(self.module, *args)
 
     def remove(self) -> None:
-        """Put back what the hook stood in for."""
+        """Restore the hook that was replaced."""
         if self.module.__dict__.get(self.name) is not self:
             return
         del self.module.__dict__[self.name]
@@ -112,7 +112,7 @@ DISTILLATION = "distillation"
 
 
 def _check_class(checkpoint: Mapping[str, Any], cls: type) -> None:
-    """Refuse a distillation's file in the student's own class: there the student's names begin with ``student.``."""
+    """Reject a distillation's file for the student's own class: its keys begin with ``student.``."""
     if DISTILLATION in checkpoint and not hasattr(cls, "optim_target"):
         raise ValueError(
             f"the checkpoint is that of a DistillationModule, and {cls.__name__} is no such module. Write its student "
@@ -132,7 +132,7 @@ def _check_claims(plain: Mapping[str, Any], contributors: Iterable[Contributor])
 
 
 def write_plan(plan: Plan, file: dict[str, Any]) -> None:
-    """Write into a checkpoint a module's structure, what each technique contributes, and where the file comes from."""
+    """Write a module's structure, the entry of each technique and the provenance into a checkpoint."""
     trainer = getattr(plan.module, "_trainer", None)
     contributors = () if trainer is None else plan.contributors(trainer)
     plan.entries |= {callback.state_key: callback.plan_entry() for callback in contributors}
@@ -149,17 +149,17 @@ def plan_of(module: nn.Module) -> Plan:
 
 
 def plain_plan(module: nn.Module) -> dict[str, Any]:
-    """Return what would be written for a module now, without attaching anything to it."""
+    """Return the plan that would be written for a module now, without attaching anything to it."""
     hook = module.__dict__.get(_SaveHook.name)
     return hook.plan.as_plain() if isinstance(hook, _SaveHook) else dict(EMPTY)
 
 
 def share_plan(module: nn.Module, name: str) -> None:
-    """Let a module and one below it know of each other's changes, so that both write them into their checkpoints.
+    """Share changes between the plans of a module and of a submodule, so that both write them into their checkpoints.
 
     Args:
-        module: The module around.
-        name: Dotted name of the one below; only what lies in it is shared.
+        module: The outer module.
+        name: Dotted name of the submodule; only changes inside it are shared.
     """
     below = module.get_submodule(name)
     outer, inner = plan_of(module), plan_of(below)
@@ -174,7 +174,7 @@ def share_plan(module: nn.Module, name: str) -> None:
 
 
 def plan_below(plain: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Return a plan as it is for the module ``name`` alone: its names lose the prefix, other modules are dropped."""
+    """Return the part of a plan that describes the submodule ``name``, with names relative to it."""
     modules = {
         full.removeprefix(name).removeprefix("."): structure
         for full, structure in plain["modules"].items()
@@ -198,7 +198,7 @@ def attach(module: nn.Module, contributors: Callable[[Any], Sequence[Contributor
 
 
 def detach(module: nn.Module) -> None:
-    """Unwrap the hooks; the save hook stays while the module differs from its class."""
+    """Remove the hooks; the save hook stays while the module differs from its class."""
     for name in (_LoadHook.name, _SaveHook.name):
         hook = module.__dict__.get(name)
         if isinstance(hook, _LoadHook) or (isinstance(hook, _SaveHook) and not hook.plan.changed()):
@@ -329,7 +329,7 @@ _UNSAFE = (
 
 
 def _reason(error: Exception) -> str:
-    """Return what torch could not read, without its colours and its advice."""
+    """Return what torch could not read, without its color codes and its advice."""
     lines = [re.sub("\x1b\\[[0-9;]*m", "", line).strip() for line in str(error).splitlines()] or ["empty"]
     line = next((line for line in lines if "WeightsUnpickler error" in line or "Unsupported" in line), lines[0])
     return line.partition(". Please use")[0]

@@ -1,4 +1,4 @@
-"""What arguments may be: the sentences that say what was expected, what was got and what to do."""
+"""Argument checks, whose messages say what was expected, what was got and what to do."""
 
 import os
 import tempfile
@@ -21,14 +21,14 @@ __all__ = [
 
 
 def check_flags(**values: Any) -> None:
-    """Check that arguments are True or False: a word such as "no" would count as True."""
+    """Check that arguments are True or False: a string such as "no" would count as True."""
     for name, value in values.items():
         if not isinstance(value, bool):
             raise TypeError(f"`{name}` must be True or False, got {value!r}.")
 
 
 def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
-    """Check that an argument is one of some words."""
+    """Check that an argument is one of several strings."""
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}.")
 
@@ -40,11 +40,11 @@ def check_count(name: str, value: Any, least: int = 1) -> None:
 
 
 def check_folder(name: str, folder: str | Path) -> None:
-    """Check that files can be written to a folder, or to what it will be made in, by writing one that is gone again.
+    """Check that a folder, or the nearest existing parent, is writable, by creating a temporary file in it.
 
     Raises:
-        NotADirectoryError: If it is a file, or lies below one.
-        OSError: If the system refuses.
+        NotADirectoryError: If the path is a file, or lies below one.
+        OSError: If the system denies it.
     """
     path = Path(folder).absolute()
     there = next(each for each in (path, *path.parents) if each.exists())
@@ -71,13 +71,13 @@ def check_fraction(name: str, value: Any) -> None:
 
 
 def check_mapping(name: str, value: Any, of: str) -> None:
-    """Check that an argument is a mapping; ``of`` says from what to what."""
+    """Check that an argument is a mapping; ``of`` describes its keys and values."""
     if not isinstance(value, Mapping):
         raise TypeError(f"`{name}` must be a mapping of {of}, got {value!r}.")
 
 
 def check_name(name: str, value: Any, example: str) -> None:
-    """Check that an argument is a text that says something, or None."""
+    """Check that an argument is a non-empty string or None."""
     if value is not None and (not isinstance(value, str) or not value):
         raise TypeError(f"`{name}` must be a text such as {example!r} or None, got {value!r}.")
 
@@ -96,7 +96,7 @@ def check_path(name: str, value: Any) -> None:
 
 
 def listed(name: str, value: Any, of: str) -> list[Any]:
-    """Return a sequence that is no text as a list; ``of`` says of what."""
+    """Return a sequence other than a string as a list; ``of`` describes its items."""
     if not isinstance(value, Sequence) or isinstance(value, (str, bytes)):
         raise TypeError(f"`{name}` must be a list of {of}, got {value!r}.")
     return list(value)

@@ -1,4 +1,4 @@
-"""What a model costs, measured: latency, size."""
+"""Measurements of a model: latency, size, multiply-accumulate operations."""
 
 from lightning_optim.measure.latency import LatencyResult, measure_latency
 from lightning_optim.measure.size import SIZES

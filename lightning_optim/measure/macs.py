@@ -1,4 +1,4 @@
-"""How many multiply-accumulate operations one call of a model takes."""
+"""Counts the multiply-accumulate operations of one forward pass."""
 
 from typing import Any
 
@@ -18,8 +18,8 @@ def count_macs(module: nn.Module, example_inputs: Any) -> int:
     """Count the multiply-accumulate operations of one forward pass: matrix products, convolutions, attention.
 
     Counted by torch's FlopCounterMode (two operations each), in eval mode without gradients, with the fused path of
-    ``nn.TransformerEncoder`` off and the math kernel for attention, both of which it cannot see into. A figure for
-    reports, never a promise of speed.
+    ``nn.TransformerEncoder`` off and the math kernel for attention, both of which it cannot see into. A number for
+    reports; it does not predict speed.
 
     Args:
         module: The model; its flags are restored.

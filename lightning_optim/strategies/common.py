@@ -1,4 +1,4 @@
-"""What the strategies check alike."""
+"""Checks shared by the strategies, and the handling of failed processes."""
 
 import atexit
 import re
@@ -31,7 +31,7 @@ INSTEAD = "Take Trainer(strategy='optim_fsdp'), 'optim_ddp', or a single device.
 
 
 def check_supported(who: str, strategy: Any, instead: str = INSTEAD) -> None:
-    """Refuse a strategy that compression is not known to work under.
+    """Reject a strategy under which compression is not known to work.
 
     Args:
         who: The technique's name.
@@ -39,7 +39,7 @@ def check_supported(who: str, strategy: Any, instead: str = INSTEAD) -> None:
         instead: What to do, a sentence.
 
     Raises:
-        MisconfigurationException: If it is none of the supported.
+        MisconfigurationException: If the strategy is not supported.
     """
     names = {cls.__name__ for cls in type(strategy).__mro__}  # the same in lightning and pytorch_lightning
     if names.isdisjoint(SUPPORTED) or not names.isdisjoint(REFUSED):
@@ -74,7 +74,7 @@ def check_batchnorm_sync(strategy: Any) -> None:
 
 
 def end_group_at_exit() -> None:
-    """Take the process group down before the interpreter goes, once.
+    """Destroy the process group before the interpreter exits, once.
 
     Lightning 2.6 does so for NCCL only. A thread of gloo that frees a tensor while Python ends aborts the process
     ("terminate called without an active exception": one exit in five, torch 2.13 on Python 3.11), and the exit code
@@ -101,7 +101,7 @@ def name_rank(strategy: Any, exception: BaseException) -> None:
 
 
 def end_children(strategy: Any, exception: BaseException, grace_s: float = 10.0) -> None:
-    """End the processes that rank 0 started, after it has failed: nobody else would end one that hangs.
+    """End the processes that rank 0 started after it failed: nothing else would end one that hangs.
 
     They get time to report their own error first. Under torchrun or SLURM there are none; the agent ends them. After
     KeyboardInterrupt, and where processes are forked, Lightning ends them.

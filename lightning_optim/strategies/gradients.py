@@ -1,4 +1,4 @@
-"""Gradients of which each process holds a part: clipping them by their common norm, or by value."""
+"""Clips sharded gradients, by their total norm or by value."""
 
 from collections import defaultdict
 

@@ -15,13 +15,13 @@ __all__ = ["PRESETS", "Preset", "build", "register"]
 
 @dataclass(frozen=True)
 class Preset:
-    """A strategy under a name.
+    """A named configuration of a strategy.
 
     Attributes:
         name: What ``Trainer(strategy=...)`` takes.
         path: Import path of the class.
         options: Its arguments.
-        use_when: When to pick it, in words.
+        use_when: When to choose it, in words.
     """
 
     name: str
@@ -65,7 +65,7 @@ _TABLE = (
 )
 
 PRESETS: dict[str, Preset] = {preset.name: preset for preset in _TABLE}
-"""Name -> preset, the simplest first."""
+"""Name -> preset, simplest first."""
 
 
 def build(name: str, **overrides: Any) -> Strategy:
@@ -84,7 +84,7 @@ def build(name: str, **overrides: Any) -> Strategy:
 
 
 def register() -> None:
-    """Make the names known to ``Trainer(strategy=...)``; doing it twice is harmless."""
+    """Register the names for ``Trainer(strategy=...)``; registering twice is harmless."""
     for preset in PRESETS.values():
         StrategyRegistry.register(
             preset.name, preset.build, description=preset.use_when, override=True, **preset.options
