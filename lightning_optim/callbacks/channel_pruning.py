@@ -7,14 +7,14 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from lightning_optim import checkpoint
 from lightning_optim._upstream import BatchNorm
 from lightning_optim.callbacks.base import CompressionCallback
 from lightning_optim.callbacks.example_inputs import InputSource
-from lightning_optim.callbacks.statistics import Squares, dense_gradient
+from lightning_optim.callbacks.statistics import Collected
 from lightning_optim.change import Changed
 from lightning_optim.checks import check_choice, check_count, check_flags
 from lightning_optim.functional.channels import ChannelCriterion
@@ -23,6 +23,7 @@ from lightning_optim.measure.latency import interleaved_latency
 from lightning_optim.measure.macs import count_macs
 from lightning_optim.measure.size import SIZES
 from lightning_optim.modules import copy_module
+from lightning_optim.optimizers import held_ids
 from lightning_optim.provenance import as_plain
 from lightning_optim.sharding import is_sharded
 from lightning_optim.structured.allocation import Allocation, Pool, Shortfall, one_pool, shortfall
@@ -166,7 +167,12 @@ class ChannelPruning(CompressionCallback):
         self._removed_at: int | None = None
         self._batches_since = 0
         self._reached: float | None = None
-        self._squares = Squares()
+        self._statistics = Collected(self.allocation.needs)
+        if not self._statistics.elementwise:
+            raise ValueError(
+                f"a channel criterion can ask for statistics with one number per weight, got needs="
+                f"{self.allocation.needs!r}. Take another criterion."
+            )
 
     # What the base asks for.
 
@@ -188,8 +194,8 @@ class ChannelPruning(CompressionCallback):
         self._report = None
         if fresh:
             self._dense, self._removed_at, self._reached = None, None, None
-            self._squares.clear()
-        self._squares.to({name: parameter.device for name, parameter in self._target.named_parameters()})
+            self._statistics.clear()
+        self._statistics.place({name: parameter.device for name, parameter in self._target.named_parameters()})
         self._inputs.prepare(pl_module, "ChannelPruning")
         refuse_shared(pl_module, self._target, self._prefix)
         self._roots, self._left_alone = select_roots(self._target, self._prefix, self.include, self.exclude)
@@ -222,7 +228,7 @@ class ChannelPruning(CompressionCallback):
 
     def model_changed(self, pl_module: pl.LightningModule, changed: Changed) -> None:
         """Slice the gathered gradients with their parameters, and rename what moved."""
-        self._squares.follow(changed, self._prefix)
+        self._statistics.follow(changed, self._prefix)
         if self._dense is None:
             return
         layers = {name: changed.layer(self._prefix + name) for name in self._dense.channels}
@@ -272,12 +278,9 @@ class ChannelPruning(CompressionCallback):
 
     def after_step(self, optimizer: Optimizer) -> None:
         """Note gradients while the window is open, where the criterion needs them."""
-        if "gradient" not in self.allocation.needs or not self.window.within:
-            return
-        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        for name, parameter in self._target.named_parameters():
-            if id(parameter) in held and parameter.grad is not None:
-                self._squares.add(name, dense_gradient(parameter.grad).square())
+        if self._statistics and self.window.within:
+            held = held_ids(optimizer)
+            self._statistics.after_step({n: p for n, p in self._target.named_parameters() if id(p) in held})
 
     def apply_event(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Remove what the schedule asks now. A failed event leaves the model as it was."""
@@ -289,7 +292,7 @@ class ChannelPruning(CompressionCallback):
         progress = self.window.progress()
         if progress > 0.0:  # the schedule begins with the dense model: nothing to rank
             self._remove(trainer, pl_module, self._asked(trainer, progress))
-            self._squares.clear()
+            self._statistics.clear()
         self._say(trainer, pl_module)
 
     def _asked(self, trainer: pl.Trainer, progress: float) -> list[Pool]:
@@ -316,7 +319,7 @@ class ChannelPruning(CompressionCallback):
             dense.channels,
             pools,
             self.allocation,
-            self._gradients(),
+            self._statistics.by_weight(),
             self._prefix,
             last=self.window.closes_now,
         )
@@ -359,7 +362,7 @@ class ChannelPruning(CompressionCallback):
             dense.channels,
             ratio,
             self.allocation,
-            self._gradients(),
+            self._statistics.by_weight(),
             self._prefix,
             last=self.window.closes_now,
         )
@@ -382,9 +385,6 @@ class ChannelPruning(CompressionCallback):
         if self._report is None or self._dense is None:
             raise RuntimeError("the groups are not known yet.")
         return self._report, self._dense
-
-    def _gradients(self) -> dict[str, Tensor]:
-        return {name: self._squares.root_mean(name) for name in self._squares.sums}
 
     def _called_inputs(self) -> ForwardInputs:
         inputs = self._inputs.inputs
@@ -488,7 +488,7 @@ class ChannelPruning(CompressionCallback):
             "macs": None if self._dense is None else self._dense.macs,
             "removed_at": self._removed_at,
             "batches_since": self._batches_since,
-            "squares": self._squares.state_dict(),
+            "squares": self._statistics.state_dict(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -499,7 +499,7 @@ class ChannelPruning(CompressionCallback):
         if channels is not None:
             self._dense = _Progress(dict(channels), state_dict["parameters"], state_dict["macs"])
         self._removed_at, self._batches_since = state_dict["removed_at"], state_dict["batches_since"]
-        self._squares.load_state_dict(state_dict["squares"])
+        self._statistics.load_state_dict(state_dict["squares"])
 
     def plan_entry(self) -> dict[str, Any]:
         """Return what was asked, and what is left."""

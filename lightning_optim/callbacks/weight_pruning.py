@@ -15,17 +15,16 @@ from torch.optim import Optimizer
 
 from lightning_optim.callbacks.base import CompressionCallback, compressions, ranks_per_batch
 from lightning_optim.callbacks.division import Division, divide
-from lightning_optim.callbacks.statistics import (
-    GATHERED,
-    InputSquares,
-    Squares,
-    check_input_norms,
-    dense_gradient,
-    needs_of,
-    restore,
-)
+from lightning_optim.callbacks.statistics import Collected
 from lightning_optim.change import Changed
-from lightning_optim.functional.criteria import CRITERIA, Criterion, Statistics, parameter_generator, scores_of
+from lightning_optim.functional.criteria import (
+    CRITERIA,
+    STATISTICS,
+    Criterion,
+    Statistics,
+    parameter_generator,
+    scores_of,
+)
 from lightning_optim.functional.masks import (
     Granularity,
     apply_masks,
@@ -36,8 +35,9 @@ from lightning_optim.functional.masks import (
     unpack_mask,
 )
 from lightning_optim.functional.schedules import SCHEDULES, Schedule
+from lightning_optim.functional.statistics import needs_of
 from lightning_optim.functional.thresholds import Scores
-from lightning_optim.modules import TRANSPOSED, is_compiled, is_inside_compiled
+from lightning_optim.modules import TRANSPOSED
 from lightning_optim.patterns import Pattern, check_pattern, first_match, shown
 from lightning_optim.provenance import as_plain
 from lightning_optim.sharding import copies, full, is_dtensor, local, reshard, shard_like, wrap_like
@@ -149,10 +149,8 @@ class WeightPruning(CompressionCallback):
         self._goals: list[_Goal] = []
         self._restored_masks: dict[str, tuple[Tensor, tuple[int, ...]]] = {}
         self._initial: dict[str, float] = {}
-        self._squares = {statistic: Squares() for statistic in GATHERED if statistic in self._needs}
-        self._squares_whole = False
+        self._statistics = Collected(self._needs)
         self._to_reach_anew = False
-        self._input_handles: list[Any] = []
 
     @property
     def reached_end(self) -> bool:
@@ -196,21 +194,17 @@ class WeightPruning(CompressionCallback):
         selection = self._that_fit(self._with_a_pattern(self._select(target, prefix), prefix), selected_before)
         self._weights = selection.chosen
         self._check_weights(selection)
-        self._check_compiled(pl_module)
+        self._statistics.check(selection.chosen, pl_module)
         self.check_peers(trainer)
         if fresh:
             self._keeps, self._restored_masks = {}, {}
-            self._forget_statistics()
+            self._statistics.clear()
             self._take_up_zeros()
         elif self._restored_masks:
             self._take_up_state()
             self._say_the_order()
-        for gathered in self._squares.values():
-            gathered.to({name: weight.parameter.device for name, weight in self._weights.items()})
-        if "gradient" in self._squares and self._squares_whole:
-            gradients = self._squares["gradient"]
-            gradients.sums = {name: self._part(name, whole) for name, whole in gradients.sums.items()}
-            self._squares_whole = False
+        devices = {name: weight.parameter.device for name, weight in self._weights.items()}
+        self._statistics.place(devices, self._part)
         self._goals = self._make_goals(prefix)
         self._check_goals()
         if self._keeps:
@@ -222,8 +216,8 @@ class WeightPruning(CompressionCallback):
         if self._keeps:
             held = self._held_by(optimizer)
             apply_masks(self._held_parts(held), (self._keeps[name] for name in held))
-        if "gradient" in self._needs and self.window.within:
-            self._note_gradients(self._selected_by(optimizer))
+        if self._statistics and self.window.within:
+            self._statistics.after_step({name: self._weights[name].parameter for name in self._selected_by(optimizer)})
 
     def model_changed(self, pl_module: pl.LightningModule, changed: Changed) -> None:
         """Slice masks and statistics with their weights, and follow weights that moved or were removed.
@@ -245,8 +239,7 @@ class WeightPruning(CompressionCallback):
         for goal in self._goals:
             goal.names = [successors[name][0] for name in goal.names if name in successors]
         self._goals = [goal for goal in self._goals if goal.names]
-        for gathered in self._squares.values():
-            gathered.follow(changed)
+        self._statistics.follow(changed)
         self._removed = sum(keep.numel() - int(torch.count_nonzero(keep)) for keep in self._keeps.values())
 
     def finish_batch(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -257,7 +250,7 @@ class WeightPruning(CompressionCallback):
         super().finish_batch(trainer, pl_module)
         if not again:
             return
-        if self._squares:
+        if self._statistics:
             rank_zero_info(f"{self.label}: channels left; {self._reached():.2%} of the selected weights are zero now.")
         else:
             self.apply_event(trainer, pl_module)
@@ -268,21 +261,18 @@ class WeightPruning(CompressionCallback):
         """Watch the layers' inputs in the batches that lead to an event, where the criterion needs them."""
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         leads_to_event = self.sparsity != "hold" and self.window.due(self.window.step + 1)
-        if "input_norm" in self._needs and not self._input_handles and leads_to_event:
-            self._input_handles = [
-                weight.layer.register_forward_pre_hook(InputSquares(self._squares["input_norm"], name))
-                for name, weight in self._weights.items()
-            ]
+        if leads_to_event:
+            self._statistics.watch(self._weights)
 
     def count_step(self, optimizer: Optimizer) -> None:
         """Count the step; the one that leads to the event ends the watch, before other techniques call the model."""
         super().count_step(optimizer)
-        if self._input_handles and self.window.due():
-            self._stop_watching_inputs()
+        if self._statistics.watching and self.window.due():
+            self._statistics.stop()
 
     def apply_event(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Prune to what the schedule asks now. A failed event leaves the model as it was."""
-        self._stop_watching_inputs()
+        self._statistics.stop()
         asked = 0.0
         keeps: dict[str, Tensor] = {}
         progress = self.window.progress()
@@ -295,7 +285,7 @@ class WeightPruning(CompressionCallback):
         asked /= self._numel(self._weights)
         self._check_ranks_agree(trainer, keeps)
         self._keeps = keeps
-        self._forget_statistics()
+        self._statistics.clear()
         self._apply(trainer, keeps)
         self._report(trainer, pl_module, asked)
 
@@ -308,19 +298,8 @@ class WeightPruning(CompressionCallback):
             "masks": {name: packed for name, (packed, _) in masks.items()},
             "shapes": {name: shape for name, (_, shape) in masks.items()},
             "initial": dict(self._initial),
-            "squares": self._squares_state(),
+            "squares": self._statistics.state_dict(self._whole),
         }
-
-    def _squares_state(self) -> dict[str, Any]:
-        state = {statistic: gathered.state_dict() for statistic, gathered in self._squares.items()}
-        if "gradient" in state:
-            parts = state["gradient"]["sums"]
-            state["gradient"]["sums"] = {name: self._whole(name, part) for name, part in parts.items()}
-        return state
-
-    def _forget_statistics(self) -> None:
-        for gathered in self._squares.values():
-            gathered.clear()
 
     def _whole(self, name: str, part: Tensor) -> Tensor:
         """Return the whole of what this rank holds a part of, as it does of the weight of that name."""
@@ -349,8 +328,7 @@ class WeightPruning(CompressionCallback):
         self._in_force = _granularity_of(state_dict, self.granularity)
         self._keeps = {}
         self._initial = dict(state_dict["initial"])
-        restore(self._squares, state_dict["squares"])
-        self._squares_whole = True
+        self._statistics.load_state_dict(state_dict["squares"])
 
     def plan_entry(self) -> dict[str, Any]:
         """Return names and shapes of the masks, what was asked and what is reached."""
@@ -382,11 +360,8 @@ class WeightPruning(CompressionCallback):
 
     def release(self, pl_module: pl.LightningModule) -> None:
         """Remove what the fit installed."""
-        self._stop_watching_inputs()
+        self._statistics.stop()
         super().release(pl_module)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_input_handles": []}
 
     # Selection and goals.
 
@@ -443,17 +418,6 @@ class WeightPruning(CompressionCallback):
                 raise MisconfigurationException(
                     f"WeightPruning cannot prune {name}: it is {problem}. Pass exclude=[{layer!r}]."
                 )
-        if "input_norm" in self._needs:
-            check_input_norms(selection.chosen)
-
-    def _check_compiled(self, pl_module: pl.LightningModule) -> None:
-        """Inputs are read by hooks that come and go, and a compiled module does not see them come."""
-        parts = any(is_inside_compiled(name) for name in self._weights)
-        if "input_norm" in self._needs and (parts or is_compiled(pl_module, parts=False)):
-            raise MisconfigurationException(
-                "the criterion needs the norms of the layers' inputs, which cannot be read inside a module that "
-                "torch.compile compiled. Take another criterion, or train without compiling."
-            )
 
     def _take_up_zeros(self) -> None:
         """Hold the zeros that the module has: what was once removed stays removed."""
@@ -560,7 +524,9 @@ class WeightPruning(CompressionCallback):
         return divide(
             self.target_parameters(),
             trainer.strategy,
-            by_element=getattr(self.criterion, "elementwise", False) and set(self._needs) <= {"gradient"},
+            by_element=getattr(self.criterion, "elementwise", False)
+            and self._statistics.elementwise
+            and "generator" not in self._needs,
             by_row=str(self._in_force) == "weight" or self._in_force.final_sparsity is not None,
         )
 
@@ -587,39 +553,13 @@ class WeightPruning(CompressionCallback):
     def _scores(self, trainer: pl.Trainer, division: Division, name: str) -> Scores:
         parameter = self._weights[name].parameter.detach()
         weight = division.read(parameter)
-        gradient = self._rms(trainer, name, "gradient")
-        stats = Statistics(
-            gradient=None if gradient is None else division.read(wrap_like(gradient, parameter)),
-            input_norm=self._rms(trainer, name, "input_norm"),
-            generator=parameter_generator(name) if "generator" in self._needs else None,
-        )
+        values = self._statistics.values(trainer, name, ranks_per_batch(trainer))
+        for statistic in values:
+            if STATISTICS[statistic].elementwise:
+                values[statistic] = division.read(wrap_like(values[statistic], parameter))
+        generator = parameter_generator(name) if "generator" in self._needs else None
+        stats = Statistics(generator=generator, **values)
         return scores_of(self.criterion, weight, stats)
-
-    def _rms(self, trainer: pl.Trainer, name: str, statistic: str) -> Tensor | None:
-        """Return the root of the mean square gathered since the last event."""
-        if statistic not in self._squares:
-            return None
-        gathered = self._squares[statistic]
-        if name not in gathered:
-            raise MisconfigurationException(
-                f"the criterion needs the {statistic} of {name}, and none was seen before this event: the layer took "
-                "no part in training. Pass it in `exclude`, or start at step 1 or later."
-            )
-        if statistic == "input_norm":
-            squares: Tensor = trainer.strategy.reduce(gathered.sums[name].clone(), reduce_op="sum")
-            return (squares / ranks_per_batch(trainer)).sqrt()
-        return gathered.root_mean(name)
-
-    def _note_gradients(self, names: Sequence[str]) -> None:
-        for name in names:
-            gradient = self._weights[name].parameter.grad
-            if gradient is not None:
-                self._squares["gradient"].add(name, dense_gradient(local(gradient)).square())
-
-    def _stop_watching_inputs(self) -> None:
-        for handle in self._input_handles:
-            handle.remove()
-        self._input_handles = []
 
     def _selected_by(self, optimizer: Optimizer) -> list[str]:
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}

@@ -41,9 +41,9 @@ from helpers.models import (
     val_loader,
 )
 from lightning_optim import ChannelPruning, WeightPruning, load_from_checkpoint
-from lightning_optim.callbacks.statistics import squared_inputs
 from lightning_optim.functional.criteria import CRITERIA
 from lightning_optim.functional.schedules import SCHEDULES
+from lightning_optim.functional.statistics import squared_inputs
 
 SELECTED = ("net.0.weight", "net.4.weight")  # 192 and 256 weights
 
