@@ -98,8 +98,18 @@ def is_name(value):
     return value is None or (isinstance(value, str) and value != "")
 
 
+def is_pattern(value):
+    if not isinstance(value, str) or not value.startswith("re:"):
+        return isinstance(value, str) and value != ""
+    try:
+        re.compile(value[3:])
+    except re.error:
+        return False
+    return True
+
+
 def is_patterns(value):
-    return value is None or (isinstance(value, list) and all(isinstance(each, str) and each for each in value))
+    return value is None or (isinstance(value, list) and all(map(is_pattern, value)))
 
 
 def is_fraction_or_none(value):
@@ -129,6 +139,27 @@ def is_ratio(value):
     return is_number(value, 0, 1, open_high=True)
 
 
+def is_schedule(value):
+    if isinstance(value, str):
+        return value in SCHEDULES
+    if not isinstance(value, dict) or len(value) != 1:
+        return False
+    ((name, arguments),) = value.items()
+    if name != "multi_step":
+        return name in SCHEDULES and arguments == {}
+    thirds = [1 / 3, 2 / 3, 1.0]
+    milestones, values = arguments.get("milestones", thirds), arguments.get("values", thirds)
+    return (
+        set(arguments) <= {"milestones", "values"}
+        and len(milestones) == len(values) > 0
+        and all(is_number(x, 0, 1) for x in (*milestones, *values))
+        and milestones[0] > 0
+        and milestones == sorted(set(milestones))
+        and values == sorted(values)
+        and values[-1] == 1
+    )
+
+
 WINDOW = {"start": is_moment, "end": is_moment}
 SELECTION = {"module": is_name, "include": is_patterns, "exclude": is_patterns}
 TERMS = ("size", "train_time", "inference_time", "accuracy")
@@ -138,7 +169,7 @@ CONSTRUCTORS = {
         "granularity": is_granularity,
         "criterion": lambda v: v in CRITERIA,
         "scope": one_of("global", "layer"),
-        "schedule": lambda v: v in SCHEDULES,
+        "schedule": is_schedule,
         "every_n_steps": is_count(1),
         **WINDOW,
         **SELECTION,
@@ -152,7 +183,7 @@ CONSTRUCTORS = {
         "strict": is_bool,
         "criterion": lambda v: v in CRITERIA,
         "scope": one_of("global", "layer"),
-        "schedule": lambda v: v in SCHEDULES,
+        "schedule": is_schedule,
         "events": is_count(1),
         "round_to": is_count_or_none(1),
         "optimizer_state": one_of("slice", "reset"),
@@ -205,7 +236,7 @@ CONSTRUCTORS = {
     Ramp: {
         "initial": lambda v: is_number(v, -math.inf, math.inf),
         "final": lambda v: is_number(v, -math.inf, math.inf),
-        "schedule": lambda v: v in SCHEDULES,
+        "schedule": is_schedule,
         **WINDOW,
     },
     OptimDDP: {"timeout_s": lambda v: is_number(v, 0, math.inf)},
@@ -285,6 +316,34 @@ def check(call, value, is_right, words):
 def test_an_argument_is_taken_or_refused_in_a_sentence(call, name, is_right, value):
     words = {**REQUIRED.get(call, {}), name: value}
     check(lambda: call(**words), value, is_right, f"{name}={value!r}")
+
+
+pattern_texts = st.one_of(
+    junk, st.text(max_size=5).map("re:{}".format), st.sampled_from(["re:a|b", "re:(", "re:[a-z]*"])
+)
+
+
+@pytest.mark.parametrize("call", [WeightPruning, ChannelPruning, QuantizationAwareTraining])
+@given(patterns=st.lists(pattern_texts, max_size=2))
+def test_patterns_are_taken_or_refused_in_a_sentence(call, patterns):
+    check(lambda: call(include=patterns), patterns, is_patterns, f"include={patterns!r}")
+
+
+@given(pattern=pattern_texts.filter(lambda value: not isinstance(value, (list, dict))))
+def test_keys_of_a_dict_are_taken_or_refused_in_a_sentence(pattern):
+    check(lambda: WeightPruning({pattern: 0.5}), pattern, is_pattern, f"sparsity={{{pattern!r}: 0.5}}")
+    check(lambda: ChannelPruning({pattern: 0.5}), pattern, is_pattern, f"pruning_ratio={{{pattern!r}: 0.5}}")
+    check(lambda: QuantizationAwareTraining(bits={pattern: 4}), pattern, is_pattern, f"bits={{{pattern!r}: 4}}")
+
+
+moments = st.one_of(junk, st.lists(st.sampled_from([0, 0.0, 0.2, 0.5, 0.5, 0.8, 1, 1.0, 1.5, math.nan]), max_size=4))
+steps = st.one_of(junk, st.dictionaries(st.sampled_from(["milestones", "values", "x"]), moments, max_size=3))
+
+
+@pytest.mark.parametrize("call", [WeightPruning, ChannelPruning, lambda schedule: Ramp(0.0, 1.0, schedule=schedule)])
+@given(schedule=st.one_of(junk, st.dictionaries(st.sampled_from(["multi_step", "cubic", "x"]), steps, max_size=2)))
+def test_a_schedule_is_taken_or_refused_in_a_sentence(call, schedule):
+    check(lambda: call(schedule=schedule), schedule, is_schedule, f"schedule={schedule!r}")
 
 
 words = st.dictionaries(

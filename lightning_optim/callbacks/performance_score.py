@@ -3,50 +3,29 @@
 import math
 import time
 import weakref
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import nn
 
 from lightning_optim import checkpoint
-from lightning_optim.callbacks.base import callbacks_of, compressions, mro_names
-from lightning_optim.callbacks.example_inputs import InputSource
+from lightning_optim.callbacks.base import callbacks_of, compressions
+from lightning_optim.callbacks.inference_time import InferenceTime
 from lightning_optim.callbacks.logged import MetricsSince
+from lightning_optim.callbacks.monitors import check_score_is_known
+from lightning_optim.callbacks.score_table import MEASURED, ScoreRow, score_table
 from lightning_optim.checks import check_choice, check_count, check_fraction, check_names
 from lightning_optim.functional.score import Terms, checked_weights, guarded, performance_score
-from lightning_optim.measure.latency import interleaved_latency
-from lightning_optim.measure.size import SIZES, bytes_of, free_bytes
-from lightning_optim.modules import copy_module
-from lightning_optim.quantization.layers import float_kernels
-from lightning_optim.sharding import is_sharded, reshard, whole_state
+from lightning_optim.measure.size import SIZES
+from lightning_optim.sharding import reshard
 from lightning_optim.strategies.common import check_supported
-from lightning_optim.tables import render
-from lightning_optim.target import ForwardInputs, find_target
+from lightning_optim.target import find_target
 
 __all__ = ["PerformanceScore"]
-
-MEASURED = ("size", "train_time", "inference_time")
-LEAST_SECONDS = 0.05
-"""Time given to latency pairs even in short epochs."""
-
-
-@dataclass
-class _Row:
-    """One epoch's score and what it is made of."""
-
-    epoch: int
-    score: float
-    feasible: bool
-    size: float | None
-    train_time: float | None
-    inference_time: float | None
-    error: float
 
 
 class PerformanceScore(pl.Callback):
@@ -132,7 +111,7 @@ class PerformanceScore(pl.Callback):
         self.example_inputs = example_inputs
         self._fitted: tuple[Any, Any] | None = None
         self._restored = False
-        self._whole: nn.Module | None = None
+        self._inference = InferenceTime(example_inputs, batch_size)
         self._forget()
 
     def _forget(self) -> None:
@@ -141,16 +120,15 @@ class PerformanceScore(pl.Callback):
         self._reference_plan: dict[str, Any] = dict(checkpoint.EMPTY)
         self._train_reference_is_warm_up = True
         self._dense_accuracy: float | None = None
-        self._best: _Row | None = None
-        self._last: _Row | None = None
+        self._best: ScoreRow | None = None
+        self._last: ScoreRow | None = None
         self._epochs = 0
         self._event_seconds = 0.0
         self._accuracy_logged = False
         self._drop_measurements()
 
     def _drop_measurements(self) -> None:
-        self._inputs = InputSource(self.example_inputs, self.batch_size)
-        self._reference_copy: nn.Module | None = None
+        self._inference = self._inference.anew()
         self._began = 0.0
         self._validation_began = 0.0
         self._not_training = 0.0
@@ -172,53 +150,7 @@ class PerformanceScore(pl.Callback):
             )
         check_supported("PerformanceScore", trainer.strategy)
         for callback in callbacks_of(trainer):
-            self._check_monitor(trainer, callback)
-
-    def _check_monitor(self, trainer: pl.Trainer, callback: Any) -> None:
-        monitor = getattr(callback, "monitor", None)
-        if not isinstance(monitor, str) or not (monitor == "P" or monitor.startswith("P/")):
-            return
-        every = trainer.check_val_every_n_epoch
-        interval = trainer.val_check_interval
-        if isinstance(interval, int) or interval != 1.0 or every is None:
-            raise MisconfigurationException(
-                f"{type(callback).__name__}(monitor={monitor!r}) needs one validation per epoch, and "
-                f"val_check_interval={trainer.val_check_interval!r} asks for others: P is known at epoch ends only. "
-                "Set val_check_interval=1.0."
-            )
-        every = math.lcm(every, self.every_n_epochs)
-        names = mro_names(callback)
-        self._check_moment(callback, names)
-        if every == 1:
-            return
-        if "ModelCheckpoint" in names:
-            at_epoch_end = getattr(callback, "_save_on_train_epoch_end", None)
-            if at_epoch_end is not True or callback._every_n_epochs % every:
-                raise MisconfigurationException(
-                    f"{type(callback).__name__}(monitor={monitor!r}): P is known every {every} epochs, so pass it "
-                    f"save_on_train_epoch_end=True and every_n_epochs={every} (or a multiple)."
-                )
-        elif "EarlyStopping" in names and (
-            getattr(callback, "_check_on_train_epoch_end", None) is not True or callback.strict
-        ):
-            raise MisconfigurationException(
-                f"EarlyStopping(monitor={monitor!r}): P is known every {every} epochs, so pass it "
-                "check_on_train_epoch_end=True and strict=False (its patience counts every epoch)."
-            )
-
-    def _check_moment(self, callback: Any, names: set[str]) -> None:
-        """Refuse saves and checks at moments at which P is that of the epoch before."""
-        name = f"{type(callback).__name__}(monitor={callback.monitor!r})"
-        if "ModelCheckpoint" in names:
-            if callback._every_n_train_steps >= 1 or callback._train_time_interval is not None:
-                raise MisconfigurationException(
-                    f"{name}: P is known at epoch ends only; save by every_n_epochs, not by every_n_train_steps or "
-                    "train_time_interval."
-                )
-            if callback._save_on_train_epoch_end is False:
-                raise MisconfigurationException(f"{name}: P is known at epoch ends; pass save_on_train_epoch_end=True.")
-        elif "EarlyStopping" in names and callback._check_on_train_epoch_end is False:
-            raise MisconfigurationException(f"{name}: P is known at epoch ends; pass check_on_train_epoch_end=True.")
+            check_score_is_known(trainer, callback, self.every_n_epochs)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take the references from the model as it is, unless the run goes on."""
@@ -232,35 +164,14 @@ class PerformanceScore(pl.Callback):
             self._reference_plan = checkpoint.plain_plan(pl_module)
         self._drop_measurements()
         if self.weights["inference_time"] > 0:
-            self._prepare_inference(pl_module)
+            self._inference.prepare(pl_module, self._reference_plan if self.reference == "baseline" else None)
         self._fitted = (weakref.ref(trainer), weakref.ref(pl_module))
 
     def before_sharding(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Keep a whole copy on rank 0: a model that is divided is neither copied nor called by one rank alone."""
-        self._whole = None
-        if trainer.state.fn != "fit" or self.weights["inference_time"] == 0 or not trainer.is_global_zero:
-            return
-        if 2 * bytes_of(pl_module) > free_bytes(torch.device("cpu")):
-            return  # said at fit start
-        self._whole = copy_module(pl_module, compiled=True).requires_grad_(False)
-        trainer.precision_plugin.convert_module(self._whole)
-
-    def _prepare_inference(self, pl_module: pl.LightningModule) -> None:
-        source: nn.Module | None = self._whole if is_sharded(pl_module) else pl_module
-        if self.reference == "baseline" and source is not None:
-            self._reference_copy = self._rebuild_reference(source)
-        self._inputs.prepare(pl_module, "PerformanceScore")
-        if source is None and pl_module.trainer.is_global_zero:
-            rank_zero_warn(
-                "PerformanceScore keeps no whole copy of this model (it does not fit, or was divided by a fit without "
-                "this callback): the inference time is not measured, and P is NaN."
-            )
-
-    def _rebuild_reference(self, source: nn.Module) -> nn.Module:
-        """Return a frozen copy with the structure the model had at the first fit start."""
-        duplicate = copy_module(source, compiled=True).requires_grad_(False)
-        checkpoint.conform(duplicate, self._reference_plan)
-        return duplicate
+        self._inference.whole = None
+        if trainer.state.fn == "fit" and self.weights["inference_time"] > 0 and trainer.is_global_zero:
+            self._inference.keep_whole(trainer, pl_module)
 
     def on_sanity_check_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check the accuracy's name before the first step, where the sanity check logged anything."""
@@ -291,13 +202,13 @@ class PerformanceScore(pl.Callback):
     ) -> None:
         """Catch what forward receives from the first batch, where no example was given."""
         if self.weights["inference_time"] > 0:
-            self._inputs.begin_batch(pl_module)
+            self._inference.inputs.begin_batch(pl_module)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Read what was caught."""
-        self._inputs.end_batch(pl_module)
+        self._inference.inputs.end_batch(pl_module)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Stop the clock; what was logged before is not of this validation."""
@@ -327,7 +238,11 @@ class PerformanceScore(pl.Callback):
             "train_time": train_seconds if self.weights["train_time"] > 0 else None,
         }
         ratios = {name: self._ratio(name, value) for name, value in raw.items()}
-        ratios["inference_time"], raw["inference_time"] = self._inference_time(trainer, pl_module, train_seconds)
+        ratios["inference_time"] = raw["inference_time"] = None
+        if self.weights["inference_time"] > 0:
+            one_call = self._references.get("inference_time", 1.0)
+            measured = self._inference.measure(trainer, pl_module, one_call, train_seconds)
+            ratios["inference_time"], raw["inference_time"] = measured
         terms = Terms(**ratios, error=1.0 - accuracy)
         score = math.nan if math.isnan(accuracy) else performance_score(terms, self.weights)
         if not math.isfinite(score) and self.accuracy in self._validation:
@@ -336,7 +251,7 @@ class PerformanceScore(pl.Callback):
                 "measured, or the accuracy is NaN. EarlyStopping on P stops here unless check_finite=False."
             )
         feasible = self._is_feasible(trainer, accuracy) and math.isfinite(score)
-        self._last = _Row(trainer.current_epoch, score, feasible, **asdict(terms))
+        self._last = ScoreRow(trainer.current_epoch, score, feasible, **asdict(terms))
         if feasible and (self._best is None or score < self._best.score):
             self._best = self._last
         self._log(pl_module, terms, raw, accuracy, score, feasible)
@@ -384,43 +299,6 @@ class PerformanceScore(pl.Callback):
     def _ratio(self, name: str, value: float | None) -> float | None:
         return None if value is None else value / self._references.get(name, 1.0)
 
-    def _inference_time(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, train_seconds: float
-    ) -> tuple[float | None, float | None]:
-        """Return the ratio and the milliseconds; rank 0 measures while the others wait."""
-        if self.weights["inference_time"] == 0:
-            return None, None
-        measured: tuple[float, float] = (math.nan, math.nan)
-        live = self._gathered(pl_module) if is_sharded(pl_module) else pl_module
-        if trainer.is_global_zero and self._inputs.inputs is not None and live is not None:
-            with _on_device(pl_module.device, live, self._reference_copy) as fits:
-                if fits:
-                    measured = self._measure(live, self._inputs.inputs, train_seconds)
-        if trainer.world_size > 1:
-            measured = trainer.strategy.broadcast(measured, src=0)
-        return measured
-
-    def _gathered(self, pl_module: pl.LightningModule) -> nn.Module | None:
-        """Return the whole copy with the weights and the structure of now; None where this rank keeps none."""
-        state = whole_state(pl_module, keep=self._whole is not None)
-        if self._whole is not None:
-            checkpoint.conform(self._whole, checkpoint.plain_plan(pl_module))
-            self._whole.load_state_dict(state)
-            self._whole.eval()
-        return self._whole
-
-    def _measure(self, model: nn.Module, inputs: ForwardInputs, train_seconds: float) -> tuple[float, float]:
-        budget = max(0.005 * train_seconds, LEAST_SECONDS)
-        live = _Called(self._inputs.called(model))
-        frozen = None
-        if self._reference_copy is not None:
-            frozen = _Called(self._inputs.called(self._reference_copy))
-        with _silent(model), _silent(self._reference_copy), float_kernels(live, *([frozen] if frozen else [])):
-            result = interleaved_latency(live, inputs, frozen, seconds=budget, least=10, most=100)
-        if result.ratio is None:
-            return result.milliseconds / self._references.get("inference_time", 1.0), result.milliseconds
-        return result.ratio, result.milliseconds
-
     def _is_feasible(self, trainer: pl.Trainer, accuracy: float) -> bool:
         windows = [callback.window for callback in compressions(trainer)]
         begun = any(window.last_event >= 0 and window.progress() > 0.0 for window in windows)
@@ -459,24 +337,18 @@ class PerformanceScore(pl.Callback):
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Print the table of the terms at baseline, best and last."""
         if self._last is not None:
-            rank_zero_info(self._table())
+            is_baseline, times = self.reference == "baseline", self.weights["train_time"] > 0
+            rank_zero_info(
+                score_table(
+                    self._best,
+                    self._last,
+                    self.weights,
+                    dense_accuracy=self._dense_accuracy if is_baseline else None,
+                    against_warm_up=is_baseline and times and self._train_reference_is_warm_up,
+                )
+            )
         elif self._epochs >= self.every_n_epochs:
             rank_zero_warn("PerformanceScore computed no P: no epoch was validated. Pass a validation loader.")
-
-    def _table(self) -> str:
-        rows = [self._baseline_cells()]
-        rows += [(word, *_cells(row)) for word, row in (("best", self._best), ("last", self._last)) if row is not None]
-        warm_up = self.weights["train_time"] > 0 and self.reference == "baseline" and self._train_reference_is_warm_up
-        title = "PerformanceScore, lower is better" + (" (training time against the warm-up epoch)" if warm_up else "")
-        return render(title, ("", "epoch", "size", "train time", "inference time", "1 - A", "P", "feasible"), rows)
-
-    def _baseline_cells(self) -> tuple[str, ...]:
-        ones = {name: 1.0 if self.weights[name] > 0 else None for name in MEASURED}
-        if self.reference != "baseline" or self._dense_accuracy is None:
-            return ("reference", *[""] * 7)
-        terms = Terms(**ones, error=1.0 - self._dense_accuracy)
-        score = performance_score(terms, self.weights)
-        return ("baseline", "", *(_number(value) for value in asdict(terms).values()), _number(score), "")
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Free the reference copy."""
@@ -487,7 +359,7 @@ class PerformanceScore(pl.Callback):
         self._release()
 
     def _release(self) -> None:
-        self._inputs.release()
+        self._inference.release()
         self._drop_measurements()
         self._restored = False
 
@@ -512,75 +384,18 @@ class PerformanceScore(pl.Callback):
         self._reference_plan = dict(state_dict["reference_plan"])
         self._train_reference_is_warm_up = state_dict["train_reference_is_warm_up"]
         self._dense_accuracy = state_dict["dense_accuracy"]
-        self._best = None if state_dict["best"] is None else _Row(**state_dict["best"])
-        self._last = None if state_dict["last"] is None else _Row(**state_dict["last"])
+        self._best = None if state_dict["best"] is None else ScoreRow(**state_dict["best"])
+        self._last = None if state_dict["last"] is None else ScoreRow(**state_dict["last"])
         self._epochs = state_dict["epochs"]
         self._accuracy_logged = state_dict.get("accuracy_logged", self._last is not None)  # not in files of 0.1
         self._restored = bool(self._references) or self.reference == "raw"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_fitted": None, "_reference_copy": None, "_whole": None}
-
-
-@contextmanager
-def _on_device(device: torch.device, *models: nn.Module | None) -> Iterator[bool]:
-    """Bring what is measured to the device where it fits, and back afterwards."""
-    coming = [model for model in models if model is not None and next(model.parameters()).device != device]
-    fits = sum(map(bytes_of, coming)) <= free_bytes(device)
-    if not fits:
-        rank_zero_warn(
-            f"the inference time is not measured, and P is NaN: the whole model and its reference do not fit what is "
-            f"free on {device}."
-        )
-    for model in coming if fits else ():
-        model.to(device)
-    try:
-        yield fits
-    finally:
-        for model in coming if fits else ():
-            model.to("cpu")
-
-
-@contextmanager
-def _silent(module: Any) -> Iterator[None]:
-    """Let ``self.log`` in a forward do nothing: it would be timed, and log what measuring feeds it."""
-    hidden = ("log", "log_dict")
-    before = {} if module is None else {name: module.__dict__[name] for name in hidden if name in module.__dict__}
-    for name in hidden if module is not None else ():
-        module.__dict__[name] = lambda *args, **kwargs: None
-    try:
-        yield
-    finally:
-        for name in hidden if module is not None else ():
-            del module.__dict__[name]
-        if module is not None:
-            module.__dict__.update(before)
-
-
-class _Called(nn.Module):
-    """Calls a module's class-level forward: not the compiled one, not the one DDP redirects."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if "forward" in self.module.__dict__:
-            return type(self.module).forward(self.module, *args, **kwargs)
-        return self.module(*args, **kwargs)
+        return {**self.__dict__, "_fitted": None, "_inference": InferenceTime(self.example_inputs, self.batch_size)}
 
 
 def _event_seconds(trainer: pl.Trainer) -> float:
     return sum(callback.event_seconds for callback in compressions(trainer))
-
-
-def _cells(row: _Row) -> tuple[str, ...]:
-    values = (row.size, row.train_time, row.inference_time, row.error, row.score)
-    return (str(row.epoch), *(_number(value) for value in values), "yes" if row.feasible else "no")
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4g}"
 
 
 def _checked_reference(reference: Any, weights: Mapping[str, float]) -> str | dict[str, float]:

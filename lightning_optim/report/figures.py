@@ -34,7 +34,6 @@ __all__ = [
     "progress_figure",
     "score_figures",
     "sparsity_figure",
-    "trade_off_figure",
     "trade_offs",
 ]
 
@@ -165,21 +164,6 @@ def _logarithmic(axis: Axes) -> None:
 
 
 SIZE_LABELS = {"bytes": "state_dict file, compressed", "onnx_bytes": "ONNX file"}
-
-
-def trade_off_figure(rows: Sequence[Row], metric: str, label: str, *, size: str = "bytes") -> Figure:
-    """Draw a metric against the size of the file, with its standard deviation where there is one.
-
-    Args:
-        rows: The table's rows; those without that file are left out.
-        metric: Key in a row.
-        label: Of the y axis.
-        size: Key of the size in a row: "bytes" or "onnx_bytes".
-    """
-    figure, axis = _panel()
-    _draw_size(axis, rows, metric, label, size)
-    _legend(figure)
-    return figure
 
 
 def _draw_size(axis: Axes, rows: Sequence[Row], metric: str, label: str, size: str) -> None:

@@ -477,7 +477,7 @@ def test_it_is_released_after_an_exception(tmp_path):
     module = new(Fails)
     with pytest.raises(KeyError, match="boom"):
         fit(tmp_path, module, score)
-    assert score._reference_copy is None
+    assert score._inference.reference is None
     assert not module._forward_pre_hooks
 
 

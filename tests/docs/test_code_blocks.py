@@ -23,6 +23,7 @@ from helpers.models import CLASSES, FEATURES, Classifier, data
 from lightning_optim import IndexedDataset, Recipe, WeightPruning
 from lightning_optim.cli import main
 from lightning_optim.cli.main import COMMANDS
+from lightning_optim.techniques import TECHNIQUES
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -181,9 +182,18 @@ def test_python_blocks_run(page, small_trainer):
         exec(code, names)
 
 
+@pytest.fixture(autouse=True)
+def techniques_of_the_package():
+    """The extending page registers a technique."""
+    before = set(TECHNIQUES)
+    yield
+    for name in set(TECHNIQUES) - before:
+        TECHNIQUES.unregister(name)
+
+
 def test_what_the_extending_page_registers_is_used_in_a_fit():
     """A function that is only defined may ask for what it does not get: each is called by a fit in its own block."""
-    registering = [b.code for b in blocks(ROOT / "docs" / "extending.md", "python") if ".register(" in b.code]
+    registering = [b.code for b in blocks(ROOT / "docs" / "extending.md", "python") if '.register("' in b.code]
     assert len(registering) == 4
     for code in registering:
         (name,) = re.findall(r'\.register\("(\w+)"', code)
