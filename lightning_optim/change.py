@@ -8,11 +8,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
+import torch
 from torch import Tensor, nn
 
 from lightning_optim.modules import COMPILED_CHILD
 
-__all__ = ["Change", "Changed", "Kept", "apply_change"]
+__all__ = ["Change", "Changed", "Kept", "apply_change", "keep_channels"]
 
 Kept = Mapping[nn.Parameter, tuple[nn.Parameter, Tensor]]
 """Parameter that lost entries -> (the one that replaces it, flat indices of the surviving entries)."""
@@ -58,6 +59,10 @@ class Changed:
         """Return the flat indices of a parameter's surviving entries, None if all of them survive."""
         old = self.before[_plain(name)]
         return self.kept[old][1] if old in self.kept else None
+
+    def shape_before(self, name: str) -> torch.Size:
+        """Return the shape that a parameter had before the change."""
+        return self.before[_plain(name)].shape
 
     @cached_property
     def removed(self) -> list[nn.Parameter]:
@@ -107,3 +112,31 @@ def _parameters(root: nn.Module) -> dict[str, nn.Parameter]:
 
 def _plain(name: str) -> str:
     return ".".join(part for part in name.split(".") if part != COMPILED_CHILD)
+
+
+def keep_channels(tensor: Tensor, kept: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Return the surviving entries of a tensor.
+
+    Args:
+        tensor: Any shape.
+        kept: Flat indices that survive, ``[n]``.
+        shape: What they are viewed as; ``n`` entries.
+
+    Returns:
+        A new tensor of ``shape``, in channels_last where ``tensor`` was; sparse where it was (a table's gradient, which
+        loses columns).
+    """
+    if tensor.is_sparse:
+        return _keep_columns(tensor.detach(), kept, shape)
+    small = tensor.detach().reshape(-1)[kept.to(tensor.device)].view(shape)
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    wanted = formats.get(tensor.ndim)
+    if wanted is not None and tensor.is_contiguous(memory_format=wanted) and not tensor.is_contiguous():
+        return small.contiguous(memory_format=wanted)
+    return small
+
+
+def _keep_columns(gradient: Tensor, kept: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Return the surviving columns of a table's sparse gradient, ``[rows, columns]``."""
+    columns = kept[: shape[1]] % gradient.shape[1]
+    return gradient.index_select(1, columns.to(gradient.device))

@@ -31,7 +31,7 @@ LAYERS = [
         "techniques",
         "patterns",
     },
-    {"structured", "quantization", "measure", "export", "checkpoint", "target", "calls", "window"},
+    {"structured", "sparsity", "quantization", "measure", "export", "checkpoint", "target", "calls", "window"},
     {"report", "callbacks", "strategies", "distillation", "recipe", "demo", "cli", "__main__"},
     {"__init__"},
 ]

@@ -7,14 +7,14 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from lightning_optim import checkpoint
-from lightning_optim._upstream import BatchNorm
 from lightning_optim.callbacks.base import CompressionCallback
 from lightning_optim.callbacks.example_inputs import InputSource
-from lightning_optim.callbacks.statistics import Squares, dense_gradient
+from lightning_optim.callbacks.recovery import Recovery
+from lightning_optim.callbacks.statistics import Collected
 from lightning_optim.change import Changed
 from lightning_optim.checks import check_choice, check_count, check_flags
 from lightning_optim.functional.channels import ChannelCriterion
@@ -23,11 +23,13 @@ from lightning_optim.measure.latency import interleaved_latency
 from lightning_optim.measure.macs import count_macs
 from lightning_optim.measure.size import SIZES
 from lightning_optim.modules import copy_module
+from lightning_optim.optimizers import held_ids
 from lightning_optim.provenance import as_plain
 from lightning_optim.sharding import is_sharded
 from lightning_optim.structured.allocation import Allocation, Pool, Shortfall, one_pool, shortfall
 from lightning_optim.structured.events import (
     ChannelReport,
+    Event,
     check_ratio,
     event_damage,
     find_prunable,
@@ -35,10 +37,10 @@ from lightning_optim.structured.events import (
     plan_event,
 )
 from lightning_optim.structured.goal import Goal, smallest_ratio
+from lightning_optim.structured.groups import outputs_of
 from lightning_optim.structured.optimizers import check_optimizer
 from lightning_optim.structured.removal import ChannelRemoval, apply_removal
 from lightning_optim.structured.selection import refuse_shared, select_roots
-from lightning_optim.tables import by_reason, by_stack, render
 from lightning_optim.target import ForwardInputs, Pattern, find_target
 from lightning_optim.window import Window
 
@@ -155,18 +157,20 @@ class ChannelPruning(CompressionCallback):
         check_count("warmup_steps", warmup_steps, 0)
         self.recalibrate_batches = recalibrate_batches
         self.warmup_steps = warmup_steps
-        self._momenta: list[tuple[nn.Module, float | None]] = []
-        self._warm_ups: list[_WarmUp] = []
+        self._recovery = Recovery(recalibrate_batches, warmup_steps)
         self.check = check
         self.round_to = round_to
         self.allocation = Allocation.of(criterion, scope=scope, reduction=reduction, round_to=round_to)
         self._inputs = InputSource(example_inputs, 2, module, several=True)
         self._report: ChannelReport | None = None
         self._dense: _Progress | None = None
-        self._removed_at: int | None = None
-        self._batches_since = 0
         self._reached: float | None = None
-        self._squares = Squares()
+        self._statistics = Collected(self.allocation.needs)
+        if not self._statistics.elementwise:
+            raise ValueError(
+                f"a channel criterion can ask for statistics with one number per weight, got needs="
+                f"{self.allocation.needs!r}. Take another criterion."
+            )
 
     # What the base asks for.
 
@@ -187,9 +191,9 @@ class ChannelPruning(CompressionCallback):
         self._whole = pl_module
         self._report = None
         if fresh:
-            self._dense, self._removed_at, self._reached = None, None, None
-            self._squares.clear()
-        self._squares.to({name: parameter.device for name, parameter in self._target.named_parameters()})
+            self._dense, self._recovery.removed_at, self._reached = None, None, None
+            self._statistics.clear()
+        self._statistics.place({name: parameter.device for name, parameter in self._target.named_parameters()})
         self._inputs.prepare(pl_module, "ChannelPruning")
         refuse_shared(pl_module, self._target, self._prefix)
         self._roots, self._left_alone = select_roots(self._target, self._prefix, self.include, self.exclude)
@@ -201,28 +205,14 @@ class ChannelPruning(CompressionCallback):
     ) -> None:
         """Catch what forward receives from the first batch, where no example was given."""
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-        self._restore_momenta()
+        self._recovery.end_batch()
         if not self.window.closed:
             self._inputs.begin_batch(pl_module)
-        if self._removed_at is not None and self._batches_since < self.recalibrate_batches:
-            self._average_statistics(self._batches_since)
-            self._batches_since += 1
-
-    def _average_statistics(self, since: int) -> None:
-        """Let this batch's BatchNorm statistics enter a plain mean: momentum 1, 1/2, 1/3 ..."""
-        for layer in self._target.modules():
-            if isinstance(layer, BatchNorm) and layer.track_running_stats:
-                self._momenta.append((layer, layer.momentum))
-                layer.momentum = 1 / (since + 1)
-
-    def _restore_momenta(self) -> None:
-        for layer, momentum in self._momenta:
-            layer.momentum = momentum  # type: ignore[assignment]
-        self._momenta = []
+        self._recovery.begin_batch(self._target)
 
     def model_changed(self, pl_module: pl.LightningModule, changed: Changed) -> None:
         """Slice the gathered gradients with their parameters, and rename what moved."""
-        self._squares.follow(changed, self._prefix)
+        self._statistics.follow(changed, self._prefix)
         if self._dense is None:
             return
         layers = {name: changed.layer(self._prefix + name) for name in self._dense.channels}
@@ -236,7 +226,7 @@ class ChannelPruning(CompressionCallback):
 
     def finish_batch(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Read what was caught, and run the event that is due."""
-        self._restore_momenta()
+        self._recovery.end_batch()
         if self._report is None and not self.window.closed:
             self._inputs.end_batch(pl_module)
             if self._inputs.inputs is not None:
@@ -247,37 +237,18 @@ class ChannelPruning(CompressionCallback):
     def register_hooks(self, trainer: pl.Trainer) -> None:
         """Watch the optimizers, refuse those that cannot follow a removal, and warm up their learning rates."""
         super().register_hooks(trainer)
-        if not self.window.closed:
-            self._check_optimizers()
-        if self.warmup_steps:
-            for optimizer in self._holders:
-                warm_up = _WarmUp(self, optimizer)
-                self._warm_ups.append(warm_up)
-                self._handles.append(optimizer.register_step_pre_hook(warm_up.before))
-                self._handles.append(optimizer.register_step_post_hook(warm_up.after))
-
-    def _check_optimizers(self) -> None:
-        for optimizer in self._holders:
+        for optimizer in [] if self.window.closed else self._holders:
             try:
                 check_optimizer(optimizer)
             except ValueError as error:
                 raise MisconfigurationException(f"ChannelPruning cannot remove channels: {error}") from error
-
-    @property
-    def warmth(self) -> float:
-        """Factor on the learning rates of the next step, in (0, 1]."""
-        if self._removed_at is None or self.warmup_steps == 0:
-            return 1.0
-        return min(1.0, (self.window.step - self._removed_at + 1) / (self.warmup_steps + 1))
+        self._handles += self._recovery.warm_up(self._holders, lambda: self.window.step)
 
     def after_step(self, optimizer: Optimizer) -> None:
         """Note gradients while the window is open, where the criterion needs them."""
-        if "gradient" not in self.allocation.needs or not self.window.within:
-            return
-        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        for name, parameter in self._target.named_parameters():
-            if id(parameter) in held and parameter.grad is not None:
-                self._squares.add(name, dense_gradient(parameter.grad).square())
+        if self._statistics and self.window.within:
+            held = held_ids(optimizer)
+            self._statistics.after_step({n: p for n, p in self._target.named_parameters() if id(p) in held})
 
     def apply_event(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Remove what the schedule asks now. A failed event leaves the model as it was."""
@@ -289,7 +260,7 @@ class ChannelPruning(CompressionCallback):
         progress = self.window.progress()
         if progress > 0.0:  # the schedule begins with the dense model: nothing to rank
             self._remove(trainer, pl_module, self._asked(trainer, progress))
-            self._squares.clear()
+            self._statistics.clear()
         self._say(trainer, pl_module)
 
     def _asked(self, trainer: pl.Trainer, progress: float) -> list[Pool]:
@@ -308,18 +279,8 @@ class ChannelPruning(CompressionCallback):
         return [replace(pool, ratio=self.schedule(progress, 0.0, pool.ratio)) for pool in pools]
 
     def _remove(self, trainer: pl.Trainer, pl_module: pl.LightningModule, pools: list[Pool]) -> None:
-        report, dense = self._known()
-        event = plan_event(
-            self._target,
-            self._called_inputs(),
-            report.groups,
-            dense.channels,
-            pools,
-            self.allocation,
-            self._gradients(),
-            self._prefix,
-            last=self.window.closes_now,
-        )
+        report, _ = self._known()
+        event = self._plan(pools)
         if not event.removal.kept:
             return
         problem = event_damage(self._target, self._called_inputs(), report.groups, event) if self.check else None
@@ -327,7 +288,22 @@ class ChannelPruning(CompressionCallback):
             raise RuntimeError(f"ChannelPruning at step {self.window.step} changed nothing: {problem}.")
         change = ChannelRemoval(self._prefix, event.removal)
         self.commit(trainer, pl_module, change, reset=self.optimizer_state == "reset")
-        self._removed_at, self._batches_since = self.window.step, 0
+        self._recovery.begin(self.window.step)
+
+    def _plan(self, ratios: float | list[Pool]) -> Event:
+        """Choose which channels leave so that ``ratios`` of the dense ones are gone."""
+        report, dense = self._known()
+        return plan_event(
+            self._target,
+            self._called_inputs(),
+            report.groups,
+            dense.channels,
+            ratios,
+            self.allocation,
+            self._statistics.by_weight(),
+            self._prefix,
+            last=self.window.closes_now,
+        )
 
     def _ratio_for(self, trainer: pl.Trainer, goal: Goal, due: float) -> float:
         """Return the smallest ratio that leaves at most the fraction ``due`` of the dense figure; rank 0 decides."""
@@ -350,21 +326,10 @@ class ChannelPruning(CompressionCallback):
 
     def _fraction_at(self, ratio: float) -> float:
         """Return the figure, as a fraction of the dense model's, if channels were removed at a ratio."""
-        report, dense = self._known()
+        _, dense = self._known()
         goal, inputs = self.target, self._called_inputs()
-        event = plan_event(
-            self._target,
-            inputs,
-            report.groups,
-            dense.channels,
-            ratio,
-            self.allocation,
-            self._gradients(),
-            self._prefix,
-            last=self.window.closes_now,
-        )
         smaller = copy_module(self._target, rounded=False)
-        apply_removal(smaller, event.removal)
+        apply_removal(smaller, self._plan(ratio).removal)
         if goal is None or goal.figure == "parameters":
             return SIZES["parameters"](smaller) / dense.parameters
         if goal.figure == "macs":
@@ -383,9 +348,6 @@ class ChannelPruning(CompressionCallback):
             raise RuntimeError("the groups are not known yet.")
         return self._report, self._dense
 
-    def _gradients(self) -> dict[str, Tensor]:
-        return {name: self._squares.root_mean(name) for name in self._squares.sums}
-
     def _called_inputs(self) -> ForwardInputs:
         inputs = self._inputs.inputs
         if inputs is None:
@@ -402,13 +364,16 @@ class ChannelPruning(CompressionCallback):
                 f"module={called!r}, or `example_inputs` for the LightningModule's own forward."
             )
         if self._dense is None:
-            self._report = self._prunable()
+            inputs = self._called_inputs()
+            self._report = find_prunable(self._target, inputs, self._roots, self._left_alone, check=self.check)
+            if not self._report.groups:
+                raise MisconfigurationException(f"ChannelPruning can remove nothing: {self._report.reasons()}.")
             channels = {name: group.channels for name, group in self._report.groups.items()}
             macs = self.target is not None and self.target.figure == "macs"
             self._dense = _Progress(
                 channels,
                 SIZES["parameters"](self._target),
-                float(count_macs(self._target, self._called_inputs())) if macs else None,
+                float(count_macs(self._target, inputs)) if macs else None,
             )
         else:
             self._report = known_groups(self._target, self._called_inputs(), self._dense.channels)
@@ -423,13 +388,6 @@ class ChannelPruning(CompressionCallback):
         names = [] if self._report is None else self._report.groups
         return {self._prefix + name: self._target.get_submodule(name) for name in names}
 
-    def _prunable(self) -> ChannelReport:
-        inputs = self._called_inputs()
-        report = find_prunable(self._target, inputs, self._roots, self._left_alone, check=self.check)
-        if not report.groups:
-            raise MisconfigurationException(f"ChannelPruning can remove nothing: {report.reasons()}.")
-        return report
-
     def _final_ratios(self) -> dict[str, float]:
         """Return the ratio of each group at the end."""
         if self._report is None:
@@ -442,7 +400,7 @@ class ChannelPruning(CompressionCallback):
         report, dense = self._known()
         left = self._fraction_left()
         before = sum(dense.channels[name] for name in report.groups)
-        now = sum(_outputs(self._target.get_submodule(name)) for name in report.groups)
+        now = sum(outputs_of(self._target.get_submodule(name)) for name in report.groups)
         multiple = self.allocation.round_to
         rounded = f" (kept in multiples of {multiple})" if multiple else ""
         miss = None if self.target is not None else self._shortfall()
@@ -470,7 +428,7 @@ class ChannelPruning(CompressionCallback):
 
     def _shortfall(self) -> Shortfall:
         report, dense = self._known()
-        kept = {name: _outputs(self._target.get_submodule(name)) for name in report.groups}
+        kept = {name: outputs_of(self._target.get_submodule(name)) for name in report.groups}
         pools = self._pools(self.window.progress())
         return shortfall(report.groups, dense.channels, kept, pools, self.allocation.round_to)
 
@@ -486,9 +444,9 @@ class ChannelPruning(CompressionCallback):
             "channels": None if self._dense is None else dict(self._dense.channels),
             "parameters": None if self._dense is None else self._dense.parameters,
             "macs": None if self._dense is None else self._dense.macs,
-            "removed_at": self._removed_at,
-            "batches_since": self._batches_since,
-            "squares": self._squares.state_dict(),
+            "removed_at": self._recovery.removed_at,
+            "batches_since": self._recovery.batches_since,
+            "squares": self._statistics.state_dict(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -498,8 +456,9 @@ class ChannelPruning(CompressionCallback):
         self._dense = None
         if channels is not None:
             self._dense = _Progress(dict(channels), state_dict["parameters"], state_dict["macs"])
-        self._removed_at, self._batches_since = state_dict["removed_at"], state_dict["batches_since"]
-        self._squares.load_state_dict(state_dict["squares"])
+        self._recovery.removed_at = state_dict["removed_at"]
+        self._recovery.batches_since = state_dict["batches_since"]
+        self._statistics.load_state_dict(state_dict["squares"])
 
     def plan_entry(self) -> dict[str, Any]:
         """Return what was asked, and what is left."""
@@ -519,10 +478,7 @@ class ChannelPruning(CompressionCallback):
     def release(self, pl_module: pl.LightningModule) -> None:
         """Remove what the fit installed, and restore momenta and learning rates."""
         self._inputs.release()
-        self._restore_momenta()
-        for warm_up in self._warm_ups:
-            warm_up.restore()
-        self._warm_ups = []
+        self._recovery.release()
         super().release(pl_module)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -531,57 +487,12 @@ class ChannelPruning(CompressionCallback):
             "_target": None,
             "_report": None,
             "_whole": None,
-            "_momenta": [],
-            "_warm_ups": [],
         }
 
     def _table(self) -> str:
         if self._report is None or self._dense is None:
             return ""
         ratios = self._final_ratios()
-        rows = by_stack(
-            (
-                name,
-                str(self._dense.channels[name]),
-                f"{ratios[name]:.0%}" if self.target is None else "to the goal",
-                ", ".join(sorted(group.layers - {name})),
-            )
-            for name, group in self._report.groups.items()
-        )
-        rows += [(names, "", "-", reason) for names, reason in by_reason(self._report.left_out)]
-        return render(
-            f"{self.label}: steps {self.window.start_step} to {self.window.end_step}",
-            ("channels of", "dense", "removed at the end", "layers that change with it, or why not"),
-            rows,
-        )
-
-
-class _WarmUp:
-    """Lowers an optimizer's learning rates for one step, so that schedulers never see it."""
-
-    def __init__(self, callback: ChannelPruning, optimizer: Optimizer) -> None:
-        self.callback = callback
-        self.optimizer = optimizer
-        self.rates: list[Any] = []
-
-    def before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        """Step pre-hook."""
-        self.rates = [group["lr"] for group in optimizer.param_groups]
-        for group in optimizer.param_groups:
-            group["lr"] = group["lr"] * self.callback.warmth
-
-    def after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        """Step post-hook."""
-        self.restore()
-
-    def restore(self) -> None:
-        """Give the rates back; a step that failed on its way gives them back in the callback's release."""
-        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=False):
-            group["lr"] = rate
-        self.rates = []
-
-
-def _outputs(layer: nn.Module) -> int:
-    """Number of output channels of a group's root layer."""
-    names = ("out_channels", "out_features", "embedding_dim")
-    return next(int(getattr(layer, name)) for name in names if hasattr(layer, name))
+        removed = {name: f"{ratio:.0%}" if self.target is None else "to the goal" for name, ratio in ratios.items()}
+        title = f"{self.label}: steps {self.window.start_step} to {self.window.end_step}"
+        return self._report.table(title, self._dense.channels, removed)

@@ -1,64 +1,41 @@
 """WeightPruning: zeros that grow by a schedule while the model trains, and stay zero."""
 
-import zlib
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import lightning.pytorch as pl
-import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 from torch.optim import Optimizer
 
 from lightning_optim.callbacks.base import CompressionCallback, compressions, ranks_per_batch
 from lightning_optim.callbacks.division import Division, divide
-from lightning_optim.callbacks.statistics import (
-    GATHERED,
-    InputSquares,
-    Squares,
-    check_input_norms,
-    dense_gradient,
-    needs_of,
-    restore,
-)
+from lightning_optim.callbacks.masks import HeldMasks, zeros_of
+from lightning_optim.callbacks.statistics import Collected
 from lightning_optim.change import Changed
-from lightning_optim.functional.criteria import CRITERIA, Criterion, Statistics, parameter_generator, scores_of
-from lightning_optim.functional.masks import (
-    Granularity,
-    apply_masks,
-    global_masks,
-    keep_bits,
-    pack_mask,
-    parse_granularity,
-    unpack_mask,
+from lightning_optim.functional.criteria import (
+    CRITERIA,
+    STATISTICS,
+    Criterion,
+    Statistics,
+    parameter_generator,
+    scores_of,
 )
+from lightning_optim.functional.masks import Granularity, global_masks, parse_granularity
 from lightning_optim.functional.schedules import SCHEDULES, Schedule
+from lightning_optim.functional.statistics import needs_of
 from lightning_optim.functional.thresholds import Scores
-from lightning_optim.modules import TRANSPOSED, is_compiled, is_inside_compiled
-from lightning_optim.patterns import Pattern, check_pattern, first_match, shown
+from lightning_optim.optimizers import held_ids
+from lightning_optim.patterns import Pattern
 from lightning_optim.provenance import as_plain
-from lightning_optim.sharding import copies, full, is_dtensor, local, reshard, shard_like, wrap_like
-from lightning_optim.structured.removal import keep_channels
+from lightning_optim.sharding import wrap_like
+from lightning_optim.sparsity.goals import Goal, check_goals, checked_sparsity, make_goals, number_of
+from lightning_optim.sparsity.selection import check_weights, select, without_misfits
 from lightning_optim.tables import by_reason, by_stack, render
-from lightning_optim.target import Selection, Weight, averaged_copies, find_target, select_weights
+from lightning_optim.target import Selection, find_target
 from lightning_optim.window import Window
 
 __all__ = ["WeightPruning"]
-
-CHANCE_ZEROS = 1e-3
-"""Fewer zeros than this fraction are not taken for an earlier pruning: initialisation and rounding leave a few."""
-
-
-@dataclass
-class _Goal:
-    """Weights that are ranked together, the sparsity they began with and the one they end with."""
-
-    names: list[str]
-    initial: float
-    final: float
 
 
 class WeightPruning(CompressionCallback):
@@ -141,31 +118,25 @@ class WeightPruning(CompressionCallback):
         if scope not in ("global", "layer"):
             raise ValueError(f"`scope` must be 'global' or 'layer', got {scope!r}.")
         self.scope = scope
-        self.sparsity = _checked_sparsity(sparsity, self.granularity.final_sparsity)
+        self.sparsity = checked_sparsity(sparsity, self.granularity.final_sparsity)
         self._needs = needs_of(self.criterion)
-        self._weights: dict[str, Weight] = {}
-        self._keeps: dict[str, Tensor] = {}
-        self._removed = 0
-        self._goals: list[_Goal] = []
-        self._restored_masks: dict[str, tuple[Tensor, tuple[int, ...]]] = {}
-        self._initial: dict[str, float] = {}
-        self._squares = {statistic: Squares() for statistic in GATHERED if statistic in self._needs}
-        self._squares_whole = False
+        self._statistics = Collected(self._needs)
+        self._held = HeldMasks()
+        self._goals: list[Goal] = []
         self._to_reach_anew = False
-        self._input_handles: list[Any] = []
 
     @property
     def reached_end(self) -> bool:
-        """Whether the model is as sparse as was asked."""
+        """Whether the model is as sparse as requested."""
         return self.sparsity == "hold" or self.window.closed
 
     @property
     def masks(self) -> dict[str, Tensor]:
         """The masks in force, bool (True keeps), by the weight's name in ``state_dict()``; empty before any zero.
 
-        Where a strategy divides the weights, every rank must ask: the masks are gathered.
+        Where a strategy shards the weights, every rank must ask: the masks are gathered.
         """
-        return {name: self._whole(name, keep != 0) for name, keep in self._keeps.items()}
+        return self._held.whole_masks()
 
     def preview(self, total_steps: int) -> list[tuple[int, float]]:
         """Return ``(step, sparsity)`` at every event of a run of ``total_steps`` on a dense model.
@@ -186,68 +157,61 @@ class WeightPruning(CompressionCallback):
 
     def target_parameters(self) -> dict[str, nn.Parameter]:
         """Return the selected weights."""
-        return {name: weight.parameter for name, weight in self._weights.items()}
+        return {name: weight.parameter for name, weight in self._held.weights.items()}
 
     def start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *, fresh: bool) -> None:
-        """Select the weights, take up masks from state or from the zeros that are there, and set the goals."""
+        """Select the weights, take masks from state or from the zeros that are there, and set the goals."""
         prefix, target = find_target(pl_module, self.module)
         self._in_force = self.granularity if fresh else self._in_force
-        selected_before = () if fresh else tuple(self._initial)
-        selection = self._that_fit(self._with_a_pattern(self._select(target, prefix), prefix), selected_before)
-        self._weights = selection.chosen
-        self._check_weights(selection)
-        self._check_compiled(pl_module)
+        selection = self._select(target, prefix, selected_before=() if fresh else tuple(self._held.initial))
+        self._held.weights = selection.chosen
+        check_weights(selection)
+        self._statistics.check(selection.chosen, pl_module)
         self.check_peers(trainer)
         if fresh:
-            self._keeps, self._restored_masks = {}, {}
-            self._forget_statistics()
-            self._take_up_zeros()
-        elif self._restored_masks:
-            self._take_up_state()
-            self._say_the_order()
-        for gathered in self._squares.values():
-            gathered.to({name: weight.parameter.device for name, weight in self._weights.items()})
-        if "gradient" in self._squares and self._squares_whole:
-            gradients = self._squares["gradient"]
-            gradients.sums = {name: self._part(name, whole) for name, whole in gradients.sums.items()}
-            self._squares_whole = False
-        self._goals = self._make_goals(prefix)
-        self._check_goals()
-        if self._keeps:
-            self._apply(trainer, self._keeps)
+            self._held.clear()
+            self._statistics.clear()
+            self._held.take_zeros(hold=self.sparsity == "hold")
+        elif self._held.restored:
+            self._held.take_restored()
+            self._warn_of_old_order()
+        devices = {name: parameter.device for name, parameter in self.target_parameters().items()}
+        self._statistics.place(devices, self._held.part)
+        weights, initial = self._held.weights, self._held.initial
+        self._goals = make_goals(weights, self.sparsity, scope=self.scope, initial=initial, prefix=prefix)
+        check_goals(self._goals, weights, self._in_force)
+        if self._held:
+            self._held.apply(trainer)
         rank_zero_info(self._table(selection))
 
+    def _select(self, target: nn.Module, prefix: str, selected_before: Sequence[str]) -> Selection:
+        patterns = self.sparsity if isinstance(self.sparsity, dict) else None
+        selection = select(target, prefix, include=self.include, exclude=self.exclude, patterns=patterns)
+        return selection if self.sparsity == "hold" else without_misfits(selection, self._in_force, selected_before)
+
     def after_step(self, optimizer: Optimizer) -> None:
-        """Zero what the optimizer revived; note gradients while the window is open."""
-        if self._keeps:
-            held = self._held_by(optimizer)
-            apply_masks(self._held_parts(held), (self._keeps[name] for name in held))
-        if "gradient" in self._needs and self.window.within:
-            self._note_gradients(self._selected_by(optimizer))
+        """Zero what the optimizer revived; collect statistics while the window is open."""
+        collects = bool(self._statistics) and self.window.within
+        if len(self._holders) == 1 and not collects:
+            self._held.after_step(self._held.keeps)
+            return
+        held = held_ids(optimizer)
+        parameters = {name: p for name, p in self.target_parameters().items() if id(p) in held}
+        self._held.after_step(self._held.keeps if len(self._holders) == 1 else parameters)
+        if collects:
+            self._statistics.after_step(parameters)
 
     def model_changed(self, pl_module: pl.LightningModule, changed: Changed) -> None:
         """Slice masks and statistics with their weights, and follow weights that moved or were removed.
 
         Removed channels held more zeros than those that stay, so the sparsity that was reached is reached anew.
         """
-        self._to_reach_anew = bool(self._keeps) and self.sparsity != "hold"
-        successors = {name: now for name in self._weights if (now := changed.successor(name)) is not None}
-        for name, (_, parameter) in successors.items():
-            kept = changed.surviving(name)
-            if name in self._keeps and kept is not None:
-                self._keeps[name] = keep_channels(self._keeps[name], kept, tuple(parameter.shape))
-        self._weights = {
-            now: replace(self._weights[name], name=now, parameter=parameter)
-            for name, (now, parameter) in successors.items()
-        }
-        self._keeps = {now: self._keeps[name] for name, (now, _) in successors.items() if name in self._keeps}
-        self._initial = {now: self._initial[name] for name, (now, _) in successors.items() if name in self._initial}
+        self._to_reach_anew = bool(self._held) and self.sparsity != "hold"
+        names = self._held.follow(changed)
         for goal in self._goals:
-            goal.names = [successors[name][0] for name in goal.names if name in successors]
+            goal.names = [names[name] for name in goal.names if name in names]
         self._goals = [goal for goal in self._goals if goal.names]
-        for gathered in self._squares.values():
-            gathered.follow(changed)
-        self._removed = sum(keep.numel() - int(torch.count_nonzero(keep)) for keep in self._keeps.values())
+        self._statistics.follow(changed)
 
     def finish_batch(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Run the event that is due, or the last one again where channels left since."""
@@ -257,8 +221,9 @@ class WeightPruning(CompressionCallback):
         super().finish_batch(trainer, pl_module)
         if not again:
             return
-        if self._squares:
-            rank_zero_info(f"{self.label}: channels left; {self._reached():.2%} of the selected weights are zero now.")
+        if self._statistics:
+            zeros = f"{self._held.reached:.2%} of the selected weights are zero now"
+            rank_zero_info(f"{self.label}: channels left; {zeros}.")
         else:
             self.apply_event(trainer, pl_module)
 
@@ -267,107 +232,72 @@ class WeightPruning(CompressionCallback):
     ) -> None:
         """Watch the layers' inputs in the batches that lead to an event, where the criterion needs them."""
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-        leads_to_event = self.sparsity != "hold" and self.window.due(self.window.step + 1)
-        if "input_norm" in self._needs and not self._input_handles and leads_to_event:
-            self._input_handles = [
-                weight.layer.register_forward_pre_hook(InputSquares(self._squares["input_norm"], name))
-                for name, weight in self._weights.items()
-            ]
+        if self.sparsity != "hold" and self.window.due(self.window.step + 1):
+            self._statistics.watch(self._held.weights)
 
     def count_step(self, optimizer: Optimizer) -> None:
         """Count the step; the one that leads to the event ends the watch, before other techniques call the model."""
         super().count_step(optimizer)
-        if self._input_handles and self.window.due():
-            self._stop_watching_inputs()
+        if self._statistics.watching and self.window.due():
+            self._statistics.stop()
 
     def apply_event(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Prune to what the schedule asks now. A failed event leaves the model as it was."""
-        self._stop_watching_inputs()
+        self._statistics.stop()
+        weights = self._held.weights
+        if not weights:  # another technique removed all of them
+            return
         asked = 0.0
-        keeps: dict[str, Tensor] = {}
+        masks: dict[str, Tensor] = {}
         progress = self.window.progress()
         division = self._divide(trainer)
         for goal in self._goals:
             due = self._due(goal.initial, goal.final, progress)
-            asked += due * self._numel(goal.names)
-            for name, mask in self._new_masks(trainer, division, goal, due).items():
-                keeps[name] = keep_bits(mask, self._weights[name].parameter.dtype)
-        asked /= self._numel(self._weights)
-        self._check_ranks_agree(trainer, keeps)
-        self._keeps = keeps
-        self._forget_statistics()
-        self._apply(trainer, keeps)
-        self._report(trainer, pl_module, asked)
+            asked += due * number_of(weights, goal.names)
+            masks |= self._new_masks(trainer, division, goal, due)
+        keeps = self._held.put(masks)
+        self._held.check_ranks_agree(trainer, keeps)
+        self._held.keeps = keeps
+        self._statistics.clear()
+        self._held.apply(trainer)
+        self._report(trainer, pl_module, asked / number_of(weights))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return window, packed masks and what the criterion has gathered, as plain types and tensors."""
-        masks = self._packed_masks()
+        """Return window, packed masks and what the criterion has collected, as plain types and tensors."""
         return {
             **super().state_dict(),
             "granularity": str(self._in_force),
-            "masks": {name: packed for name, (packed, _) in masks.items()},
-            "shapes": {name: shape for name, (_, shape) in masks.items()},
-            "initial": dict(self._initial),
-            "squares": self._squares_state(),
+            **self._held.state_dict(),
+            "squares": self._statistics.state_dict(self._held.whole),
         }
-
-    def _squares_state(self) -> dict[str, Any]:
-        state = {statistic: gathered.state_dict() for statistic, gathered in self._squares.items()}
-        if "gradient" in state:
-            parts = state["gradient"]["sums"]
-            state["gradient"]["sums"] = {name: self._whole(name, part) for name, part in parts.items()}
-        return state
-
-    def _forget_statistics(self) -> None:
-        for gathered in self._squares.values():
-            gathered.clear()
-
-    def _whole(self, name: str, part: Tensor) -> Tensor:
-        """Return the whole of what this rank holds a part of, as it does of the weight of that name."""
-        weight = self._weights[name].parameter if name in self._weights else part
-        if not is_dtensor(weight):
-            return part
-        bits = part.to(torch.uint8) if part.dtype == torch.bool else part
-        return full(wrap_like(bits, weight)).to(part.dtype)
-
-    def _part(self, name: str, whole: Tensor) -> Tensor:
-        """Return the part that this rank holds of what has the shape of the weight of that name."""
-        return local(shard_like(whole, self._weights[name].parameter))
-
-    def _packed_masks(self) -> dict[str, tuple[Tensor, tuple[int, ...]]]:
-        """Return the masks at one bit per weight; those of a loaded file as they came until a fit takes them up."""
-        packed = {name: (pack_mask(mask), tuple(mask.shape)) for name, mask in self.masks.items()}
-        return self._restored_masks or packed
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned; masks are matched with the module at fit start."""
         super().load_state_dict(state_dict)
-        self._restored_masks = {
-            name: (packed, tuple(state_dict["shapes"][name])) for name, packed in state_dict["masks"].items()
-        }
-        self._restored = self._restored or bool(self._restored_masks)
+        self._held.load_state_dict(state_dict)
+        self._restored = self._restored or self._held.restored
         self._in_force = _granularity_of(state_dict, self.granularity)
-        self._keeps = {}
-        self._initial = dict(state_dict["initial"])
-        restore(self._squares, state_dict["squares"])
-        self._squares_whole = True
+        self._statistics.load_state_dict(state_dict["squares"])
 
     def plan_entry(self) -> dict[str, Any]:
         """Return names and shapes of the masks, what was asked and what is reached."""
         return {
             "technique": "WeightPruning",
-            "masks": {name: tuple(self._weights[name].parameter.shape) for name in self._keeps},
+            "masks": {name: tuple(self._held.weights[name].parameter.shape) for name in self._held.keeps},
             "asked": as_plain(self.sparsity),
-            "reached": self._reached(),
+            "reached": self._held.reached,
         }
 
     def last_line(self, pl_module: pl.LightningModule) -> str:
         """Return the sentence that says what was asked and what the weights are now."""
-        zeros = sum(_zeros(weight.parameter) for weight in self._weights.values())
-        reached = f"{zeros / self._numel(self._weights):.2%} of the selected weights are zero"
+        weights = self._held.weights
+        if not weights:
+            return f"{self.label}: another technique removed all selected weights."
+        zeros = sum(zeros_of(weight) for weight in weights.values())
+        reached = f"{zeros / number_of(weights):.2%} of the selected weights are zero"
         if self.sparsity == "hold":
             return f"{self.label}: held the zeros of the module; {reached}."
-        asked = sum(goal.final * self._numel(goal.names) for goal in self._goals) / self._numel(self._weights)
+        asked = sum(goal.final * number_of(weights, goal.names) for goal in self._goals) / number_of(weights)
         if self.reached_end:
             return f"{self.label}: asked {asked:.2%} zeros; {reached}."
         return (
@@ -382,123 +312,46 @@ class WeightPruning(CompressionCallback):
 
     def release(self, pl_module: pl.LightningModule) -> None:
         """Remove what the fit installed."""
-        self._stop_watching_inputs()
+        self._statistics.stop()
         super().release(pl_module)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_input_handles": []}
+    # Events.
 
-    # Selection and goals.
+    def _divide(self, trainer: pl.Trainer) -> Division:
+        """Decide which rank ranks which weights: where a strategy shards them, all ranks together."""
+        by_element = getattr(self.criterion, "elementwise", False) and "generator" not in self._needs
+        return divide(
+            self.target_parameters(),
+            trainer.strategy,
+            by_element=by_element and self._statistics.elementwise,
+            by_row=str(self._in_force) == "weight" or self._in_force.final_sparsity is not None,
+        )
 
-    def _select(self, target: nn.Module, prefix: str) -> Selection:
-        """Select by default or by ``include``; a sparsity pattern that is a layer's own name takes that layer in."""
-        selection = select_weights(target, prefix, include=self.include, exclude=self.exclude)
-        if self.include is not None or not isinstance(self.sparsity, dict):
-            return selection
-        layers = {name.rpartition(".")[0] for name in selection.left_out if name.endswith(".weight")}
-        named = [p for p in self.sparsity if isinstance(p, str) and (p in layers or prefix + p in layers)]
-        if not named:
-            return selection
-        exact = select_weights(target, prefix, include=named, exclude=self.exclude).chosen
-        chosen = {**selection.chosen, **exact}
-        return Selection(chosen, {name: why for name, why in selection.left_out.items() if name not in exact})
-
-    def _with_a_pattern(self, selection: Selection, prefix: str) -> Selection:
-        """Leave out what no pattern of a sparsity dict matches: it stays dense."""
-        if not isinstance(self.sparsity, dict):
-            return selection
-        chosen = {n: w for n, w in selection.chosen.items() if self._first_pattern(w, prefix) is not None}
-        unmatched = {name: "no pattern of sparsity" for name in selection.chosen if name not in chosen}
-        return Selection(chosen, {**unmatched, **selection.left_out})
-
-    def _that_fit(self, selection: Selection, selected_before: Collection[str]) -> Selection:
-        """Leave out what the granularity does not fit; what an earlier part of this run selected stays in."""
-        if self.sparsity == "hold":
-            return selection
-        new = {name: weight for name, weight in selection.chosen.items() if name not in selected_before}
-        misfits = {name: reason for name, weight in new.items() if (reason := self._misfit(weight)) is not None}
-        chosen = {name: weight for name, weight in selection.chosen.items() if name not in misfits}
-        return Selection(chosen, {**misfits, **selection.left_out})
-
-    def _misfit(self, weight: Weight) -> str | None:
-        if str(self._in_force) == "weight" or isinstance(weight.parameter, UninitializedTensorMixin):
-            return None
-        if weight.parameter.ndim < 2:
-            return f"a vector, which has no {self._in_force}"
-        if isinstance(weight.layer, TRANSPOSED) or type(weight.layer).__name__ == "Conv1D":
-            return f"{type(weight.layer).__name__}, stored as [in, out, ...]: no {self._in_force}"
-        return self._in_force.misfit(weight.parameter.shape)
-
-    def _check_weights(self, selection: Selection) -> None:
-        if not selection.chosen:
-            reasons = ", ".join(f"{name} ({reason})" for name, reason in list(selection.left_out.items())[:6])
-            raise MisconfigurationException(
-                f"WeightPruning selects no layer: left out are {reasons or 'none, the module has no parameters'}. "
-                "Name what to prune with include=[...]."
-            )
-        for name, weight in selection.chosen.items():
-            problem = _problem(weight.parameter)
-            if problem:
-                layer = name.rpartition(".")[0]
-                raise MisconfigurationException(
-                    f"WeightPruning cannot prune {name}: it is {problem}. Pass exclude=[{layer!r}]."
-                )
-        if "input_norm" in self._needs:
-            check_input_norms(selection.chosen)
-
-    def _check_compiled(self, pl_module: pl.LightningModule) -> None:
-        """Inputs are read by hooks that come and go, and a compiled module does not see them come."""
-        parts = any(is_inside_compiled(name) for name in self._weights)
-        if "input_norm" in self._needs and (parts or is_compiled(pl_module, parts=False)):
-            raise MisconfigurationException(
-                "the criterion needs the norms of the layers' inputs, which cannot be read inside a module that "
-                "torch.compile compiled. Take another criterion, or train without compiling."
-            )
-
-    def _take_up_zeros(self) -> None:
-        """Hold the zeros that the module has: what was once removed stays removed."""
-        zeros = {name: _zeros(weight.parameter) for name, weight in self._weights.items()}
-        if sum(zeros.values()) == self._numel(self._weights):
-            raise MisconfigurationException(
-                f"all {self._numel(self._weights)} weights that WeightPruning selected are zero, so there is nothing "
-                "to rank. Was the model initialised (or loaded)?"
-            )
-        # A layer that is zero as a whole was initialised so (a residual branch, an adapter), not pruned.
-        held = {name for name, count in zeros.items() if 0 < count < self._weights[name].parameter.numel()}
-        if sum(zeros[name] for name in held) <= CHANCE_ZEROS * self._numel(self._weights):
-            held = set()
-        if self.sparsity == "hold":
-            held = {name for name, count in zeros.items() if count}
-        self._initial = {name: zeros[name] / self._numel([name]) if name in held else 0.0 for name in self._weights}
-        if held:
-            for name, parameter in self.target_parameters().items():
-                part = local(parameter.detach())
-                mask = part != 0 if name in held else torch.ones_like(part, dtype=torch.bool)
-                self._keeps[name] = keep_bits(mask, parameter.dtype)
-        elif self.sparsity == "hold":
-            raise MisconfigurationException(
-                f"WeightPruning('hold') keeps the zeros a module has, and the {len(self._weights)} selected weights "
-                f"have {sum(zeros.values())}. Load the sparse weights first, or give a sparsity."
-            )
-
-    def _take_up_state(self) -> None:
-        expected = {name: shape for name, (_, shape) in self._restored_masks.items()}
-        found = {name: tuple(weight.parameter.shape) for name, weight in self._weights.items()}
-        if expected != found:
-            differ = sorted(name for name in expected | found if expected.get(name) != found.get(name))
-            raise MisconfigurationException(
-                f"the checkpoint's masks do not fit the module: {differ[0]} is {expected.get(differ[0], 'absent')} in "
-                f"the checkpoint and {found.get(differ[0], 'absent')} in the selection. Resume with the model and the "
-                "selection that wrote the file."
-            )
-        self._keeps = {
-            name: keep_bits(self._part(name, unpack_mask(packed, shape)), self._weights[name].parameter.dtype)
-            for name, (packed, shape) in self._restored_masks.items()
+    def _new_masks(self, trainer: pl.Trainer, division: Division, goal: Goal, due: float) -> dict[str, Tensor]:
+        """Return the masks of the parts that this rank holds."""
+        if self.window.progress() == 0.0:  # the schedule begins with what is there: nothing to rank
+            return {name: self._held.of(name) for name in goal.names}
+        scores = {name: division.take(name, self._scores(trainer, division, name)) for name in goal.names}
+        previous = {
+            name: division.mask_of(name, self._held.of(name)) for name in goal.names if name in self._held.keeps
         }
-        self._restored_masks = {}
+        masks = global_masks(scores, due, self._in_force, previous=previous or None, shards=division.shards)
+        return {name: division.give(name, mask) for name, mask in masks.items()}
 
-    def _say_the_order(self) -> None:
-        kernels = [name for name, weight in self._weights.items() if weight.parameter.ndim > 2]
+    def _scores(self, trainer: pl.Trainer, division: Division, name: str) -> Scores:
+        parameter = self._held.weights[name].parameter.detach()
+        weight = division.read(parameter)
+        values = self._statistics.values(trainer, name, ranks_per_batch(trainer))
+        for statistic in values:
+            if STATISTICS[statistic].elementwise:
+                values[statistic] = division.read(wrap_like(values[statistic], parameter))
+        generator = parameter_generator(name) if "generator" in self._needs else None
+        return scores_of(self.criterion, weight, Statistics(generator=generator, **values))
+
+    # Messages.
+
+    def _warn_of_old_order(self) -> None:
+        kernels = [name for name, weight in self._held.weights.items() if weight.parameter.ndim > 2]
         if self._in_force != self.granularity and self.sparsity != "hold" and kernels:
             rank_zero_warn(
                 f"{self.label}: the file was written by 0.1, which grouped {self.granularity} along input channel x "
@@ -507,190 +360,14 @@ class WeightPruning(CompressionCallback):
                 "the dense model anew."
             )
 
-    def _make_goals(self, prefix: str) -> list[_Goal]:
-        if self.sparsity == "hold":
-            return []
-        groups: list[tuple[list[str], float]] = []
-        if isinstance(self.sparsity, dict):
-            first = {name: self._first_pattern(weight, prefix) for name, weight in self._weights.items()}
-            for pattern, sparsity in self.sparsity.items():
-                names = [name for name in self._weights if first[name] == pattern]
-                if not names:
-                    raise MisconfigurationException(
-                        f"sparsity: {shown(pattern)} matches no selected layer that an earlier pattern does not match. "
-                        f"Selected: {', '.join(self._weights)}."
-                    )
-                groups.append((names, sparsity))
-        else:
-            groups.append((list(self._weights), float(self.sparsity)))
-        if self.scope == "layer":
-            groups = [([name], sparsity) for names, sparsity in groups for name in names]
-        return [_Goal(names, self._initial_of(names), sparsity) for names, sparsity in groups if names]
-
-    def _first_pattern(self, weight: Weight, prefix: str) -> Pattern | None:
-        patterns = self.sparsity if isinstance(self.sparsity, dict) else {}
-        return first_match(patterns, weight.name, weight.layer, prefix)
-
-    def _initial_of(self, names: Sequence[str]) -> float:
-        return sum(self._initial.get(name, 0.0) * self._numel([name]) for name in names) / self._numel(names)
-
-    def _check_goals(self) -> None:
-        for goal in self._goals:
-            if goal.initial > goal.final + max(CHANCE_ZEROS, self._largest_unit(goal) / self._numel(goal.names)):
-                raise MisconfigurationException(
-                    f"the module already has {goal.initial:.2%} zeros in {', '.join(goal.names[:3])}"
-                    f"{' and more' if len(goal.names) > 3 else ''}, more than the {goal.final:.2%} asked. What is "
-                    "removed stays removed: ask for more, or pass 'hold'."
-                )
-
-    def _largest_unit(self, goal: _Goal) -> float:
-        """Return how many weights one unit may hold: what was reached may be as far from what was asked."""
-        if str(self._in_force) == "weight":
-            return 1.0
-        shapes = [self._weights[name].parameter.shape for name in goal.names]
-        return max(shape.numel() / min(shape[:2]) for shape in shapes)
-
-    def _numel(self, names: Sequence[str] | Mapping[str, Any]) -> int:
-        return sum(self._weights[name].parameter.numel() for name in names)
-
-    # Events.
-
-    def _divide(self, trainer: pl.Trainer) -> Division:
-        """Say who ranks which weights: where a strategy divides them, all ranks together."""
-        return divide(
-            self.target_parameters(),
-            trainer.strategy,
-            by_element=getattr(self.criterion, "elementwise", False) and set(self._needs) <= {"gradient"},
-            by_row=str(self._in_force) == "weight" or self._in_force.final_sparsity is not None,
-        )
-
-    def _new_masks(self, trainer: pl.Trainer, division: Division, goal: _Goal, due: float) -> dict[str, Tensor]:
-        """Return the masks of the parts that this rank holds."""
-        if self.window.progress() == 0.0:  # the schedule begins with what is there: nothing to rank
-            return {name: self._mask(name) for name in goal.names}
-        scores = {name: division.take(name, self._scores(trainer, division, name)) for name in goal.names}
-        masks = global_masks(
-            scores, due, self._in_force, previous=self._previous(division, goal), shards=division.shards
-        )
-        return {name: division.give(name, mask) for name, mask in masks.items()}
-
-    def _previous(self, division: Division, goal: _Goal) -> dict[str, Tensor] | None:
-        """Return the masks in force, of what this rank ranks."""
-        held = {name: self._keeps[name] for name in goal.names if name in self._keeps}
-        return {name: division.mask_of(name, keep != 0) for name, keep in held.items()} or None
-
-    def _mask(self, name: str) -> Tensor:
-        if name in self._keeps:
-            return self._keeps[name] != 0
-        return torch.ones_like(local(self._weights[name].parameter.detach()), dtype=torch.bool)
-
-    def _scores(self, trainer: pl.Trainer, division: Division, name: str) -> Scores:
-        parameter = self._weights[name].parameter.detach()
-        weight = division.read(parameter)
-        gradient = self._rms(trainer, name, "gradient")
-        stats = Statistics(
-            gradient=None if gradient is None else division.read(wrap_like(gradient, parameter)),
-            input_norm=self._rms(trainer, name, "input_norm"),
-            generator=parameter_generator(name) if "generator" in self._needs else None,
-        )
-        return scores_of(self.criterion, weight, stats)
-
-    def _rms(self, trainer: pl.Trainer, name: str, statistic: str) -> Tensor | None:
-        """Return the root of the mean square gathered since the last event."""
-        if statistic not in self._squares:
-            return None
-        gathered = self._squares[statistic]
-        if name not in gathered:
-            raise MisconfigurationException(
-                f"the criterion needs the {statistic} of {name}, and none was seen before this event: the layer took "
-                "no part in training. Pass it in `exclude`, or start at step 1 or later."
-            )
-        if statistic == "input_norm":
-            squares: Tensor = trainer.strategy.reduce(gathered.sums[name].clone(), reduce_op="sum")
-            return (squares / ranks_per_batch(trainer)).sqrt()
-        return gathered.root_mean(name)
-
-    def _note_gradients(self, names: Sequence[str]) -> None:
-        for name in names:
-            gradient = self._weights[name].parameter.grad
-            if gradient is not None:
-                self._squares["gradient"].add(name, dense_gradient(local(gradient)).square())
-
-    def _stop_watching_inputs(self) -> None:
-        for handle in self._input_handles:
-            handle.remove()
-        self._input_handles = []
-
-    def _selected_by(self, optimizer: Optimizer) -> list[str]:
-        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        return [name for name, weight in self._weights.items() if id(weight.parameter) in held]
-
-    def _held_by(self, optimizer: Optimizer) -> list[str]:
-        names = list(self._keeps) if len(self._holders) == 1 else self._selected_by(optimizer)
-        return [name for name in names if name in self._keeps]
-
-    def _apply(self, trainer: pl.Trainer, keeps: Mapping[str, Tensor]) -> None:
-        """Mask the model and the averaged copies of it: an average of zeros stays zero from then on."""
-        apply_masks(self._held_parts(keeps), keeps.values())
-        reshard(trainer.lightning_module)
-        self._removed = self._count_removed(trainer)
-        for copy in averaged_copies(trainer):
-            averaged = dict(copy.named_parameters())
-            apply_masks((averaged[name] for name in keeps), (keeps[name].to(averaged[name].device) for name in keeps))
-
-    def _held_parts(self, names: Iterable[str]) -> Iterator[Tensor]:
-        return (local(self._weights[name].parameter.detach()) for name in names)
-
-    def _count_removed(self, trainer: pl.Trainer) -> int:
-        """Return how many weights the masks remove, of all ranks together."""
-        removed = {name: keep.numel() - int(torch.count_nonzero(keep)) for name, keep in self._keeps.items()}
-        if not any(is_dtensor(weight.parameter) for weight in self._weights.values()):
-            return sum(removed.values())
-        once = torch.tensor([removed[name] for name in self._keeps], device=trainer.strategy.root_device)
-        everywhere = trainer.strategy.reduce(once, reduce_op="sum").tolist()
-        shared = [copies(self._weights[name].parameter, trainer.world_size) for name in self._keeps]
-        return sum(count // number for count, number in zip(everywhere, shared, strict=True))
-
-    def _check_ranks_agree(self, trainer: pl.Trainer, keeps: Mapping[str, Tensor]) -> None:
-        if trainer.world_size == 1 or any(is_dtensor(self._weights[name].parameter) for name in keeps):
-            return  # parts differ, and are of masks that were made together
-        checksum = 0
-        for keep in keeps.values():
-            checksum = zlib.crc32(pack_mask(keep != 0).cpu().numpy().tobytes(), checksum)
-        ours = torch.tensor(float(checksum), dtype=torch.float64, device=trainer.strategy.root_device)
-        low = trainer.strategy.reduce(ours.clone(), reduce_op="min")
-        high = trainer.strategy.reduce(ours.clone(), reduce_op="max")
-        if float(low) != float(high):
-            raise RuntimeError(
-                f"rank {trainer.global_rank} computed other masks than another rank (checksum {checksum:#x}): the "
-                "weights or statistics differ between ranks. Does every rank train the same model?"
-            )
-
-    def _reached(self) -> float:
-        return self._removed / self._numel(self._keeps) if self._keeps else 0.0
-
     def _report(self, trainer: pl.Trainer, pl_module: pl.LightningModule, asked: float) -> None:
-        reached = self._reached()
+        reached = self._held.reached
         rank_zero_info(
             f"{self.label}: step {self.window.step}, asked {asked:.2%} zeros, achieved {reached:.2%} "
-            f"in {len(self._weights)} tensors."
+            f"in {len(self._held.weights)} tensors."
         )
-        if trainer.barebones:
-            return
-        end = self._suffix(trainer)
-        metrics = {f"pruning/sparsity{end}": reached, f"pruning/asked{end}": asked}
-        for logger in trainer.loggers:
-            logger.log_metrics(metrics, step=trainer.global_step)
-        pl_module.log_dict(metrics, logger=False)
-
-    def _suffix(self, trainer: pl.Trainer) -> str:
-        """Return what tells several instances' metrics apart: the module, else the included names, else a number."""
-        peers = [peer for peer in compressions(trainer) if isinstance(peer, WeightPruning)]
-        if len(peers) == 1:
-            return ""
-        names = [peer.module or "+".join(map(str, peer.include or ["all"])) for peer in peers]
-        place = peers.index(self)
-        return f"/{names[place]}" if names.count(names[place]) == 1 else f"/{names[place]}.{place}"
+        end = _suffix(self, trainer)
+        self.log_event(trainer, pl_module, {f"pruning/sparsity{end}": reached, f"pruning/asked{end}": asked})
 
     def _table(self, selection: Selection) -> str:
         finals = {name: goal.final for goal in self._goals for name in goal.names}
@@ -712,45 +389,11 @@ def _granularity_of(state_dict: Mapping[str, Any], asked: Granularity) -> Granul
     return parse_granularity(f"{asked}@unfold")
 
 
-def _checked_sparsity(
-    sparsity: float | dict[Pattern, float] | str | None, final: float | None
-) -> float | dict[Pattern, float] | Literal["hold"]:
-    if sparsity is None:
-        return 0.8 if final is None else final
-    if sparsity == "hold":
-        return "hold"
-    if isinstance(sparsity, dict):
-        if not sparsity:
-            raise ValueError("`sparsity` as a dict maps patterns to fractions, got an empty one.")
-        for pattern in sparsity:
-            check_pattern("sparsity", pattern)
-        return {pattern: _checked_fraction(value, final) for pattern, value in sparsity.items()}
-    return _checked_fraction(sparsity, final)
-
-
-def _checked_fraction(value: Any, final: float | None) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"`sparsity` must be a fraction in [0, 1), a dict of them, 'hold' or None, got {value!r}.")
-    if not 0.0 <= value < 1.0:
-        hint = f" For {value:g} % zeros pass {value / 100:g}." if 1 < value < 100 else ""
-        raise ValueError(f"`sparsity` must be a fraction in [0, 1), got {value!r}.{hint}")
-    if final is not None and abs(value - final) > 1e-9:
-        raise ValueError(
-            f"n:m granularity ends at the sparsity 1 - n/m = {final:g}, got sparsity={value:g}. Leave `sparsity` out, "
-            "or take another granularity."
-        )
-    return float(value)
-
-
-def _problem(parameter: Tensor) -> str | None:
-    if isinstance(parameter, UninitializedTensorMixin):
-        return "lazy (not initialised); run one forward pass before fit"
-    if parameter.layout != torch.strided:
-        return f"a sparse tensor ({parameter.layout})"
-    if not parameter.is_floating_point():
-        return f"of type {parameter.dtype}, not floating point"
-    return None
-
-
-def _zeros(parameter: Tensor) -> int:
-    return parameter.numel() - int(torch.count_nonzero(full(parameter.detach())))
+def _suffix(pruning: WeightPruning, trainer: pl.Trainer) -> str:
+    """Return what tells several instances' metrics apart: the module, else the included names, else a number."""
+    peers = [peer for peer in compressions(trainer) if isinstance(peer, WeightPruning)]
+    if len(peers) == 1:
+        return ""
+    names = [peer.module or "+".join(map(str, peer.include or ["all"])) for peer in peers]
+    place = peers.index(pruning)
+    return f"/{names[place]}" if names.count(names[place]) == 1 else f"/{names[place]}.{place}"

@@ -12,10 +12,12 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from lightning_optim.functional.statistics import STATISTICS
 from lightning_optim.registry import Registry
 
 __all__ = [
     "CRITERIA",
+    "STATISTICS",
     "Criterion",
     "LazyScores",
     "Statistics",
@@ -32,21 +34,35 @@ __all__ = [
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
 class Statistics:
-    """What a criterion may ask for besides the weight; a field is None unless the criterion ``needs`` it.
+    """What a criterion may ask for besides the weight; what it does not ask for is None.
+
+    Each statistic that is registered in :data:`STATISTICS` is an attribute: ``gradient`` (root mean square of each
+    weight's gradient over the steps since the last event, of the weight's shape), ``input_norm`` (L2 norm of each input
+    feature over the batches seen, of a shape that broadcasts to the weight: ``[in]`` for a Linear, ``[in, 1, 1]`` for a
+    Conv2d without groups), ``input_second_moment`` (sum of x xᵀ over the inputs, ``[in, in]``).
 
     Args:
-        gradient: Root mean square of each weight's gradient over the steps since the last event, of the weight's
-            shape.
-        input_norm: L2 norm of each input feature over the batches seen, of a shape that broadcasts to the weight
-            (``[in]`` for a Linear, ``[in, 1, 1]`` for a Conv2d without groups).
         generator: A CPU generator, see :func:`parameter_generator`.
+        collected: The statistics by name.
     """
 
-    gradient: Tensor | None = None
-    input_norm: Tensor | None = None
-    generator: torch.Generator | None = None
+    def __init__(self, *, generator: torch.Generator | None = None, **collected: Tensor | None) -> None:
+        unknown = [name for name in collected if name not in STATISTICS]
+        if unknown:
+            raise TypeError(f"unknown statistic {unknown[0]!r}; known: {', '.join(STATISTICS)}.")
+        self.generator = generator
+        self.collected = {name: tensor for name, tensor in collected.items() if tensor is not None}
+
+    def __getattr__(self, name: str) -> Tensor | None:
+        if name not in STATISTICS:
+            raise AttributeError(f"there is no statistic {name!r}; known: {', '.join(STATISTICS)}.")
+        return self.collected.get(name)
+
+    @property
+    def elementwise(self) -> bool:
+        """Whether there is nothing but tensors with one number per weight."""
+        return self.generator is None and all(STATISTICS[name].elementwise for name in self.collected)
 
 
 Criterion = Callable[[Tensor, Statistics], Tensor]
@@ -131,7 +147,7 @@ def taylor(weight: Tensor, stats: Statistics) -> Tensor:
     """
     _floating(weight)
     gradient = _required(stats.gradient, "gradient", "taylor")
-    _check_gradient(gradient, weight)
+    _check_shape("gradient", gradient, weight)
     return _at_least_float32(weight).abs() * _at_least_float32(gradient).abs()
 
 
@@ -220,7 +236,7 @@ class LazyScores:
     Args:
         criterion: One that is ``elementwise``.
         weight: ``[n]``, contiguous.
-        stats: What the criterion needs; ``gradient`` as ``[n]``.
+        stats: What the criterion needs, elementwise statistics as ``[n]``.
         shape: Shape of the weight as the model has it.
     """
 
@@ -241,9 +257,8 @@ class LazyScores:
 
     def read(self, start: int, stop: int, step: int = 1) -> Tensor:
         """Return the scores ``start:stop:step`` of the flat order."""
-        gradient = self.stats.gradient
-        stats = Statistics(gradient=None if gradient is None else gradient[start:stop:step])
-        return self.criterion(self.weight[start:stop:step], stats)
+        pieces = {name: tensor[start:stop:step] for name, tensor in self.stats.collected.items()}
+        return self.criterion(self.weight[start:stop:step], Statistics(generator=None, **pieces))
 
 
 def scores_of(criterion: Criterion, weight: Tensor, stats: Statistics) -> Tensor | LazyScores:
@@ -251,8 +266,8 @@ def scores_of(criterion: Criterion, weight: Tensor, stats: Statistics) -> Tensor
 
     Args:
         criterion: A registered one or any callable of that signature; one with a true attribute ``elementwise`` must
-            give the same scores for a flat piece of the weight with the same piece of ``stats.gradient``. It is called
-            with the whole weight where it gets other statistics.
+            give the same scores for a flat piece of the weight with the same piece of each statistic that has the
+            weight's shape. It is called with the whole weight where it gets other statistics.
         weight: ``[out, in, ...]``; may require grad; not modified.
         stats: What the criterion needs.
 
@@ -264,12 +279,11 @@ def scores_of(criterion: Criterion, weight: Tensor, stats: Statistics) -> Tensor
         ValueError: If a statistic is missing, or the scores have another shape than the weight.
     """
     weight = _floating(weight).detach()
-    if getattr(criterion, "elementwise", False) and stats.input_norm is None and stats.generator is None:
-        gradient = stats.gradient
-        if gradient is not None:
-            _check_gradient(gradient, weight)
-            gradient = gradient.detach().reshape(-1)
-        lazy = LazyScores(criterion, weight.reshape(-1), Statistics(gradient=gradient), weight.shape)
+    if getattr(criterion, "elementwise", False) and stats.elementwise:
+        for name, tensor in stats.collected.items():
+            _check_shape(name, tensor, weight)
+        flat = {name: tensor.detach().reshape(-1) for name, tensor in stats.collected.items()}
+        lazy = LazyScores(criterion, weight.reshape(-1), Statistics(generator=None, **flat), weight.shape)
         lazy.read(0, 0)  # a missing statistic raises here
         return lazy
     scores = criterion(weight, stats)
@@ -306,10 +320,10 @@ def _required(value: T | None, name: str, criterion: str) -> T:
     return value
 
 
-def _check_gradient(gradient: Tensor, weight: Tensor) -> None:
-    if gradient.shape != weight.shape:
+def _check_shape(name: str, statistic: Tensor, weight: Tensor) -> None:
+    if statistic.shape != weight.shape:
         raise ValueError(
-            f"`stats.gradient` must have the weight's shape {tuple(weight.shape)}, got {tuple(gradient.shape)}."
+            f"`stats.{name}` must have the weight's shape {tuple(weight.shape)}, got {tuple(statistic.shape)}."
         )
 
 

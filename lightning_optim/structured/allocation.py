@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightning_optim.functional.allocation import Width, asked_channels, even_widths, global_widths, missed
 from lightning_optim.functional.channels import CHANNEL_CRITERIA, ChannelCriterion, rising_scores
+from lightning_optim.functional.statistics import needs_of
 from lightning_optim.structured.groups import ChannelGroup
 
 __all__ = ["Allocation", "Pool", "Shortfall", "kept_channels", "one_pool", "shortfall"]
@@ -48,8 +49,7 @@ class Allocation:
     @property
     def needs(self) -> tuple[str, ...]:
         """What the criterion asks for besides the weights."""
-        needs: tuple[str, ...] = getattr(self.criterion, "needs", ())
-        return needs
+        return needs_of(self.criterion)
 
     def rounded(self, multiple: int) -> "Allocation":
         """Return the same with another multiple to keep."""

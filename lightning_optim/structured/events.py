@@ -19,6 +19,7 @@ from lightning_optim.structured.check import Damage, damage, trusted
 from lightning_optim.structured.groups import ChannelGroup, Member, Removal, TracedModel
 from lightning_optim.structured.splits import with_counted_parts
 from lightning_optim.structured.unreached import possible_readers, unreached_layers
+from lightning_optim.tables import by_reason, by_stack, render
 from lightning_optim.target import ForwardInputs
 
 __all__ = [
@@ -98,6 +99,22 @@ class ChannelReport:
             Pool(ratio, tuple(name for name, first in found.items() if first == pattern), even=True)
             for pattern, ratio in by_pattern.items()
         ]
+
+    def table(self, title: str, dense: Mapping[str, int], removed: Mapping[str, str]) -> str:
+        """Return a table of the groups, and why other layers are left alone.
+
+        Args:
+            title: Its first line.
+            dense: Channels of each group before anything left.
+            removed: What is removed of each group at the end, in words.
+        """
+        rows = by_stack(
+            (name, str(dense[name]), removed[name], ", ".join(sorted(group.layers - {name})))
+            for name, group in self.groups.items()
+        )
+        rows += [(names, "", "-", reason) for names, reason in by_reason(self.left_out)]
+        columns = ("channels of", "dense", "removed at the end", "layers that change with it, or why not")
+        return render(title, columns, rows)
 
 
 def _matches(pattern: Pattern, group: ChannelGroup, target: nn.Module, prefix: str) -> bool:

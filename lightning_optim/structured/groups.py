@@ -22,7 +22,7 @@ from lightning_optim.structured.reach import called_layers, differentiable, para
 from lightning_optim.structured.splits import SplitTracer, blocks_of_parts, map_parts
 from lightning_optim.target import ForwardInputs, is_computed, named_layers
 
-__all__ = ["ChannelGroup", "Member", "Removal", "TracedModel"]
+__all__ = ["ChannelGroup", "Member", "Removal", "TracedModel", "outputs_of"]
 
 _ROOTS = (nn.Linear, *CONVOLUTIONS, *TRANSPOSED, *EMBEDDINGS)
 
@@ -153,7 +153,7 @@ class TracedModel:
             group = self._group(layer)
             if isinstance(group, str):
                 name = self._names[layer]
-                found.append(ChannelGroup(name, _outputs_of(layer), 1, (), problem=group))
+                found.append(ChannelGroup(name, outputs_of(layer), 1, (), problem=group))
                 continue
             for item in group:
                 if self._graph.is_out_channel_pruning_fn(item.dep.handler):
@@ -164,7 +164,7 @@ class TracedModel:
     def _group(self, layer: nn.Module) -> Any:
         """Return torch-pruning's group of all outputs of a layer, or why there is none."""
         try:
-            return self._whole(self._walk(layer, range(_outputs_of(layer))))
+            return self._whole(self._walk(layer, range(outputs_of(layer))))
         except FAILURES as error:
             return f"torch-pruning cannot follow its channels ({first_line(error, 120)})"
 
@@ -176,7 +176,7 @@ class TracedModel:
             if wider is None:
                 return group
             tried.add(wider)
-            candidate = self._walk(wider, range(_outputs_of(wider)))
+            candidate = self._walk(wider, range(outputs_of(wider)))
             if set(self._losing(group, whole=True)) <= set(self._losing(candidate, whole=True)):
                 group = candidate
 
@@ -187,7 +187,7 @@ class TracedModel:
             layer = item.dep.target.module
             if isinstance(layer, _ROOTS) and self._graph.is_out_channel_pruning_fn(item.dep.handler):
                 found.setdefault(layer, set()).update(item.idxs)
-        return [layer for layer, indices in found.items() if (len(indices) == _outputs_of(layer)) is whole]
+        return [layer for layer, indices in found.items() if (len(indices) == outputs_of(layer)) is whole]
 
     def _walk(self, layer: nn.Module, channels: Sequence[int]) -> Any:
         """Return torch-pruning's group of some outputs of a layer."""
@@ -262,10 +262,10 @@ class TracedModel:
         for tensor in _tensors(self._copy).values():
             tensor.data = torch.arange(tensor.numel(), dtype=torch.float64, device=tensor.device).view(tensor.shape)
         layers = {name: layer for layer, name in self._names.items()}
-        stay = {name: _outputs_of(layers[name]) - len(leaving) for name, leaving in channels.items()}
+        stay = {name: outputs_of(layers[name]) - len(leaving) for name, leaving in channels.items()}
         self._prune([self._walk(layers[name], leaving) for name, leaving in channels.items()])
         for name, number in stay.items():
-            if _outputs_of(layers[name]) != number:
+            if outputs_of(layers[name]) != number:
                 raise ValueError(f"channels of {name} that were to stay would leave with others")
         left = {name: tensor for name, tensor in _tensors(self._copy).items() if tensor.shape != shapes[name]}
         self._check_shared(shared, left)
@@ -330,7 +330,8 @@ def _width(layer: Any, side: str) -> int:
     return int(layer.out_channels if side == "out" else layer.in_channels)
 
 
-def _outputs_of(layer: Any) -> int:
+def outputs_of(layer: Any) -> int:
+    """Return the number of output channels of a layer that can lose some."""
     names = ("out_features", "out_channels", "embedding_dim")
     return next(int(getattr(layer, name)) for name in names if hasattr(layer, name))
 

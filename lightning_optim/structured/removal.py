@@ -4,42 +4,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from lightning_optim.change import Kept
+from lightning_optim.change import Kept, keep_channels
 from lightning_optim.checkpoint import inherit, plan_of
 from lightning_optim.structured.groups import Removal
 
 __all__ = ["ChannelRemoval", "apply_removal", "keep_channels"]
-
-
-def keep_channels(tensor: Tensor, kept: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Return the surviving entries of a tensor.
-
-    Args:
-        tensor: Any shape.
-        kept: Flat indices that survive, ``[n]``.
-        shape: What they are viewed as; ``n`` entries.
-
-    Returns:
-        A new tensor of ``shape``, in channels_last where ``tensor`` was; sparse where it was (a table's gradient, which
-        loses columns).
-    """
-    if tensor.is_sparse:
-        return _keep_columns(tensor.detach(), kept, shape)
-    small = tensor.detach().reshape(-1)[kept.to(tensor.device)].view(shape)
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    wanted = formats.get(tensor.ndim)
-    if wanted is not None and tensor.is_contiguous(memory_format=wanted) and not tensor.is_contiguous():
-        return small.contiguous(memory_format=wanted)
-    return small
-
-
-def _keep_columns(gradient: Tensor, kept: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Return the surviving columns of a table's sparse gradient, ``[rows, columns]``."""
-    columns = kept[: shape[1]] % gradient.shape[1]
-    return gradient.index_select(1, columns.to(gradient.device))
 
 
 def apply_removal(

@@ -41,9 +41,9 @@ from helpers.models import (
     val_loader,
 )
 from lightning_optim import ChannelPruning, WeightPruning, load_from_checkpoint
-from lightning_optim.callbacks.statistics import squared_inputs
 from lightning_optim.functional.criteria import CRITERIA
 from lightning_optim.functional.schedules import SCHEDULES
+from lightning_optim.functional.statistics import squared_inputs
 
 SELECTED = ("net.0.weight", "net.4.weight")  # 192 and 256 weights
 
@@ -900,7 +900,7 @@ def test_wanda_takes_the_norm_of_the_inputs_it_saw(tmp_path):
     assert squared_inputs(conv, images[0]).squeeze().tolist() == [[0, 1], [0, 1], [4, 9], [4, 9]]
     module, cut = new(), pruning(0.5, criterion="wanda")
     fit(tmp_path, module, cut)
-    assert not cut._input_handles
+    assert not cut._statistics.watching
     assert not module.net[0]._forward_pre_hooks
 
 

@@ -111,7 +111,7 @@ def run(
         "masks": pruning[0].masks if pruning else {},
         "losses": list(module.losses),
         "metrics": metrics,
-        "reached": pruning[0]._reached() if pruning else 0.0,
+        "reached": pruning[0].plan_entry()["reached"] if pruning else 0.0,
         "test": float(tested["val_loss"]),
     }
 

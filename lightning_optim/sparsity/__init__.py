@@ -1,0 +1,1 @@
+"""Weight pruning without a Trainer: which weights are pruned, and to which sparsity."""
