@@ -1,4 +1,4 @@
-"""The Banking77 messages: finding the two files, reading them, holding out a part for validation.
+"""The Banking77 messages: find the two files, read them, and hold out a part for validation.
 
 The data set (questions of a bank's customers, each with one of 77 intents) belongs to its publisher and is no part of
 this repository. Casanueva et al. 2020, "Efficient Intent Detection with Dual Sentence Encoders", arXiv:2003.04807.
@@ -29,7 +29,7 @@ WHERE_TO_GET_IT = (
 
 @dataclass(frozen=True)
 class Messages:
-    """Messages with the intent of each.
+    """Messages and their intents.
 
     Attributes:
         texts: As the customers wrote them.

@@ -1,4 +1,4 @@
-"""What the examples share: the stages of a recipe, its random control, and what the targets say about the last row."""
+"""Shared by the examples: the stages of a recipe, its random control, and the check of the targets."""
 
 import dataclasses
 import logging
@@ -29,7 +29,7 @@ def prepare(*, threads: int, verbose: bool) -> None:
 
 
 def stages(recipe: Recipe) -> dict[str, Recipe]:
-    """Return the recipe with more and more of its techniques: first the teacher alone, at last all of it.
+    """Return the stages of a recipe: first distillation alone, then one more technique each.
 
     Each has the windows of the whole recipe, so a row of the table says what its technique changed.
     """
@@ -40,14 +40,14 @@ def stages(recipe: Recipe) -> dict[str, Recipe]:
 
 
 def at_random(recipe: Recipe) -> Recipe:
-    """Return the recipe with its channels and weights drawn by lot: the control of its criteria."""
+    """Return the recipe with random channels and weights: the control of its criteria."""
     drawn = [name for name in ("channel_pruning", "weight_pruning") if getattr(recipe, name) is not None]
     return dataclasses.replace(recipe, **{name: {**getattr(recipe, name), "criterion": "random"} for name in drawn})
 
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """What the deployed file is to reach against the dense model's.
+    """Targets of the deployed file relative to the dense model's.
 
     Attributes:
         smaller: How many times fewer bytes.
@@ -63,7 +63,7 @@ class Target:
 
 
 def target_notes(report: ComparisonReport, deployed: str, target: Target, times: tuple[float, float]) -> list[str]:
-    """Say of each target what was measured, and whether that is enough.
+    """Compare each target with the measured value.
 
     Args:
         report: Of the comparison.
@@ -89,7 +89,7 @@ def target_notes(report: ComparisonReport, deployed: str, target: Target, times:
 
 
 def times_alone(files: Sequence[Path], inputs: Any) -> tuple[float, ...]:
-    """Return the milliseconds that ONNX Runtime takes for a call of each file by itself: the least of some rounds."""
+    """Return the milliseconds of an ONNX Runtime call of each file alone: the minimum over some rounds."""
     calls = [_call(path, as_forward_inputs(inputs)) for path in files]
     rounds = [[time_in_turns([call], time.thread_time).milliseconds for call in calls] for _ in range(ROUNDS)]
     return tuple(map(min, zip(*rounds, strict=True)))

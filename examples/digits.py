@@ -1,4 +1,4 @@
-"""The whole chain on handwritten digits: a large net teaches a small one, which is pruned and rounded by one recipe.
+"""The whole chain on handwritten digits: one recipe distills a large net into a small one, prunes and quantizes it.
 
 The 1,797 scans come with scikit-learn; nothing is downloaded. Run it with ``python examples/digits.py``. Net and data
 are ``lightning_optim.demo``'s: an ordinary LightningModule and LightningDataModule.
@@ -44,7 +44,7 @@ def fit(
     epochs: int,
     callbacks: Sequence[pl.Callback] = (),
 ) -> DigitsNet:
-    """Train a net: a plain Trainer, with the recipe's callbacks and a teacher where there is one."""
+    """Train a net with a plain Trainer, the recipe's callbacks and the teacher, if any."""
     pl.seed_everything(data.seed, verbose=False)
     model, recipe = DigitsNet(width), recipe or Recipe()
     trainer = pl.Trainer(
@@ -87,7 +87,7 @@ def width_of_size(parameters: int) -> int:
 
 
 def measure(nets: Mapping[str, DigitsNet], data: DigitsData) -> ComparisonReport:
-    """Measure every net as it is deployed."""
+    """Measure every net as deployed."""
     images, labels = data.splits["test"][:]
     return compare(
         nets,
@@ -102,7 +102,7 @@ def measure(nets: Mapping[str, DigitsNet], data: DigitsData) -> ComparisonReport
 
 
 def describe(report: ComparisonReport, data: DigitsData) -> None:
-    """Give the report its title and the sentences that say how to read it."""
+    """Add the title and the reading notes to the report."""
     sizes = {name: len(part) for name, part in data.splits.items()}
     report.title = "Handwritten digits: from a large net to a small int8 file"
     report.summary = (

@@ -74,13 +74,13 @@ class Counts(pl.Callback):
 
 
 def size_of(tensors: Iterable[Any]) -> int:
-    """Return the bytes of the parts that this process holds."""
+    """Return the bytes of the shards that this process holds."""
     parts = [local(tensor) for tensor in tensors if isinstance(tensor, Tensor)]
     return sum(part.numel() * part.element_size() for part in parts)
 
 
 def checksum(module: pl.LightningModule) -> int:
-    """Return a checksum of the whole weights, gathered where they are divided."""
+    """Return a checksum of the whole weights, gathered if they are sharded."""
     total = 0
     for value in whole_state(module, keep=True).values():
         total = zlib.crc32(value.contiguous().numpy().tobytes(), total)

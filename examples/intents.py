@@ -1,4 +1,4 @@
-"""Make a reader of customer-service messages small by one recipe, from its teacher to the verified int8 file.
+"""Compress an intent classifier for customer-service messages with one recipe, from teacher to verified int8 file.
 
 77 intents; the teacher is MiniLM where it is installed, else a larger net of the same kind; every stage is measured.
 Run it with ``python examples/intents.py --data PATH``, or with ``--synthetic`` where the Banking77 files are missing.
@@ -56,7 +56,7 @@ class Widths:
 
 @dataclass(frozen=True)
 class Job:
-    """How large the student is, how large a teacher of its kind is, and how long both learn."""
+    """Sizes of the student and of a teacher of its kind, and their training lengths."""
 
     student: Widths
     teacher: Widths
@@ -113,7 +113,7 @@ def prepare_material(data: IntentsData, job: Job, folder: Path) -> Material:
 
 
 def build(task: IntentsTask, widths: Widths, vectors: Path | None) -> IntentsNet:
-    """Make a net, which begins with the vocabulary's vectors where it has some."""
+    """Build a net, initialized with the vocabulary's vectors if there are any."""
     return IntentsNet(
         len(task.vocabulary),
         task.intents,
@@ -133,7 +133,7 @@ def fit(
     recipe: Recipe | None = None,
     logits: Path | None = None,
 ) -> IntentsNet:
-    """Train a net: a plain Trainer, with the recipe's callbacks and the teacher's cached logits where there is one."""
+    """Train a net with a plain Trainer, the recipe's callbacks and the teacher's cached logits, if any."""
     data.indexed = recipe is not None
     pl.seed_everything(data.seed, verbose=False)
     model = build(data.task, widths, vectors)
@@ -177,7 +177,7 @@ def accuracy_of(logits: Tensor, messages: MessagePieces) -> float:
 
 
 def measure(nets: Mapping[str, nn.Module], task: IntentsTask, material: Material) -> ComparisonReport:
-    """Measure every net as it is deployed, against the teacher; and add what needs no net."""
+    """Measure every net as deployed, relative to the teacher, and add the baselines without a network."""
 
     def evaluate(model: nn.Module) -> float:
         if isinstance(model, SentenceTeacher):  # known from its vectors, which took half a minute
@@ -200,13 +200,13 @@ def measure(nets: Mapping[str, nn.Module], task: IntentsTask, material: Material
 
 
 def export_options(task: IntentsTask) -> dict[str, Any]:
-    """Return what the exported files are verified on, and which of their dimensions are free."""
+    """Return the export options: verification inputs and dynamic dimensions."""
     held_out = [pieces for pieces, _ in task.evaluation()]
     return {"inputs": held_out[:: max(len(held_out) // COMPARED_BATCHES, 1)], "dynamic_dims": {"pieces": {1: "length"}}}
 
 
 def word_counts(task: IntentsTask) -> dict[str, float]:
-    """Judge word counts (TF-IDF) with logistic regression, fitted to the same messages."""
+    """Score word counts (TF-IDF) with logistic regression, fitted to the same messages."""
     words = TfidfVectorizer(sublinear_tf=True)
     classifier = LogisticRegression(C=5, max_iter=1000)  # C by the validation part
     classifier.fit(words.fit_transform(task.train.texts), task.train.labels)
@@ -217,13 +217,13 @@ def word_counts(task: IntentsTask) -> dict[str, float]:
 
 
 def deploy(model: nn.Module, task: IntentsTask, path: Path) -> ExportedModel:
-    """Write a net's file as it is deployed, and open it."""
+    """Export a net as deployed, and load the file."""
     export_onnx(model, path, task.one_message, **export_options(task))
     return ExportedModel(path)
 
 
 def describe(report: ComparisonReport, data: IntentsData, job: Job, material: Material, source: str) -> None:
-    """Give the report its title and the sentences that say how to read it."""
+    """Add the title and the reading notes to the report."""
     task, held_out = data.task, data.source[1]
     noise = 2 * (material.accuracy * (1 - material.accuracy) / len(task.held_out)) ** 0.5
     gain = report["distilled"]["accuracy"] - report[SCRATCH]["accuracy"]

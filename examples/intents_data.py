@@ -1,4 +1,4 @@
-"""Customer-service messages for a Trainer: what is learned, what is held out, and the pieces they are read as."""
+"""Customer-service messages for a Trainer: training and held-out sets, and their word pieces."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -24,7 +24,7 @@ FAST_TOPIC = "transfer"  # ten intents that are easily taken for one another
 
 @dataclass(frozen=True)
 class IntentsTask:
-    """What is learned, and what it is judged by.
+    """Training and evaluation messages.
 
     Attributes:
         train: Messages to train on.
@@ -53,7 +53,7 @@ class IntentsTask:
         return messages[median][0]
 
     def evaluation(self) -> DataLoader:
-        """Return the messages to judge by, in batches of similar length."""
+        """Return the evaluation messages, in batches of similar length."""
         return loader(self.held_out_pieces, batch_size=EVALUATION_BATCH_SIZE)
 
 
@@ -118,7 +118,7 @@ class IntentsData(pl.LightningDataModule):
 
     @property
     def task(self) -> IntentsTask:
-        """What is to be learned; read when it is first asked for."""
+        """The task, read at first access."""
         return load_task(*self.source)
 
     def setup(self, stage: str) -> None:

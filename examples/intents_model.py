@@ -1,4 +1,4 @@
-"""A small convolutional net that reads a message and names its intent; and the batches it is trained on.
+"""A small convolutional net that classifies messages by intent, and its training batches.
 
 An ordinary LightningModule of plain layers; it knows nothing of lightning_optim.
 """
