@@ -417,7 +417,8 @@ def test_every_criterion_reaches_the_sparsity(name):
     weights = {"a": torch.randn(6, 8), "b": torch.randn(4, 6)}
     scores = {}
     for key, weight in weights.items():
-        stats = Statistics(weight, torch.rand(weight.shape[1]), parameter_generator(key))
+        inputs = torch.rand(weight.shape[1])
+        stats = Statistics(gradient=weight, input_norm=inputs, generator=parameter_generator(key))
         scores[key] = scores_of(CRITERIA[name], weight, stats)
     assert zeros(global_masks(scores, 0.75)) == 54
 
