@@ -227,7 +227,7 @@ MISTAKES = [
     (["recipes", "tiny"], "unknown recipe 'tiny'; known: cpu-latency"),
     (["fit", *MODEL, *DATA, "--recipe", "tiny"], "unknown recipe 'tiny'"),
     (["fit", *MODEL, *DATA, *QUIET, "--recipe", "{weight_pruning: 80}"], "For 80 % zeros pass 0.8"),
-    (["fit", *MODEL, *DATA, *QUIET, "--recipe", "{quantisation: true}"], "no word 'quantisation'"),
+    (["fit", *MODEL, *DATA, *QUIET, "--recipe", "{quantisation: true}"], "unknown keys 'quantisation'"),
     (
         ["fit", *MODEL, *DATA, *QUIET, "--recipe", "small-file", "--teacher", MODEL[1]],
         "no `distillation`, and a teacher",

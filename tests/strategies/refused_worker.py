@@ -18,7 +18,7 @@ from torch.distributed.fsdp import fully_shard
 
 from helpers.gpt import GPT, Language
 from lightning_optim import ChannelPruning, DistillationModule, Feature, PerformanceScore, WeightPruning
-from lightning_optim.callbacks import performance_score
+from lightning_optim.callbacks import inference_time
 from lightning_optim.strategies import OptimFSDP2
 
 
@@ -103,7 +103,7 @@ def main() -> None:
 
 def not_measured() -> dict[str, str]:
     """A model whose whole copies do not fit: what PerformanceScore warns of, and its P."""
-    performance_score.free_bytes = lambda device: 0
+    inference_time.free_bytes = lambda device: 0
     score = PerformanceScore()
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "max_epochs": 1}
     with warnings.catch_warnings(record=True) as caught:
