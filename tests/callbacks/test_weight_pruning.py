@@ -745,7 +745,7 @@ def resumable(criterion):
     return pruning(0.8, start=2, end=0.8, criterion=criterion)
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("dropout", [pytest.param(0.0, marks=pytest.mark.slow), 0.3])
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 @pytest.mark.parametrize("criterion", sorted(CRITERIA))
 def test_resumed_at_every_epoch_equals_uninterrupted(tmp_path, criterion, precision, dropout):

@@ -96,6 +96,7 @@ def test_a_preset_that_cannot_run_the_model_ends_in_one_sentence(name, sentence)
     assert re.search(rf"^error: .*{re.escape(sentence)}", finished.stderr, re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_help_names_every_preset():
     from lightning_optim.strategies import PRESETS
 

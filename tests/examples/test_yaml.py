@@ -52,6 +52,7 @@ def test_the_recommender(monkeypatch, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_the_intents(tmp_path):
     files = tmp_path / "checkpoints" / "intents_teacher"
     intents.main(["--synthetic", "--prepare", "--files", str(files), "--report", str(tmp_path)])

@@ -53,9 +53,7 @@ def dimensions(path):
     }
 
 
-@pytest.mark.parametrize(
-    "name", [n if n in ("Bert", "GPT2") else pytest.param(n, marks=pytest.mark.slow) for n in TEXT_MODELS]
-)
+@pytest.mark.parametrize("name", [n if n == "Bert" else pytest.param(n, marks=pytest.mark.slow) for n in TEXT_MODELS])
 def test_the_length_of_a_text_model_is_free_up_to_its_positions(name, tmp_path):
     path, longest = tmp_path / "text.onnx", TEXT_MODELS[name][1]
     report = export_onnx(text_model(name), path, texts(7), dynamic_dims=LENGTH, inputs=[texts(24), texts(3)])

@@ -128,6 +128,7 @@ def test_weights_only_are_exact_in_the_engine_too(tmp_path):
     assert report.size_ratio < 0.7
 
 
+@pytest.mark.slow
 def test_four_bit_activations_keep_integer_kernels(tmp_path):
     module, inputs = quantized("branches", activation_bits=4)
     report = export_onnx(module, tmp_path / "net.onnx", inputs, least_agreement=0.8)
@@ -440,6 +441,7 @@ class Shared(nn.Module):
         return self.nb(self.b(self.na(self.a(x)).relu())).relu()
 
 
+@pytest.mark.slow
 def test_a_layer_under_two_names_is_not_folded_into_one_of_its_norms(tmp_path):
     torch.manual_seed(0)
     x = torch.randn(8, 3, 6, 6)
@@ -483,7 +485,7 @@ def test_names_that_meet_raise(tmp_path):
         export_onnx(Returns(), tmp_path / "a.onnx", torch.zeros(2, 3), least_agreement=99)
 
 
-@pytest.mark.parametrize("bits", [2, 3])
+@pytest.mark.parametrize("bits", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_few_bits_keep_their_biases(tmp_path, bits):
     torch.manual_seed(0)
     x = torch.randn(64, 16)

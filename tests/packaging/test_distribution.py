@@ -79,6 +79,7 @@ def test_the_metadata(built):
     assert "# lightning_optim" in metadata.get_payload()
 
 
+@pytest.mark.slow
 def test_it_works_without_the_clone(built, tmp_path):
     with zipfile.ZipFile(built[0]) as wheel:
         wheel.extractall(tmp_path / "site")

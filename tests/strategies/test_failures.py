@@ -86,6 +86,7 @@ def test_torchrun_trains_the_same(tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the notebook preset forks, which this system cannot")
+@pytest.mark.slow
 def test_the_notebook_preset_forks(tmp_path):
     code, output, _ = run(tmp_path, "optim_ddp_notebook", "none")
     assert code == 0, output[-2000:]

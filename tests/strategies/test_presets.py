@@ -41,6 +41,7 @@ def test_every_preset_builds_copies_and_pickles(name):
             assert stored.get(word, lambda s, word=word: getattr(s, word))(other) == value
 
 
+@pytest.mark.slow
 def test_importing_the_package_registers_the_names():
     code = "import lightning_optim; from lightning.pytorch.strategies import StrategyRegistry as r; print(*r)"
     names = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
