@@ -428,11 +428,15 @@ class QuantizationAwareTraining(CompressionCallback):
         }
 
     def model_changed(self, pl_module: pl.LightningModule, changed: Changed) -> None:
-        """Rename layers that moved and drop those that were removed.
+        """Rename layers that moved; drop those that were removed, or became layers that are not quantized.
 
         Where channels left, scales of weights come from the weights, and those of activations have no channels.
         """
         names = {name: changed.layer(name) for name in self._layers}
+        for name, layer in self._layers.items():
+            if names[name] is not None and not isinstance(layer, QuantizedLayer):  # its class was replaced
+                rank_zero_info(f"{self.label}: {names[name]} is now a {type(layer).__name__}, which stays float.")
+                names[name] = None
         self._layers = {new: self._layers[old] for old, new in names.items() if new is not None}
         self._rounded = [new for old in self._rounded if (new := names.get(old)) is not None]
         self._outputs = [new for old in self._outputs if (new := names.get(old)) is not None]

@@ -15,6 +15,7 @@ from helpers.models import Classifier, Files, SeededByStep, assert_same_state, f
 from helpers.toy import LowRank as LowRankLayer
 from lightning_optim import CompressedCheckpoint, Recipe, ReportCallback, load_from_checkpoint
 from lightning_optim.cli.main import main
+from lightning_optim.quantization.prepare import quantized_layers
 from lightning_optim.techniques import TECHNIQUES
 
 WINDOW = {"start": 2, "end": 12}
@@ -98,6 +99,21 @@ def test_beside_all_others_in_one_run(tmp_path):
         again = new()
         fit(tmp_path, again, SeededByStep(), *recipe.callbacks(), ckpt_path=tmp_path / f"{epoch}.ckpt")
         assert_same_state(module, again)
+
+
+def test_a_layer_that_another_technique_replaces_is_quantized_no_more(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    recipe = Recipe(low_rank={"ratio": 0.5, "include": ["net.6"]}, quantization=True)
+    module = new()
+    fit(tmp_path, module, SeededByStep(), *recipe.callbacks(), Files(tmp_path))
+    assert_factorized(module, 6)
+    assert list(quantized_layers(module)) == ["net.0", "net.4"]
+    assert "net.6 is now a LowRank, which stays float" in caplog.text
+    for epoch in range(2):
+        again = new()
+        fit(tmp_path, again, SeededByStep(), *recipe.callbacks(), ckpt_path=tmp_path / f"{epoch}.ckpt")
+        assert_same_state(module, again)
+    assert_same_state(load_from_checkpoint(Classifier, tmp_path / "2.ckpt"), module)
 
 
 def test_wrong_arguments_are_said_as_those_of_ours():
