@@ -79,7 +79,7 @@ def check_mapping(name: str, value: Any, of: str) -> None:
 def check_name(name: str, value: Any, example: str) -> None:
     """Check that an argument is a non-empty string or None."""
     if value is not None and (not isinstance(value, str) or not value):
-        raise TypeError(f"`{name}` must be a text such as {example!r} or None, got {value!r}.")
+        raise TypeError(f"`{name}` must be a non-empty string such as {example!r}, or None, got {value!r}.")
 
 
 def check_names(name: str, given: Mapping[str, Any], known: Collection[str]) -> None:

@@ -43,7 +43,7 @@ def provenance(module: nn.Module, trainer: Any, callbacks: Iterable[Any] = ()) -
 
 
 def _recipes(sources: Iterable[Any]) -> list[dict[str, Any]]:
-    """Return the recipes of a run, each with the words of those of its techniques that took part."""
+    """Return the recipes of a run, each with the arguments of its techniques that took part."""
     recipes: list[dict[str, Any]] = []
     for source in sources:
         words = getattr(source, "recipe", None)

@@ -394,7 +394,7 @@ def first_rows(inputs: ForwardInputs, rows: int) -> ForwardInputs:
         rows: Rows wanted; when the batch has fewer they are repeated.
 
     Raises:
-        ValueError: If the tensors disagree in dimension 0, so that no batch can be told.
+        ValueError: If the tensors have different sizes in dimension 0, so the batch size is ambiguous.
     """
     tensors: list[Tensor] = []
     map_inputs(lambda tensor: tensors.append(tensor) or tensor, inputs)  # type: ignore[func-returns-value]

@@ -1,4 +1,4 @@
-"""Who ranks which weights, where each process holds a part of every weight.
+"""Assigns each rank the rows of every sharded weight that it scores.
 
 A criterion may look at a whole weight, and the order of equal scores is that of one process. So each rank takes the
 same number of rows of every weight: consecutive parts of the flat order, whatever the layout of the strategy. The

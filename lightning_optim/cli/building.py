@@ -1,4 +1,4 @@
-"""Models made from their words, and filled from checkpoints; nothing that a checkpoint names is imported."""
+"""Build models from configuration and load checkpoints into them; nothing that a checkpoint names is imported."""
 
 import argparse
 import tempfile

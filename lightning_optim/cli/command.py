@@ -1,4 +1,4 @@
-"""What a command is, and how it says what the user can mend."""
+"""CLI command definition and user-facing error handling."""
 
 import argparse
 import sysconfig
@@ -35,7 +35,7 @@ class Command:
 
 
 def command_parser(name: str, description: str, **options: Any) -> argparse.ArgumentParser:
-    """Return an empty parser for a command's own words."""
+    """Return an empty parser for a command's own arguments."""
     return argparse.ArgumentParser(prog=f"lightning-optim {name}", description=description, **options)
 
 

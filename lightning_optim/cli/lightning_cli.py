@@ -1,4 +1,4 @@
-"""LightningCLI with two more words: a recipe, and a teacher."""
+"""LightningCLI with two more arguments: a recipe and a teacher."""
 
 import argparse
 import sys
@@ -84,7 +84,7 @@ class OptimCLI(LightningCLI):
         """
 
     def instantiate_classes(self) -> None:
-        """Make model, data and Trainer; what is wrong with their words is said in one line."""
+        """Build model, data and Trainer; errors in their arguments are one line."""
         with said_plainly():
             self.recipe = Recipe.load(self._word("recipe") or {})
             super().instantiate_classes()

@@ -48,7 +48,7 @@ PREPARE_HELP = (
 
 
 def objects_parser(name: str, description: str) -> argparse.ArgumentParser:
-    """Return a parser for the words of a command that takes model and data in the words of ``fit`` beside its own."""
+    """Return a parser for a command that takes the model and data arguments of ``fit`` and its own."""
     return command_parser(
         name,
         f"{description} Model and data are those of a configuration: --config FILE as `fit` takes it, or --model CLASS "
@@ -71,7 +71,7 @@ def dims(text: str) -> dict[str, dict[int, str]]:
 
 
 def model_and_data(command: str, arguments: Sequence[str]) -> Objects:
-    """Make model and data from the words that ``fit`` takes: ``--config``, ``--model``, ``--data``.
+    """Build model and data from the arguments of ``fit``: ``--config``, ``--model``, ``--data``.
 
     Args:
         command: Which is running, for its help text.

@@ -1,4 +1,4 @@
-"""``lightning-optim show``: what a checkpoint holds and where it comes from."""
+"""``lightning-optim show``: the contents and provenance of a checkpoint."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,7 +21,7 @@ Pairs = Iterable[tuple[str, Any]]
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Print what a file says of itself; no class of it is imported."""
+    """Print the plan and provenance of a file; no class that it names is imported."""
     parser = command_parser("show", "Print where a checkpoint comes from and what was made of its model.")
     parser.add_argument("file", metavar="FILE", help="a checkpoint of a Lightning Trainer")
     given = parser.parse_args(arguments)

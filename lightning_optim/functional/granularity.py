@@ -41,7 +41,7 @@ def parse_granularity(text: str) -> "Granularity":
         ValueError: If it is none of them.
     """
     if not isinstance(text, str):
-        raise TypeError(f"granularity is a text such as '2:4', got {text!r}. In YAML it must be quoted: '2:4'.")
+        raise TypeError(f"granularity must be a string such as '2:4', got {text!r}. In YAML it must be quoted: '2:4'.")
     for pattern, make in _FORMS:
         match = re.fullmatch(pattern, text)
         if match:

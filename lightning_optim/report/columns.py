@@ -35,7 +35,7 @@ Row = dict[str, Any]
 
 
 def formatted(value: Any, form: str) -> str:
-    """Return a number in a form, a text as it is, and a dash for None."""
+    """Return a formatted number, a string as it is, and a dash for None."""
     if value is None:
         return "-"
     return value if isinstance(value, str) else form.format(value)
@@ -60,7 +60,7 @@ class Column:
     part: str = ""
 
     def cell(self, row: Row) -> str:
-        """Return the text of a row's value: a text as it is, a dash where it has none."""
+        """Return a row's value as a string, a dash if it has none."""
         value = row.get(self.key)
         if callable(self.form) and value is not None and not isinstance(value, str):
             return self.form(row)
@@ -142,5 +142,5 @@ def _markdown_row(cells: Iterable[str]) -> str:
 
 
 def markdown_text(text: str) -> str:
-    """Return a text in one line, in which Markdown sees no tag."""
+    """Return a string on one line, with its tags escaped for Markdown."""
     return escape(" ".join(text.split("\n")).replace("\r", ""), quote=False)

@@ -152,7 +152,7 @@ def compare(
 def _checked_names(models: Mapping[str, nn.Module], reference: str | None, controls: set[str]) -> str:
     for name, model in models.items():
         if not isinstance(name, str):
-            raise TypeError(f"`models` must be name -> nn.Module, got the name {name!r}. Give each a text as its name.")
+            raise TypeError(f"`models` must be name -> nn.Module, got the name {name!r}. Name each with a string.")
         if not isinstance(model, nn.Module):
             raise TypeError(f"`models` must be name -> nn.Module, got {type(model).__name__} for {name!r}.")
     if not models:

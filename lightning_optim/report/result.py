@@ -148,9 +148,9 @@ class ComparisonReport:
             sentences.append(
                 f"Times are on one thread, and ratios to {self.reference} from calls of all models that take turns; in "
                 f"brackets the range over {ROUNDS} rounds, in each of which every model lies elsewhere in memory. “No "
-                f"difference”: nearer to 1 than {SAME:g}, or a range that holds 1. The range beside {self.reference} "
-                "is that of the model against itself at another place, widened to hold 1: the noise. A range that "
-                "meets it holds it too."
+                f"difference”: the ratio is within {SAME:g} of 1, or its range includes 1. The range beside "
+                f"{self.reference} is that of the model against itself at another place, widened to include 1: the "
+                "noise. A range that overlaps it is extended to include 1."
             )
         if any(row.get("P") is not None for row in self.rows):
             sentences.append(self._words_of_score())

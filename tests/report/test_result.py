@@ -20,7 +20,7 @@ def test_a_difference_within_the_noise_is_called_none():
     assert "1.02 [1.01, 1.03] no difference" in str(found)
     assert "0.50 [0.49, 0.51]" in str(report(ratio=0.5))
     assert "0.50 [0.49, 0.51] no difference" not in str(report(ratio=0.5))
-    assert any("nearer to 1 than 0.05" in sentence for sentence in found.reading())
+    assert any("within 0.05 of 1" in sentence for sentence in found.reading())
 
 
 def test_the_table_is_as_wide_as_the_terminal():
