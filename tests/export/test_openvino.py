@@ -17,7 +17,7 @@ KERNELS = {
 
 
 @pytest.mark.parametrize(
-    "name", ["text convolution", *(pytest.param(n, marks=pytest.mark.slow) for n in ("residual", "recommender"))]
+    "name", ["residual", *(pytest.param(n, marks=pytest.mark.slow) for n in ("recommender", "text convolution"))]
 )
 def test_nets_run_with_integers_and_give_their_answers(name, tmp_path):
     module, inputs = quantized(name)
