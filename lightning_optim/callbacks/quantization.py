@@ -428,12 +428,13 @@ class QuantizationAwareTraining(CompressionCallback):
         }
 
     def model_changed(self, pl_module: pl.LightningModule, changed: Changed) -> None:
-        """Rename layers that moved; drop those that were removed, or became layers that are not quantized.
+        """Rename layers that moved; drop those that were removed or replaced by layers that are not quantized.
 
-        Where channels left, scales of weights come from the weights, and those of activations have no channels.
+        Weight scales are computed from the weights; activation scales have no channels.
         """
         names = {name: changed.layer(name) for name in self._layers}
-        for name, layer in self._layers.items():
+        layers: Mapping[str, nn.Module] = self._layers
+        for name, layer in layers.items():
             if names[name] is not None and not isinstance(layer, QuantizedLayer):  # its class was replaced
                 rank_zero_info(f"{self.label}: {names[name]} is now a {type(layer).__name__}, which stays float.")
                 names[name] = None

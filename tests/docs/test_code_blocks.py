@@ -23,11 +23,18 @@ from helpers.models import CLASSES, FEATURES, Classifier, data
 from lightning_optim import IndexedDataset, Recipe, WeightPruning
 from lightning_optim.cli import main
 from lightning_optim.cli.main import COMMANDS
+from lightning_optim.export.runtimes import RUNTIMES
+from lightning_optim.functional.channels import CHANNEL_CRITERIA
+from lightning_optim.functional.criteria import CRITERIA, STATISTICS
+from lightning_optim.functional.losses import FEATURE_LOSSES, LOSSES
+from lightning_optim.functional.observers import OBSERVERS
+from lightning_optim.functional.schedules import SCHEDULES
 from lightning_optim.techniques import TECHNIQUES
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^(?P<indent> *)```(?P<language>\w+)[^\n]*\n(?P<code>.*?)^ *```$", re.MULTILINE | re.DOTALL)
+REGISTRIES = (CHANNEL_CRITERIA, CRITERIA, FEATURE_LOSSES, LOSSES, OBSERVERS, RUNTIMES, SCHEDULES, STATISTICS)
 MOST_EPOCHS = 4
 LONG = ("index.md", "report.md")
 """Pages whose blocks compare several models in several engines."""
@@ -151,8 +158,10 @@ def small_trainer(monkeypatch, tmp_path):
     monkeypatch.setattr(pl, "Trainer", small)
     monkeypatch.chdir(tmp_path)
     techniques = set(TECHNIQUES)
+    for registry in REGISTRIES:  # what a page registers is gone after it
+        monkeypatch.setattr(registry, "_functions", dict(registry._functions))
     yield tmp_path
-    for name in set(TECHNIQUES) - techniques:  # a page's
+    for name in set(TECHNIQUES) - techniques:
         TECHNIQUES.unregister(name)
     if torch.distributed.is_initialized():  # by a page's preset
         torch.distributed.destroy_process_group()

@@ -106,7 +106,8 @@ def test_the_range_of_the_reference_holds_its_ratio(monkeypatch, low, high, show
     assert (row["torch_low"], row["torch_high"]) == (shown or (low, high))
     assert (report["b"]["torch_low"], report["b"]["torch_high"]) == (low, high)
     assert any(
-        "of the model against itself at another place, widened to hold 1" in sentence for sentence in report.reading()
+        "of the model against itself at another place, widened to include 1" in sentence
+        for sentence in report.reading()
     )
 
 
