@@ -433,8 +433,7 @@ class QuantizationAwareTraining(CompressionCallback):
         Weight scales are computed from the weights; activation scales have no channels.
         """
         names = {name: changed.layer(name) for name in self._layers}
-        layers: Mapping[str, nn.Module] = self._layers
-        for name, layer in layers.items():
+        for name, layer in dict[str, nn.Module](self._layers).items():
             if names[name] is not None and not isinstance(layer, QuantizedLayer):  # its class was replaced
                 rank_zero_info(f"{self.label}: {names[name]} is now a {type(layer).__name__}, which stays float.")
                 names[name] = None
