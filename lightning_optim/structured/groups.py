@@ -17,7 +17,6 @@ from torch.nn.parameter import is_lazy
 from lightning_optim.errors import FAILURES, first_line
 from lightning_optim.modules import CONVOLUTIONS, EMBEDDINGS, RECURRENT, TRANSPOSED, copy_module, without_fast_path
 from lightning_optim.structured.patience import Patience
-from lightning_optim.structured.pruners import own_pruners, treats_channels_alike
 from lightning_optim.structured.reach import called_layers, differentiable, parameters_behind
 from lightning_optim.structured.splits import SplitTracer, blocks_of_parts, map_parts
 from lightning_optim.target import ForwardInputs, is_computed, named_layers
@@ -369,6 +368,8 @@ class _Untraceable(ValueError):
 
 def _trace(module: nn.Module, inputs: ForwardInputs) -> tuple[Any, list[Tensor], set[str]]:
     """Return torch-pruning's graph, the outputs that it starts from, and the names of the layers that were called."""
+    from lightning_optim.structured.pruners import own_pruners  # imports torch-pruning
+
     tracer = SplitTracer()
     graph = tracer.graph()
     outputs: list[Tensor] = []
@@ -397,11 +398,16 @@ def _trace(module: nn.Module, inputs: ForwardInputs) -> tuple[Any, list[Tensor],
             inputs.args,
             forward_fn=forward,
             customized_pruners=own_pruners(graph, module),
-            ignored_layers=[layer for layer in module.modules() if treats_channels_alike(layer)],
+            ignored_layers=[layer for layer in module.modules() if _treats_channels_alike(layer)],
             verbose=False,
         )
     map_parts(graph)
     return graph, outputs, called
+
+
+def _treats_channels_alike(layer: nn.Module) -> bool:
+    """Tell whether a layer with parameters does the same to every channel, so that it loses none."""
+    return isinstance(layer, nn.PReLU) and layer.num_parameters == 1
 
 
 @contextmanager

@@ -1,4 +1,7 @@
-"""How channels leave layers that torch-pruning does not know, or treats wrongly."""
+"""How channels leave layers that torch-pruning does not know, or treats wrongly.
+
+Importing this imports torch-pruning, so it is imported where a model is traced, not with the package.
+"""
 
 import re
 from collections.abc import Sequence
@@ -6,19 +9,117 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch_pruning.ops import OPTYPE, module2type
+from torch_pruning.pruner.function import BasePruningFunc, ConvPruner
 
 from lightning_optim.modules import RECURRENT
 from lightning_optim.structured.splits import Part
 
-__all__ = ["own_pruners", "treats_channels_alike"]
+__all__ = ["own_pruners"]
 
 _WIDTH = re.compile(r"(num_|n_|in_|out_|embed_|hidden_)?(features|channels|dims?|planes|width|size)|c")
 """Names of attributes that count the channels of a layer which treats each channel by itself."""
 
 
-def treats_channels_alike(layer: nn.Module) -> bool:
-    """Tell whether a layer with parameters does the same to every channel, so that it loses none."""
-    return isinstance(layer, nn.PReLU) and layer.num_parameters == 1
+class _Convolutions(ConvPruner):  # type: ignore[misc]
+    """torch-pruning takes a grouped transposed convolution's outputs for those of an ungrouped one."""
+
+    def prune_out_channels(self, layer: Any, idxs: Sequence[int]) -> Any:
+        if not layer.transposed or layer.groups == 1:
+            return super().prune_out_channels(layer, idxs)
+        per_block = layer.out_channels // layer.groups
+        layer.weight = nn.Parameter(_without(layer.weight, {index % per_block for index in idxs}, 1))
+        if layer.bias is not None:
+            layer.bias = nn.Parameter(_without(layer.bias, idxs, 0))
+        layer.out_channels -= len(idxs)
+        return layer
+
+    def prune_in_channels(self, layer: Any, idxs: Sequence[int]) -> Any:
+        if not layer.transposed or layer.groups == 1:
+            return super().prune_in_channels(layer, idxs)
+        layer.weight = nn.Parameter(_without(layer.weight, idxs, 0))
+        layer.in_channels -= len(idxs)
+        return layer
+
+
+class _Bags(BasePruningFunc):  # type: ignore[misc]
+    """Columns of an EmbeddingBag."""
+
+    TARGET_MODULES = (nn.EmbeddingBag,)
+
+    def prune_out_channels(self, layer: nn.EmbeddingBag, idxs: Sequence[int]) -> nn.EmbeddingBag:
+        layer.weight = nn.Parameter(_without(layer.weight, idxs, 1))
+        layer.embedding_dim = layer.weight.shape[1]
+        return layer
+
+    prune_in_channels = prune_out_channels
+
+    def get_out_channels(self, layer: nn.EmbeddingBag) -> int:
+        return layer.embedding_dim
+
+    get_in_channels = get_out_channels
+
+
+class _Recurrent(BasePruningFunc):  # type: ignore[misc]
+    """Inputs of a recurrent layer; its outputs are states of its gates and stay."""
+
+    TARGET_MODULES = RECURRENT
+
+    def prune_out_channels(self, layer: nn.Module, idxs: Sequence[int]) -> nn.Module:
+        raise ValueError(f"{type(layer).__name__} cannot lose outputs")
+
+    def prune_in_channels(self, layer: Any, idxs: Sequence[int]) -> Any:
+        for name in ("weight_ih_l0", "weight_ih_l0_reverse", "weight_ih"):
+            if name in layer._parameters:
+                setattr(layer, name, nn.Parameter(_without(layer._parameters[name], idxs, 1)))
+        layer.input_size -= len(idxs)
+        return layer
+
+    def get_out_channels(self, layer: Any) -> int:
+        return int(layer.hidden_size)
+
+    def get_in_channels(self, layer: Any) -> int:
+        return int(layer.input_size)
+
+
+class _PerChannel(BasePruningFunc):  # type: ignore[misc]
+    """A layer all of whose tensors hold one number a channel, such as a frozen BatchNorm."""
+
+    def prune_out_channels(self, layer: nn.Module, idxs: Sequence[int]) -> nn.Module:
+        width = _channels_by_shape(layer)
+        for name, tensor in _own_tensors(layer).items():
+            if tensor.numel() == width:
+                small = _without(tensor, idxs, list(tensor.shape).index(width))
+                if name in layer._parameters:
+                    layer._parameters[name] = nn.Parameter(small)
+                else:
+                    layer._buffers[name] = small
+        for name, value in list(vars(layer).items()):
+            if type(value) is int and value == width and _WIDTH.fullmatch(name):
+                setattr(layer, name, width - len(idxs))
+        return layer
+
+    prune_in_channels = prune_out_channels
+
+    def get_out_channels(self, layer: nn.Module) -> int | None:
+        return _channels_by_shape(layer)
+
+    get_in_channels = get_out_channels
+
+
+class _Parts(BasePruningFunc):  # type: ignore[misc]
+    """A part of a split: it loses nothing itself."""
+
+    def prune_out_channels(self, layer: Part, idxs: Sequence[int]) -> Part:
+        return layer
+
+    prune_in_channels = prune_out_channels
+
+    def get_out_channels(self, layer: Part) -> int | None:
+        return None if layer.places is None else len(layer.places)
+
+    def get_in_channels(self, layer: Part) -> int | None:
+        return None if layer.places is None else layer.width
 
 
 def own_pruners(graph: Any, module: nn.Module) -> dict[type[nn.Module], Any]:
@@ -28,110 +129,11 @@ def own_pruners(graph: Any, module: nn.Module) -> dict[type[nn.Module], Any]:
         graph: torch-pruning's graph; its pruner of convolutions is replaced.
         module: What will be traced.
     """
-    from torch_pruning.ops import OPTYPE, module2type
-    from torch_pruning.pruner.function import BasePruningFunc, ConvPruner
-
-    class Convolutions(ConvPruner):  # type: ignore[misc]
-        """torch-pruning takes a grouped transposed convolution's outputs for those of an ungrouped one."""
-
-        def prune_out_channels(self, layer: Any, idxs: Sequence[int]) -> Any:
-            if not layer.transposed or layer.groups == 1:
-                return super().prune_out_channels(layer, idxs)
-            per_block = layer.out_channels // layer.groups
-            layer.weight = nn.Parameter(_without(layer.weight, {index % per_block for index in idxs}, 1))
-            if layer.bias is not None:
-                layer.bias = nn.Parameter(_without(layer.bias, idxs, 0))
-            layer.out_channels -= len(idxs)
-            return layer
-
-        def prune_in_channels(self, layer: Any, idxs: Sequence[int]) -> Any:
-            if not layer.transposed or layer.groups == 1:
-                return super().prune_in_channels(layer, idxs)
-            layer.weight = nn.Parameter(_without(layer.weight, idxs, 0))
-            layer.in_channels -= len(idxs)
-            return layer
-
-    class BagPruner(BasePruningFunc):  # type: ignore[misc]
-        """Columns of an EmbeddingBag."""
-
-        TARGET_MODULES = (nn.EmbeddingBag,)
-
-        def prune_out_channels(self, layer: nn.EmbeddingBag, idxs: Sequence[int]) -> nn.EmbeddingBag:
-            layer.weight = nn.Parameter(_without(layer.weight, idxs, 1))
-            layer.embedding_dim = layer.weight.shape[1]
-            return layer
-
-        prune_in_channels = prune_out_channels
-
-        def get_out_channels(self, layer: nn.EmbeddingBag) -> int:
-            return layer.embedding_dim
-
-        get_in_channels = get_out_channels
-
-    class RecurrentPruner(BasePruningFunc):  # type: ignore[misc]
-        """Inputs of a recurrent layer; its outputs are states of its gates and stay."""
-
-        TARGET_MODULES = RECURRENT
-
-        def prune_out_channels(self, layer: nn.Module, idxs: Sequence[int]) -> nn.Module:
-            raise ValueError(f"{type(layer).__name__} cannot lose outputs")
-
-        def prune_in_channels(self, layer: Any, idxs: Sequence[int]) -> Any:
-            for name in ("weight_ih_l0", "weight_ih_l0_reverse", "weight_ih"):
-                if name in layer._parameters:
-                    setattr(layer, name, nn.Parameter(_without(layer._parameters[name], idxs, 1)))
-            layer.input_size -= len(idxs)
-            return layer
-
-        def get_out_channels(self, layer: Any) -> int:
-            return int(layer.hidden_size)
-
-        def get_in_channels(self, layer: Any) -> int:
-            return int(layer.input_size)
-
-    class PerChannelPruner(BasePruningFunc):  # type: ignore[misc]
-        """A layer all of whose tensors hold one number a channel, such as a frozen BatchNorm."""
-
-        def prune_out_channels(self, layer: nn.Module, idxs: Sequence[int]) -> nn.Module:
-            width = _channels_by_shape(layer)
-            for name, tensor in _own_tensors(layer).items():
-                if tensor.numel() == width:
-                    small = _without(tensor, idxs, list(tensor.shape).index(width))
-                    if name in layer._parameters:
-                        layer._parameters[name] = nn.Parameter(small)
-                    else:
-                        layer._buffers[name] = small
-            for name, value in list(vars(layer).items()):
-                if type(value) is int and value == width and _WIDTH.fullmatch(name):
-                    setattr(layer, name, width - len(idxs))
-            return layer
-
-        prune_in_channels = prune_out_channels
-
-        def get_out_channels(self, layer: nn.Module) -> int | None:
-            return _channels_by_shape(layer)
-
-        get_in_channels = get_out_channels
-
-    class PartPruner(BasePruningFunc):  # type: ignore[misc]
-        """A part of a split: it loses nothing itself."""
-
-        def prune_out_channels(self, layer: Part, idxs: Sequence[int]) -> Part:
-            return layer
-
-        prune_in_channels = prune_out_channels
-
-        def get_out_channels(self, layer: Part) -> int | None:
-            return None if layer.places is None else len(layer.places)
-
-        def get_in_channels(self, layer: Part) -> int | None:
-            return None if layer.places is None else layer.width
-
-    graph.REGISTERED_PRUNERS[OPTYPE.CONV] = Convolutions()
-    pruners: dict[type[nn.Module], Any] = {Part: PartPruner()}  # an entry also makes the graph look up the one above
+    graph.REGISTERED_PRUNERS[OPTYPE.CONV] = _Convolutions()
+    pruners: dict[type[nn.Module], Any] = {Part: _Parts()}  # an entry also makes the graph look up the one above
     kinds: list[tuple[Any, Any]] = [
-        ((nn.EmbeddingBag,), BagPruner()),
-        (RECURRENT, RecurrentPruner()),
+        ((nn.EmbeddingBag,), _Bags()),
+        (RECURRENT, _Recurrent()),
     ]
     layers = list(module.modules())
     for layer in layers:
@@ -139,7 +141,7 @@ def own_pruners(graph: Any, module: nn.Module) -> dict[type[nn.Module], Any]:
     plain = {type(layer) for layer in layers if module2type(layer) in (OPTYPE.ELEMENTWISE, OPTYPE.IN)} - pruners.keys()
     for cls in plain:
         if all(_channels_by_shape(layer) for layer in layers if type(layer) is cls):
-            pruners[cls] = PerChannelPruner()
+            pruners[cls] = _PerChannel()
     return pruners
 
 
