@@ -99,8 +99,8 @@ def table() -> str:
     four = " and ".join(f"`{launch.preset}`" for launch in columns if launch.processes > 2)
     notes = (
         "Cells name the precisions that tests run (32 is `32-true`, bf16 `bf16-mixed`), each straight and resumed; "
-        f"{four} on four processes. Most cells are in the slow suite. ¹ Goes on from a file whose window is over; what would remove "
-        "channels of a divided model is refused."
+        f"{four} on four processes. Most cells are in the slow suite. ¹ Goes on from a file whose window is over; what "
+        "would remove channels of a divided model is refused."
     )
     return "\n".join([*lines, "", notes])
 
