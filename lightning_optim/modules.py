@@ -7,7 +7,7 @@ from types import MethodType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_optim._upstream import NormBase
 from lightning_optim.outputs import output_tensors
@@ -17,27 +17,122 @@ __all__ = [
     "CONVOLUTIONS",
     "EMBEDDINGS",
     "INPUTS_FIRST",
+    "LINEARS",
     "NORMS",
     "RECURRENT",
     "TRANSPOSED",
+    "Conv1D",
+    "Experts",
     "copy_module",
     "evaluating",
+    "expert_weights",
     "is_compiled",
     "is_inside_compiled",
+    "matrices_of",
+    "stores_inputs_first",
     "without_compiler",
     "without_fast_path",
 ]
+
+
+class _Family(type):
+    """Metaclass of a family of layers that are recognized by what they hold: ``isinstance(layer, Family)`` asks it."""
+
+    def __instancecheck__(cls, layer: Any) -> bool:
+        return isinstance(layer, nn.Module) and cls.holds(layer)
+
+    def holds(cls, layer: nn.Module) -> bool:
+        """Whether a layer belongs to the family."""
+        raise NotImplementedError
+
+
+class _Conv1DFamily(_Family):
+    def holds(cls, layer: nn.Module) -> bool:
+        weight = layer._parameters.get("weight")
+        named = any(base.__name__ in ("Conv1D", "QuantizedConv1D") for base in type(layer).__mro__)
+        return named and weight is not None and weight.ndim == 2 and getattr(layer, "nf", None) == weight.shape[1]
+
+
+class Conv1D(metaclass=_Conv1DFamily):
+    """The Linear of GPT and GPT-2 (``transformers.pytorch_utils.Conv1D`` and copies of it), which stores ``[in, out]``.
+
+    Recognized by its class's name and its ``nf``, so that nothing is imported.
+    """
+
+
+class _ExpertsFamily(_Family):
+    def holds(cls, layer: nn.Module) -> bool:
+        return bool(expert_weights(layer))
+
+
+class Experts(metaclass=_ExpertsFamily):
+    """Experts of a mixture, stored as 3-d parameters with an expert's matrix at each index of dimension 0."""
+
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 NORMS = (nn.LayerNorm, nn.GroupNorm, NormBase)
 RECURRENT = (nn.RNNBase, nn.RNNCellBase)
-INPUTS_FIRST = (*TRANSPOSED, *EMBEDDINGS)
+LINEARS = (nn.Linear, Conv1D)
+INPUTS_FIRST = (*TRANSPOSED, *EMBEDDINGS, Conv1D)
 """Layers whose weight has its inputs in dimension 0 and its outputs in dimension 1."""
 
 COMPILED_CHILD = "_orig_mod"
 """Name of the module inside torch.compile's wrapper, and so a part of every name below it."""
+
+
+def expert_weights(layer: nn.Module) -> dict[str, bool]:
+    """Return the expert matrices that a layer holds as 3-d parameters -> whether they are stored ``[in, out]``.
+
+    A layer of another kind has none. Neither has one whose order is unknown: it follows from ``is_transposed``, which
+    transformers sets, or from a size that is in the shape once (``input_size`` of the layer; ``hidden_size`` or
+    ``hidden_dim`` of the model, the number of outputs of a parameter named ``down...`` and of inputs of others).
+    """
+    number = getattr(layer, "num_experts", None)
+    weights = {name: p for name, p in layer._parameters.items() if p is not None and p.ndim == 3}
+    if type(number) is not int or any(weight.shape[0] != number for weight in weights.values()):
+        return {}
+    told = getattr(layer, "is_transposed", None)
+    orders = (
+        {told} if isinstance(told, bool) else {_order(layer, name, p.shape) for name, p in weights.items()} - {None}
+    )
+    return dict.fromkeys(weights, orders == {True}) if len(orders) == 1 else {}
+
+
+def _order(layer: nn.Module, name: str, shape: torch.Size) -> bool | None:
+    """Return whether a shape ``[experts, ...]`` has its inputs first, None where sizes do not tell."""
+    hidden = next((getattr(layer, key) for key in ("hidden_size", "hidden_dim") if hasattr(layer, key)), None)
+    inputs = getattr(layer, "input_size", None)
+    size = hidden if inputs is None else inputs
+    if size not in shape[1:] or shape[1] == shape[2]:
+        return None
+    return bool((shape[1] == size) != (inputs is None and name.startswith("down")))
+
+
+def stores_inputs_first(layer: nn.Module, name: str) -> bool:
+    """Whether a layer stores the matrix (or matrices, of experts) of a weight as ``[in, out]``."""
+    if name == "weight" and isinstance(layer, Conv1D):
+        return True
+    return expert_weights(layer).get(name, False)
+
+
+def matrices_of(layer: nn.Module, name: str, tensor: Tensor) -> list[Tensor]:
+    """Return views ``[out, in, ...]`` of a tensor that has a weight's shape: of experts one each, else one.
+
+    Args:
+        layer: The layer that holds the weight.
+        name: The weight's name in the layer.
+        tensor: The weight, or what belongs to it entry by entry (scores, a mask, a gradient).
+
+    Examples:
+        >>> [tuple(matrix.shape) for matrix in matrices_of(nn.Linear(2, 3), "weight", torch.zeros(3, 2))]
+        [(3, 2)]
+    """
+    experts = expert_weights(layer)
+    if name in experts:
+        return [matrix.t() if experts[name] else matrix for matrix in tensor.unbind()]
+    return [tensor.t() if name == "weight" and isinstance(layer, Conv1D) else tensor]
 
 
 def copy_module(module: nn.Module, *, rounded: bool = True, compiled: bool = False) -> nn.Module:
