@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lightning_optim._upstream import NormBase
 from lightning_optim.outputs import output_tensors
@@ -135,7 +136,9 @@ def matrices_of(layer: nn.Module, name: str, tensor: Tensor) -> list[Tensor]:
     return [tensor.t() if name == "weight" and isinstance(layer, Conv1D) else tensor]
 
 
-def copy_module(module: nn.Module, *, rounded: bool = True, compiled: bool = False) -> nn.Module:
+def copy_module(
+    module: nn.Module, *, rounded: bool = True, compiled: bool = False, shared_weights: bool = False
+) -> nn.Module:
     """Return a deep copy in eval mode that can be called and traced independently of the original.
 
     Lightning, DDP and torch.compile replace ``forward`` and the steps on the instance by functions that stay bound to
@@ -145,8 +148,15 @@ def copy_module(module: nn.Module, *, rounded: bool = True, compiled: bool = Fal
         module: The module to copy.
         rounded: Whether quantized layers round as they do in ``module``; otherwise the copy computes in float.
         compiled: Whether parts wrapped by ``torch.compile(part)`` stay compiled; otherwise they run eagerly.
+        shared_weights: Whether the copy's parameters are other parameters on the same memory, for a caller that does
+            not change their values; buffers are copied always.
     """
-    duplicate = copy.deepcopy(module, _shared_values(module))
+    memo = _shared_values(module)
+    if shared_weights:
+        for parameter in module.parameters():
+            if type(parameter) is nn.Parameter and not is_lazy(parameter):
+                memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
+    duplicate = copy.deepcopy(module, memo)
     for layer in duplicate.modules():
         original = layer._modules.get(COMPILED_CHILD)
         if original is None or not compiled:

@@ -1,8 +1,10 @@
 """The check: whether a removal breaks a model, tried on copies before anything is committed."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +15,10 @@ from lightning_optim.outputs import output_tensors
 from lightning_optim.structured.absent import absent_entries, in_float64
 from lightning_optim.structured.groups import Removal
 from lightning_optim.structured.removal import apply_removal
+from lightning_optim.structured.tracing import without_cache
 from lightning_optim.target import ForwardInputs, map_inputs
 
-__all__ = ["Damage", "damage", "trusted"]
+__all__ = ["Damage", "damage", "prove_in_units", "trusted"]
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
 """Difference that sums in another order may make, as a fraction of the output's largest entry.
@@ -48,7 +51,7 @@ def damage(module: nn.Module, inputs: ForwardInputs, removal: Removal) -> Damage
     the same channels set to zero or, where a norm or a mean is taken over channels, to those of the model in which
     these channels do not count (:mod:`lightning_optim.structured.absent`). The copies have random weights: zeros, or
     branches that a small scale holds down, would hide the difference. They compute in float64, so that the verdict is
-    the same on every machine. Costs two copies of the model and five or six forward passes.
+    the same on every machine. Costs a copy of the module in float64, what stays of it, and five or six forward passes.
 
     Args:
         module: The model as it is.
@@ -56,7 +59,9 @@ def damage(module: nn.Module, inputs: ForwardInputs, removal: Removal) -> Damage
         removal: What would be left.
     """
     whole, inputs, arithmetic, before = _with_random_weights(module, inputs)
-    removed = copy_module(whole, rounded=False)
+    removed = copy_module(
+        whole, rounded=False, shared_weights=True
+    )  # what leaves is cut off, the rest is not written to
     try:
         apply_removal(removed, removal)
         with arithmetic():
@@ -87,6 +92,7 @@ def _place(module: nn.Module, error: BaseException) -> str:
 
 
 Arithmetic = Callable[[], AbstractContextManager[object]]
+Judge = Callable[[nn.Module, ForwardInputs], None]
 
 
 def _with_random_weights(
@@ -182,7 +188,7 @@ def _breaks_training(whole: nn.Module, removed: nn.Module, inputs: ForwardInputs
 
 
 def _outputs(module: nn.Module, inputs: ForwardInputs) -> list[Tensor]:
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+    with without_cache(module), torch.no_grad(), torch.random.fork_rng(devices=[]):
         return output_tensors(inputs.call_each(module))
 
 
@@ -200,6 +206,47 @@ def _tolerance(output: Tensor) -> float:
     if not output.is_floating_point():
         return 0.0
     return TOLERANCE.get(output.dtype, 16 * torch.finfo(output.dtype).eps)
+
+
+def prove_in_units(
+    module: nn.Module,
+    inputs: ForwardInputs,
+    units: Mapping[str, Judge],
+) -> None:
+    """Run a model once, and let judges look at its parts with what they receive.
+
+    What leaves inside a part concerns nothing outside of it, so the part alone is checked: copies are of the part, and
+    the cost grows with the number of parts.
+
+    Args:
+        module: The model, or a copy of it that shares its weights; nothing is written to it.
+        inputs: What its forward receives.
+        units: Name of a part -> called with it and what it receives, each time the part is called.
+    """
+    busy = False
+
+    def enter(unit: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        nonlocal busy
+        if not busy:  # copies of a part have its hooks
+            busy = True
+            try:
+                with torch.random.fork_rng(devices=[]):
+                    units[unit](layer, ForwardInputs(args, kwargs))
+            finally:
+                busy = False
+
+    handles = []
+    for unit in units:
+        layer = module.get_submodule(unit)
+        handles.append(
+            layer.register_forward_pre_hook(partial(enter, unit), with_kwargs=True)  # type: ignore[arg-type]
+        )
+    try:
+        with without_cache(module), torch.no_grad(), torch.random.fork_rng(devices=[]):
+            inputs.call_each(module)
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def trusted(groups: Iterable[str], breaks: Callable[[list[str]], Damage | None]) -> tuple[list[str], dict[str, str]]:

@@ -2,24 +2,21 @@
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from lightning_optim.errors import FAILURES, first_line
 from lightning_optim.functional.channels import Slices, channels_to_remove, group_scores
 from lightning_optim.functional.criteria import parameter_generator
 from lightning_optim.modules import INPUTS_FIRST, NORMS
-from lightning_optim.patterns import Pattern, check_pattern, matches, shown
+from lightning_optim.patterns import Pattern, check_pattern
 from lightning_optim.structured.allocation import Allocation, Pool, kept_channels, one_pool
-from lightning_optim.structured.attention import as_heads, in_attention
-from lightning_optim.structured.check import Damage, damage, trusted
-from lightning_optim.structured.groups import ChannelGroup, Member, Removal, TracedModel
-from lightning_optim.structured.splits import with_counted_parts
-from lightning_optim.structured.unreached import possible_readers, unreached_layers
-from lightning_optim.tables import by_reason, by_stack, render
+from lightning_optim.structured.check import Damage, damage, prove_in_units, trusted
+from lightning_optim.structured.find import ChannelReport, find_prunable, known_groups
+from lightning_optim.structured.groups import ChannelGroup, Member, Removal
+from lightning_optim.structured.traced import TracedModel
 from lightning_optim.target import ForwardInputs
 
 __all__ = [
@@ -33,7 +30,6 @@ __all__ = [
     "plan_event",
 ]
 
-_UNREACHED = "not reached by the example inputs"
 _CHANNEL_DIM = {"out": 0, "in": 1}
 
 
@@ -56,201 +52,6 @@ def check_ratio(ratio: float | dict[Pattern, float]) -> float | dict[Pattern, fl
         hint = f" For {ratio:g} % of the channels pass {ratio / 100:g}." if 1 < ratio < 100 else ""
         raise ValueError(f"`pruning_ratio` must be a fraction in (0, 1), got {ratio!r}.{hint}")
     return float(ratio)
-
-
-@dataclass(frozen=True)
-class ChannelReport:
-    """The groups that can be pruned, and why others are left alone."""
-
-    groups: dict[str, ChannelGroup]
-    left_out: dict[str, str] = field(default_factory=dict)
-
-    def reasons(self) -> str:
-        """Say why nothing else can be removed."""
-        reasons = ", ".join(f"{name} ({reason})" for name, reason in self.left_out.items())
-        return reasons or "the model has no Linear, convolution or embedding layer"
-
-    def ratios(self, by_pattern: Mapping[Pattern, float], target: nn.Module, prefix: str = "") -> dict[str, float]:
-        """Return each group's ratio: of the first pattern that matches one of its outputs, else 0.
-
-        Raises:
-            ValueError: If a pattern matches no group.
-        """
-        pools = self.pools(by_pattern, target, prefix)
-        by_group = {name: pool.ratio for pool in pools for name in pool.names}
-        return {name: by_group.get(name, 0.0) for name in self.groups}
-
-    def pools(self, by_pattern: Mapping[Pattern, float], target: nn.Module, prefix: str = "") -> list[Pool]:
-        """Return the groups of each pattern: the first that matches one of a group's outputs. Others are in no pool.
-
-        Raises:
-            ValueError: If a pattern matches no group.
-        """
-        found = {
-            name: next((p for p in by_pattern if _matches(p, group, target, prefix)), None)
-            for name, group in self.groups.items()
-        }
-        for pattern in by_pattern:
-            if pattern not in found.values():
-                raise ValueError(
-                    f"pruning_ratio: {shown(pattern)} matches no group; there are {', '.join(self.groups)}."
-                )
-        return [
-            Pool(ratio, tuple(name for name, first in found.items() if first == pattern), even=True)
-            for pattern, ratio in by_pattern.items()
-        ]
-
-    def table(self, title: str, dense: Mapping[str, int], removed: Mapping[str, str]) -> str:
-        """Return a table of the groups, and why other layers are left alone.
-
-        Args:
-            title: Its first line.
-            dense: Channels of each group before anything left.
-            removed: What is removed of each group at the end, in words.
-        """
-        rows = by_stack(
-            (name, str(dense[name]), removed[name], ", ".join(sorted(group.layers - {name})))
-            for name, group in self.groups.items()
-        )
-        rows += [(names, "", "-", reason) for names, reason in by_reason(self.left_out)]
-        columns = ("channels of", "dense", "removed at the end", "layers that change with it, or why not")
-        return render(title, columns, rows)
-
-
-def _matches(pattern: Pattern, group: ChannelGroup, target: nn.Module, prefix: str) -> bool:
-    outputs = {member.layer for member in group.members if member.side == "out"}
-    return any(matches(pattern, f"{prefix}{name}.weight", target.get_submodule(name), prefix) for name in outputs)
-
-
-def find_prunable(
-    module: nn.Module, inputs: ForwardInputs, roots: Iterable[str], left_alone: Mapping[str, str], *, check: bool = True
-) -> ChannelReport:
-    """Find the groups that can be pruned without harm.
-
-    A group is left out when one of its outputs belongs to a layer that is left alone, or when removing some channels
-    (the same of each block) breaks the forward pass, changes an output's shape, or differs from setting them to zero.
-    Queries, keys and values of hand-written attention lose whole heads.
-
-    Args:
-        module: The model.
-        inputs: What its forward receives.
-        roots: Names of the layers whose outputs may leave.
-        left_alone: Names of layers whose outputs must stay -> why.
-        check: Try each group on copies of the model, and leave those whole that a layer may read which no example
-            reaches. Without it attention is left alone.
-    """
-    traced = TracedModel(module, inputs)
-    unreached = unreached_layers(module, inputs, traced)
-    groups = {group.name: group for group in traced.groups()}
-    left_out = _left_out(groups, set(roots), left_alone)
-    if check and unreached:
-        for name, part in possible_readers(module, groups, unreached).items():
-            left_out.setdefault(name, f"may be read by {part}, {_UNREACHED}: pass several, example_inputs=[a, b]")
-    left_out |= dict.fromkeys(unreached, _UNREACHED)
-    candidates = {name: group for name, group in groups.items() if name not in left_out}
-    if check:
-        return _checked(module, inputs, candidates, left_out)
-    heads = {name for name, group in candidates.items() if in_attention(module, group)}
-    left_out |= dict.fromkeys(heads, "attention heads cannot be told without check=True")
-    return ChannelReport({name: group for name, group in candidates.items() if name not in heads}, left_out)
-
-
-def known_groups(module: nn.Module, inputs: ForwardInputs, names: Iterable[str]) -> ChannelReport:
-    """Find groups again that :func:`find_prunable` found in the dense model, as they are now.
-
-    Args:
-        module: The model, smaller by now.
-        inputs: What its forward receives.
-        names: The groups' names.
-    """
-    wanted = set(names)
-    groups = {group.name: group for group in TracedModel(module, inputs).groups() if group.name in wanted}
-    heads = {name: group for name, group in groups.items() if in_attention(module, group) or group.splits}
-    return ChannelReport({**groups, **_checked(module, inputs, heads, {}).groups})
-
-
-def _left_out(groups: Mapping[str, ChannelGroup], roots: set[str], left_alone: Mapping[str, str]) -> dict[str, str]:
-    """Return why groups are left out that need not be tried."""
-    left_out = {}
-    for name, group in groups.items():
-        outputs = {member.layer for member in group.members if member.side == "out"} or {name}
-        coupled = sorted(outputs & left_alone.keys())
-        if coupled:
-            reason = left_alone[coupled[0]]
-            left_out[name] = reason if coupled[0] == name else f"coupled with {coupled[0]} ({reason})"
-        elif not outputs & roots:
-            left_out[name] = "not selected"
-        elif group.problem:
-            left_out[name] = group.problem
-        elif group.channels <= max(group.blocks, group.least):
-            a_block = group.channels // group.blocks
-            left_out[name] = "one channel a block" if a_block == 1 else f"{a_block} channels a block are its fewest"
-    return left_out
-
-
-def _checked(
-    module: nn.Module, inputs: ForwardInputs, groups: Mapping[str, ChannelGroup], left_out: dict[str, str]
-) -> ChannelReport:
-    """Try the groups, many at a time: those of attention as whole heads first, then all others channel by channel."""
-    good: dict[str, ChannelGroup] = {}
-    ways = {name: [*as_heads(module, group), *with_counted_parts(module, group)] for name, group in groups.items()}
-    for turn in range(max((len(each) for each in ways.values()), default=0)):
-        heads = {name: each[turn] for name, each in ways.items() if turn < len(each) and name not in good}
-        good |= {name: heads[name] for name in trusted(heads, partial(_probe, module, inputs, heads))[0]}
-    names = [name for name in groups if name not in good]
-    bad = trusted(names, partial(_probe, module, inputs, groups))[1]
-    kept = {name: good.get(name, group) for name, group in groups.items() if name not in bad}
-    reasons = {name: _reason(module, groups[name], reason) for name, reason in bad.items()}
-    return ChannelReport(kept, {**left_out, **reasons})
-
-
-def _reason(module: nn.Module, group: ChannelGroup, reason: str) -> str:
-    if not in_attention(module, group):
-        return reason
-    return f"attention whose heads cannot be told apart (fused or shared projections): {reason}"
-
-
-def _probe(
-    module: nn.Module, inputs: ForwardInputs, groups: Mapping[str, ChannelGroup], names: Sequence[str]
-) -> Damage | None:
-    """Remove some channels of some groups, on copies: others in each group, so that nothing lines up by chance."""
-    leaving = {name: _some_channels(groups[name]) for name in names}
-    try:
-        removal = _remove(TracedModel(module, inputs), groups, leaving)
-    except FAILURES as error:
-        return Damage(f"torch-pruning cannot remove its channels ({first_line(error, 120)})")
-    return damage(module, inputs, removal)
-
-
-def _some_channels(group: ChannelGroup) -> list[int]:
-    """Draw up to half of the channels, the same of each block, from the group's name.
-
-    No set that a flip or a shuffle in two halves would leave as it is: it would hide them.
-    """
-    pieces = group.channels // group.blocks // group.unit
-    generator = parameter_generator(group.name)
-    number = int(torch.randint(1, pieces // 2 + 1, (), generator=generator)) if pieces > 1 else 0
-    order = list(range(pieces))
-    flipped, shuffled = order[::-1], [*order[::2], *order[1::2]] if pieces % 2 == 0 else order
-    while True:
-        drawn = torch.randperm(pieces, generator=generator)[:number].tolist()
-        moved = [sorted(permuted[piece] for piece in drawn) for permuted in (flipped, shuffled) if permuted != order]
-        if sorted(drawn) not in moved or number == 0:
-            break
-    units = [block * pieces + piece for block in range(group.blocks) for piece in drawn]
-    return sorted(unit * group.unit + offset for unit in units for offset in range(group.unit))
-
-
-def _remove(traced: TracedModel, groups: Mapping[str, ChannelGroup], leaving: Mapping[str, Sequence[int]]) -> Removal:
-    """Return what is left, with the attributes that count heads."""
-    removal = traced.remove(leaving)
-    attributes = {name: dict(values) for name, values in removal.attributes.items()}
-    for name, channels in leaving.items():
-        left = groups[name].channels - len(channels)
-        for layer, attribute, per in groups[name].counts:
-            number = tuple(int(left // each) for each in per) if isinstance(per, tuple) else int(left // per)
-            attributes.setdefault(layer, {})[attribute] = number
-    return replace(removal, attributes=attributes)
 
 
 @dataclass(frozen=True)
@@ -285,6 +86,7 @@ def plan_event(
     prefix: str = "",
     *,
     last: bool = True,
+    traced: TracedModel | None = None,
 ) -> Event:
     """Choose what leaves the live model so that ``ratios`` of the dense channels are gone.
 
@@ -298,11 +100,11 @@ def plan_event(
         gradients: Root-mean-square gradients by parameter name, where the criterion needs them.
         prefix: What the module's names begin with in the whole model; it seeds the random criterion.
         last: Whether no event follows that could remove what does not fit into this one.
+        traced: A trace of the model with these inputs, if there is one.
     """
     pools = [one_pool(ratios, names, allocation)] if isinstance(ratios, float) else ratios
-    traced = TracedModel(module, inputs)
-    now = {group.name: group for group in traced.groups() if group.name in names}
-    groups = {name: names[name].now(group) for name, group in now.items()}
+    traced = TracedModel(module, inputs) if traced is None else traced
+    groups = _as_traced(names, traced)
     scores = {name: _scores(module, group, allocation, gradients or {}, prefix) for name, group in groups.items()}
     kept = kept_channels(groups, dense, scores, pools, allocation, last=last)
     leaving, counts = {}, {}
@@ -310,36 +112,70 @@ def plan_event(
         counts[name] = (group.channels, kept[name])
         if kept[name] < group.channels:
             leaving[name] = channels_to_remove(scores[name], kept[name], group.blocks)
-    return Event(_remove(traced, groups, leaving), counts, leaving)
+    return Event(traced.remove(leaving, groups), counts, leaving)
+
+
+def _as_traced(names: Mapping[str, ChannelGroup], traced: TracedModel) -> dict[str, ChannelGroup]:
+    """Return groups as a trace sees them; those that were proposed are as the model is, or :func:`known_groups` was
+    asked.
+    """
+    now = {group.name: group for group in traced.groups()}
+    return {
+        name: group if group.proposed else group.now(now[name])
+        for name, group in names.items()
+        if group.proposed or name in now
+    }
 
 
 def event_damage(
-    module: nn.Module, inputs: ForwardInputs, names: Mapping[str, ChannelGroup], event: Event
+    module: nn.Module,
+    inputs: ForwardInputs,
+    names: Mapping[str, ChannelGroup],
+    event: Event,
+    traced: TracedModel | None = None,
 ) -> str | None:
     """Say what an event would break, on copies; None when it breaks nothing.
 
-    All groups are checked together. Where only values differ, the groups are checked in halves: one may need zeros
-    where another needs its channels not to count, and then each is proven by itself.
+    Groups whose layers lie in one part of the model are checked in that part, others all together. Where only values
+    differ, the groups are checked in halves: one may need zeros where another needs its channels not to count, and then
+    each is proven by itself.
 
     Args:
         module: The model as it is.
         inputs: What its forward receives.
         names: The prunable groups by name, as :func:`find_prunable` gave them.
         event: What would leave.
+        traced: A trace of the model with these inputs, if there is one.
     """
-    problem = damage(module, inputs, event.removal)
-    if problem is None:
-        return None
-    if not problem.only_values or len(event.leaving) == 1:
-        return f"{', '.join(event.leaving)}: {problem}"
-    groups = {name: replace(names[name], channels=event.channels[name][0]) for name in event.leaving}
+    traced = TracedModel(module, inputs) if traced is None else traced
+    groups = _as_traced(names, traced)
+    by_unit: dict[str, list[str]] = {}
+    for name in event.leaving:
+        by_unit.setdefault(traced.unit(groups[name]), []).append(name)
+    if "" in by_unit:
+        by_unit = {"": list(event.leaving)}
+    problems: list[str] = []
 
-    def breaks(some: Sequence[str]) -> Damage | None:
-        leaving = {name: event.leaving[name] for name in some}
-        return damage(module, inputs, _remove(TracedModel(module, inputs), groups, leaving))
+    def judge(leaving: Sequence[str], unit: str, part: nn.Module, received: ForwardInputs) -> None:
+        def breaks(some: Sequence[str]) -> Damage | None:
+            removal = traced.remove({name: event.leaving[name] for name in some}, groups)
+            return damage(part, received, removal.below(unit))
 
-    _, bad = trusted(event.leaving, breaks)
-    return "; ".join(f"{name}: {reason}" for name, reason in bad.items()) or None
+        problem = breaks(leaving)
+        if problem is None:
+            return
+        if not problem.only_values or len(leaving) == 1:
+            problems.append(f"{', '.join(leaving)}: {problem}")
+            return
+        _, bad = trusted(leaving, breaks)
+        problems.extend(f"{name}: {reason}" for name, reason in bad.items())
+
+    judges = {unit: partial(judge, leaving, unit) for unit, leaving in by_unit.items()}
+    if "" in judges:
+        judges[""](module, inputs)
+    else:
+        prove_in_units(traced.copy, inputs, judges)
+    return "; ".join(dict.fromkeys(problems)) or None
 
 
 def _scores(

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch_pruning.ops import OPTYPE, module2type
 from torch_pruning.pruner.function import BasePruningFunc, ConvPruner
 
-from lightning_optim.modules import RECURRENT
+from lightning_optim.modules import RECURRENT, Conv1D
+from lightning_optim.structured.cores import CoreNode
 from lightning_optim.structured.splits import Part
 
 __all__ = ["own_pruners"]
@@ -83,7 +84,7 @@ class _Recurrent(BasePruningFunc):  # type: ignore[misc]
 
 
 class _PerChannel(BasePruningFunc):  # type: ignore[misc]
-    """A layer all of whose tensors hold one number a channel, such as a frozen BatchNorm."""
+    """A layer all of whose tensors hold one number a channel: a frozen BatchNorm, an RMSNorm, a norm of one's own."""
 
     def prune_out_channels(self, layer: nn.Module, idxs: Sequence[int]) -> nn.Module:
         width = _channels_by_shape(layer)
@@ -103,6 +104,43 @@ class _PerChannel(BasePruningFunc):  # type: ignore[misc]
 
     def get_out_channels(self, layer: nn.Module) -> int | None:
         return _channels_by_shape(layer)
+
+    get_in_channels = get_out_channels
+
+
+class _Conv1D(BasePruningFunc):  # type: ignore[misc]
+    """transformers' Conv1D, ``[inputs, outputs]``."""
+
+    def prune_out_channels(self, layer: Any, idxs: Sequence[int]) -> Any:
+        layer.weight = nn.Parameter(_without(layer.weight, idxs, 1))
+        if layer.bias is not None:
+            layer.bias = nn.Parameter(_without(layer.bias, idxs, 0))
+        layer.nf = layer.weight.shape[1]
+        return layer
+
+    def prune_in_channels(self, layer: Any, idxs: Sequence[int]) -> Any:
+        layer.weight = nn.Parameter(_without(layer.weight, idxs, 0))
+        if hasattr(layer, "nx"):
+            layer.nx = layer.weight.shape[0]
+        return layer
+
+    def get_out_channels(self, layer: Any) -> int:
+        return int(layer.weight.shape[1])
+
+    def get_in_channels(self, layer: Any) -> int:
+        return int(layer.weight.shape[0])
+
+
+class _Cores(BasePruningFunc):  # type: ignore[misc]
+    """An attention: no channel passes through it."""
+
+    def prune_out_channels(self, layer: CoreNode, idxs: Sequence[int]) -> CoreNode:
+        return layer
+
+    prune_in_channels = prune_out_channels
+
+    def get_out_channels(self, layer: CoreNode) -> None:
+        return None
 
     get_in_channels = get_out_channels
 
@@ -130,12 +168,16 @@ def own_pruners(graph: Any, module: nn.Module) -> dict[type[nn.Module], Any]:
         module: What will be traced.
     """
     graph.REGISTERED_PRUNERS[OPTYPE.CONV] = _Convolutions()
-    pruners: dict[type[nn.Module], Any] = {Part: _Parts()}  # an entry also makes the graph look up the one above
+    pruners: dict[type[nn.Module], Any] = {
+        Part: _Parts(),
+        CoreNode: _Cores(),
+    }  # an entry also makes the graph look up the one above
     kinds: list[tuple[Any, Any]] = [
         ((nn.EmbeddingBag,), _Bags()),
         (RECURRENT, _Recurrent()),
     ]
     layers = list(module.modules())
+    pruners |= {type(layer): _Conv1D() for layer in layers if isinstance(layer, Conv1D)}
     for layer in layers:
         pruners |= {type(layer): pruner for classes, pruner in kinds if isinstance(layer, classes)}
     plain = {type(layer) for layer in layers if module2type(layer) in (OPTYPE.ELEMENTWISE, OPTYPE.IN)} - pruners.keys()

@@ -8,13 +8,17 @@ from torch import Tensor, nn
 
 from lightning_optim.change import Kept, keep_channels
 from lightning_optim.checkpoint import inherit, plan_of
+from lightning_optim.structure import change_configs
 from lightning_optim.structured.groups import Removal
 
 __all__ = ["ChannelRemoval", "apply_removal", "keep_channels"]
 
 
 def apply_removal(
-    module: nn.Module, removal: Removal, before_change: Callable[[str, tuple[str, ...]], None] | None = None
+    module: nn.Module,
+    removal: Removal,
+    before_change: Callable[[str, tuple[str, ...]], None] | None = None,
+    whole: nn.Module | None = None,
 ) -> dict[nn.Parameter, tuple[nn.Parameter, Tensor]]:
     """Remove the channels from a module in place.
 
@@ -25,6 +29,7 @@ def apply_removal(
         module: The module that was traced, or a copy of it.
         removal: What is left.
         before_change: Called with each layer's name and the attributes that change, before anything does.
+        whole: The model around it, whose configs follow; the module itself by default.
 
     Returns:
         Old parameter -> (new parameter, surviving flat indices).
@@ -48,9 +53,15 @@ def apply_removal(
         if old not in replaced:
             replaced[old] = (_smaller(old, kept, removal.shapes[name]), kept)
         layer._parameters[leaf] = replaced[old][0]
+    dotted: dict[nn.Module, dict[str, object]] = {}
     for name, attributes in removal.attributes.items():
         for attribute, value in attributes.items():
-            setattr(module.get_submodule(name), attribute, value)
+            layer = module.get_submodule(name)
+            if "." in attribute:
+                dotted.setdefault(layer, {})[attribute] = value
+            else:
+                setattr(layer, attribute, value)
+    change_configs(module if whole is None else whole, dotted)
     return replaced
 
 
@@ -81,4 +92,4 @@ class ChannelRemoval:
         def track(name: str, attributes: tuple[str, ...]) -> None:
             plan.track(f"{self.prefix}{name}" if name else self.prefix.rstrip("."), *attributes)
 
-        return apply_removal(root.get_submodule(self.prefix.rstrip(".")), self.removal, track)
+        return apply_removal(root.get_submodule(self.prefix.rstrip(".")), self.removal, track, root)

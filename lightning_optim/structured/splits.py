@@ -6,7 +6,7 @@ Here every part is a node of its own, which says which of its source's channels 
 
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from fractions import Fraction
@@ -56,18 +56,29 @@ class Part(nn.Module):
 
 
 class SplitTracer(TorchFunctionMode):
-    """While a forward pass runs, takes splits apart into slices and notes in which module each slice was made."""
+    """While a forward pass runs, takes splits apart into slices and notes which modules are running.
+
+    Attributes:
+        owners: The module in which each slice was made, by its node of autograd's graph.
+        inside: The modules that ran whenever a layer was called, or a parameter was used, outermost first; by the name
+            of the layer or of the parameter.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.owners: dict[Any, str] = {}
+        self.inside: dict[str, tuple[str, ...]] = {}
         self._running: list[str] = [""]
+        self._parameters: dict[nn.Parameter, str] = {}
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Run a function of torch; the parts of a split become slices."""
         kwargs = kwargs or {}
+        for value in (*args, *kwargs.values()):
+            if type(value) is nn.Parameter and value in self._parameters:
+                self._use(self._parameters[value])
         if func is torch.nn.functional.glu and args and isinstance(args[0], Tensor):
             values, gates = self._slices(
                 args[0], torch.chunk(args[0], 2, _dim(args[1:], kwargs, -1)), args[1:], kwargs, -1
@@ -96,8 +107,16 @@ class SplitTracer(TorchFunctionMode):
             self.owners[function] = self._running[-1]
             function = function.next_functions[0][0]
 
-    def graph(self) -> Any:
-        """Return a graph of torch-pruning's whose slices are parts."""
+    def _use(self, name: str) -> None:
+        before = self.inside.get(name, self._running)
+        self.inside[name] = tuple(running for running in before if running in self._running)
+
+    def graph(self, known: Mapping[Any, nn.Module]) -> Any:
+        """Return a graph of torch-pruning's whose slices are parts.
+
+        Args:
+            known: Other nodes of autograd's graph that are a module's step.
+        """
         from torch_pruning import DependencyGraph
 
         tracer = self
@@ -107,6 +126,7 @@ class SplitTracer(TorchFunctionMode):
                 self, module2node: Any, output: Any, gradfn2module: Any, reused: Any, visited: Any
             ) -> Any:
                 gradfn2module.update(tracer.parts(output, gradfn2module))
+                gradfn2module.update(known)
                 return super()._trace_computational_graph(module2node, output, gradfn2module, reused, visited)
 
         _upstream.check(Graph)
@@ -115,9 +135,15 @@ class SplitTracer(TorchFunctionMode):
     @contextmanager
     def following(self, module: nn.Module) -> Iterator[None]:
         """Note which of a module's layers is running."""
+        self._parameters = {parameter: name for name, parameter in module.named_parameters()}
         handles = []
+
+        def enter(name: str) -> None:
+            self._use(name)
+            self._running.append(name)
+
         for name, layer in module.named_modules():
-            handles.append(layer.register_forward_pre_hook(lambda *_, name=name: self._running.append(name)))
+            handles.append(layer.register_forward_pre_hook(lambda *_, name=name: enter(name)))
             handles.append(layer.register_forward_hook(lambda *_: (self._running.pop(), None)[1], always_call=True))
         try:
             yield

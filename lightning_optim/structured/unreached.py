@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from lightning_optim.structured.groups import ChannelGroup, TracedModel
+from lightning_optim.structured.groups import ChannelGroup
+from lightning_optim.structured.traced import TracedModel
 from lightning_optim.target import ForwardInputs, named_layers
 
 __all__ = ["OpenEnds", "open_ends", "possible_readers", "unreached_layers"]

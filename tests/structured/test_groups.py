@@ -6,7 +6,7 @@ from torch import nn
 
 from helpers.nets import DAMAGED, PRUNABLE, Attention, Block, Net, Tied, TiedResidual, ids, images, sequences
 from lightning_optim.structured.events import find_prunable, known_groups
-from lightning_optim.structured.groups import TracedModel
+from lightning_optim.structured.traced import TracedModel
 from lightning_optim.structured.selection import select_roots
 from lightning_optim.target import as_forward_inputs
 

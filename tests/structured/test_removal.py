@@ -11,7 +11,7 @@ from helpers.nets import PRUNABLE, Attention, Block, Net, TiedResidual, ids, ima
 from lightning_optim.structured.allocation import Allocation
 from lightning_optim.structured.check import Damage, damage, trusted
 from lightning_optim.structured.events import find_prunable, plan_event
-from lightning_optim.structured.groups import TracedModel
+from lightning_optim.structured.traced import TracedModel
 from lightning_optim.structured.optimizers import check_optimizer, slice_optimizer
 from lightning_optim.structured.removal import apply_removal, keep_channels
 from lightning_optim.structured.selection import select_roots

@@ -1,0 +1,112 @@
+"""Walks through torch-pruning's graph: from some outputs of a layer to everything that loses channels with them."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import nn
+
+__all__ = ["Item", "Walker"]
+
+READS_PER_NODE = 4
+"""Walks that end took 1.1 (Swin), 0.6 (BERT) and fewer."""
+
+INDICES_PER_CHANNEL = 8
+"""Of the widest layer; no walk that ends finds more in a step."""
+
+
+class _Index(NamedTuple):
+    """A channel, by the names that torch-pruning's mappings read."""
+
+    idx: int
+    root_idx: int
+
+
+@dataclass(frozen=True)
+class Item:
+    """What one node of the graph loses.
+
+    Attributes:
+        dep: torch-pruning's dependency, whose target is the node and whose handler removes the channels.
+        idxs: The node's own channels.
+        root_idxs: The channel of the layer where the walk began that takes each of them along.
+    """
+
+    dep: Any
+    idxs: list[int]
+    root_idxs: list[int]
+
+
+class Walker:
+    """Follows dependencies as ``DependencyGraph.get_pruning_group`` of torch-pruning 1.6.1 does, in linear time.
+
+    torch-pruning compares every step with all steps before it, and computes the index mappings of the whole graph
+    again for every walk. The graph walked here is never pruned, so its mappings stay. A walk that goes round in circles
+    ends with an error: where halves of a head change places, or products of stacked vectors are flattened, new indices
+    are found for the same layers for ever.
+
+    Args:
+        graph: torch-pruning's graph.
+    """
+
+    def __init__(self, graph: Any) -> None:
+        self.graph = graph
+        widths = (
+            max(parameter.shape)
+            for layer in graph.module2node
+            if isinstance(layer, nn.Module)
+            for parameter in layer.parameters(recurse=False)
+            if parameter.ndim
+        )
+        self.most_reads = READS_PER_NODE * len(graph.module2node) + 500
+        self.most_indices = INDICES_PER_CHANNEL * max(widths, default=0) + 500
+
+    def walk(self, layer: nn.Module, channels: Iterable[int]) -> list[Item]:
+        """Return what leaves with some outputs of a layer; the first item is the layer itself.
+
+        Raises:
+            RuntimeError: If the walk does not end.
+        """
+        from torch_pruning.dependency import Dependency
+
+        node = self.graph.module2node[layer]
+        handler = self.graph.get_pruner_of_module(layer).prune_out_channels
+        begin = [_Index(channel, channel) for channel in sorted(channels)]
+        first = Dependency(handler, handler, source=node, target=node)
+        steps: list[tuple[Any, Sequence[Any]]] = [(first, begin)]
+        seen = {(node, handler, tuple(begin))}
+        waiting = [(first, begin)]
+        left = self.most_reads
+        while waiting:
+            dependency, indices = waiting.pop()
+            left -= 1
+            if left < 0:
+                raise RuntimeError("its walk through the graph does not end")
+            for following in dependency.target.dependencies:
+                if not following.is_triggered_by(dependency.handler):
+                    continue
+                reached = self._mapped(following, indices)
+                key = (following.target, following.handler, tuple(reached))
+                if reached and key not in seen:
+                    seen.add(key)
+                    steps.append((following, reached))
+                    waiting.append((following, reached))
+        return _merged(steps)
+
+    def _mapped(self, dependency: Any, indices: Sequence[Any]) -> Sequence[Any]:
+        for mapping in dependency.index_mapping:
+            if mapping is not None:
+                indices = mapping(indices)
+                if len(indices) > self.most_indices:
+                    raise RuntimeError("its walk through the graph does not end")
+        return indices
+
+
+def _merged(steps: Iterable[tuple[Any, Sequence[Any]]]) -> list[Item]:
+    """Return one item for each node and side, with every channel once."""
+    items: dict[tuple[Any, Any], tuple[Any, dict[int, int]]] = {}
+    for dependency, indices in steps:
+        _, roots = items.setdefault((dependency.target, dependency.handler), (dependency, {}))
+        for index in indices:
+            roots.setdefault(index.idx, index.root_idx)
+    return [Item(dependency, list(roots), list(roots.values())) for dependency, roots in items.values()]
