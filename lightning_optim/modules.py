@@ -135,7 +135,9 @@ def matrices_of(layer: nn.Module, name: str, tensor: Tensor) -> list[Tensor]:
     return [tensor.t() if name == "weight" and isinstance(layer, Conv1D) else tensor]
 
 
-def copy_module(module: nn.Module, *, rounded: bool = True, compiled: bool = False) -> nn.Module:
+def copy_module(
+    module: nn.Module, *, rounded: bool = True, compiled: bool = False, share_weights: bool = False
+) -> nn.Module:
     """Return a deep copy in eval mode that can be called and traced independently of the original.
 
     Lightning, DDP and torch.compile replace ``forward`` and the steps on the instance by functions that stay bound to
@@ -145,8 +147,12 @@ def copy_module(module: nn.Module, *, rounded: bool = True, compiled: bool = Fal
         module: The module to copy.
         rounded: Whether quantized layers round as they do in ``module``; otherwise the copy computes in float.
         compiled: Whether parts wrapped by ``torch.compile(part)`` stay compiled; otherwise they run eagerly.
+        share_weights: Whether the copy holds the parameters themselves: it costs no memory, and must not be trained.
     """
-    duplicate = copy.deepcopy(module, _shared_values(module))
+    memo = _shared_values(module)
+    if share_weights:
+        memo |= {id(parameter): parameter for parameter in module.parameters()}
+    duplicate = copy.deepcopy(module, memo)
     for layer in duplicate.modules():
         original = layer._modules.get(COMPILED_CHILD)
         if original is None or not compiled:
