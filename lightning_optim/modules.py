@@ -137,7 +137,7 @@ def matrices_of(layer: nn.Module, name: str, tensor: Tensor) -> list[Tensor]:
 
 
 def copy_module(
-    module: nn.Module, *, rounded: bool = True, compiled: bool = False, shared_weights: bool = False
+    module: nn.Module, *, rounded: bool = True, compiled: bool = False, share_weights: bool = False
 ) -> nn.Module:
     """Return a deep copy in eval mode that can be called and traced independently of the original.
 
@@ -148,11 +148,11 @@ def copy_module(
         module: The module to copy.
         rounded: Whether quantized layers round as they do in ``module``; otherwise the copy computes in float.
         compiled: Whether parts wrapped by ``torch.compile(part)`` stay compiled; otherwise they run eagerly.
-        shared_weights: Whether the copy's parameters are other parameters on the same memory, for a caller that does
+        share_weights: Whether the copy's parameters are other parameters on the same memory, for a caller that does
             not change their values; buffers are copied always.
     """
     memo = _shared_values(module)
-    if shared_weights:
+    if share_weights:
         for parameter in module.parameters():
             if type(parameter) is nn.Parameter and not is_lazy(parameter):
                 memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)

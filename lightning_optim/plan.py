@@ -16,7 +16,17 @@ import torch
 from torch import nn
 
 from lightning_optim._version import __version__
-from lightning_optim.structure import PLACE, Replaced, Structure, children_of, emptied, filled, made, restructure
+from lightning_optim.structure import (
+    PLACE,
+    Replaced,
+    Structure,
+    change_configs,
+    children_of,
+    emptied,
+    filled,
+    made,
+    restructure,
+)
 
 __all__ = ["EMPTY", "KEY", "VERSION", "Contributor", "Plan", "check_version"]
 
@@ -79,8 +89,10 @@ class Plan:
 
         Args:
             name: The layer's dotted name below :attr:`module`, as it is now.
-            attributes: Attributes that the technique changes or adds (``in_features``, ``groups``); class, parameters,
-                buffers and children are always watched.
+            attributes: Attributes that the technique changes or adds (``in_features``, ``groups``), also those of a
+                configuration that the layer holds (``config.num_layers``), which are changed by
+                :func:`~lightning_optim.structure.change_configs`; class, parameters, buffers and children are always
+                watched.
         """
         layer, own = self.module, ""
         for part in name.split(".") if name else ():
@@ -166,6 +178,11 @@ class Plan:
             for name, parameter in layer._parameters.items():
                 if id(parameter) in replaced:
                     layer._parameters[name] = replaced[id(parameter)][1]
+        dotted = {
+            step.layer: {name: value for name, value in step.wanted.attributes.items() if "." in name}
+            for _, step in steps
+        }
+        change_configs(self.module, dotted)
         self.provenance = dict(plain.get("provenance", {}))
 
     def _steps(

@@ -17,13 +17,16 @@ __all__ = [
     "PLACE",
     "Replaced",
     "Structure",
+    "change_configs",
     "children_of",
     "emptied",
     "filled",
     "inherit",
+    "is_config",
     "is_layer_class",
     "layer_class",
     "made",
+    "read_attribute",
     "restructure",
 ]
 
@@ -88,7 +91,7 @@ class Structure:
         """Read the structure of a watched layer, with some of its attributes."""
         return cls(
             own_class(layer),
-            {name: getattr(layer, name, _Absent) for name in attributes},
+            {name: read_attribute(layer, name) for name in attributes},
             {name: None if p is None else tuple(p.shape) for name, p in layer._parameters.items()},
             {name: None if b is None else (tuple(b.shape), b.dtype) for name, b in layer._buffers.items()},
             {name: vars(child).get(PLACE) for name, child in children_of(layer).items()},
@@ -165,6 +168,64 @@ def _is_plain(value: Any) -> bool:
     if isinstance(value, tuple | list):
         return all(_is_plain(item) for item in value)
     return type(value) in (bool, int, float, str, type(None), torch.dtype)
+
+
+def read_attribute(layer: nn.Module, name: str) -> Any:
+    """Return an attribute of a layer, or with a dotted name (``config.num_layers``) one of an object that it holds."""
+    holder, _, leaf = name.rpartition(".")
+    return getattr(getattr(layer, holder, None) if holder else layer, leaf, _Absent)
+
+
+def change_configs(root: nn.Module, wanted: Mapping[nn.Module, Mapping[str, Any]]) -> None:
+    """Set attributes of the configurations that layers hold, on copies that take their place everywhere in a module.
+
+    A configuration is any object whose class name ends in "Config"; all layers of a model often hold the same one.
+    Another model may hold it too (a teacher of the same class), and so do hyperparameters from which the class is
+    built again: the object itself stays as it is.
+
+    Args:
+        root: The module in which copies take the place of the configurations, also inside other configurations.
+        wanted: Layer -> dotted names (``config.num_layers``) and their values.
+    """
+    changes: dict[int, dict[str, Any]] = {}
+    for layer, attributes in wanted.items():
+        for name, value in attributes.items():
+            holder, _, leaf = name.rpartition(".")
+            held = getattr(layer, holder, None)
+            if held is not None and not _same(read_attribute(layer, name), value):
+                changes.setdefault(id(held), {})[leaf] = value
+    if not changes:
+        return
+    current: dict[int, tuple[Any, Any]] = {}
+
+    def renewed(config: Any) -> Any:
+        if id(config) not in current:
+            current[id(config)] = (config, config)  # one that leads back to itself ends here
+            inside = {key: renewed(value) for key, value in vars(config).items() if is_config(value)}
+            inside = {key: value for key, value in inside.items() if value is not vars(config)[key]}
+            own = changes.get(id(config), {})
+            new = copy.copy(config) if own or inside else config
+            for key, value in (*inside.items(), *own.items()):
+                if value is _Absent:
+                    vars(new).pop(key, None)
+                else:
+                    setattr(new, key, value)
+            current[id(config)] = (config, new)
+        return current[id(config)][1]
+
+    for layer in root.modules():
+        for key, value in list(vars(layer).items()):
+            if is_config(value):
+                vars(layer)[key] = renewed(value)
+
+
+def is_config(value: Any) -> bool:
+    """Whether a value is a configuration, as transformers keeps one: an object of a class "...Config"."""
+    return type(value).__name__.endswith("Config") and hasattr(value, "__dict__") and not isinstance(value, type)
+
+
+def _same(left: Any, right: Any) -> bool:
+    return type(left) is type(right) and bool(left == right)
 
 
 def children_of(layer: nn.Module) -> dict[str, nn.Module]:
@@ -252,6 +313,8 @@ def restructure(
     if own_class(layer) is not wanted.layer_class:
         set_class(layer, wanted.layer_class)
     for name, value in wanted.attributes.items():
+        if "." in name:
+            continue  # of a configuration, which is changed once for all layers
         if value is _Absent:
             vars(layer).pop(name, None)
         else:

@@ -30,8 +30,9 @@ LAYERS = [
         "plan",
         "techniques",
         "patterns",
+        "progress",
     },
-    {"structured", "sparsity", "quantization", "measure", "export", "checkpoint", "target", "calls", "window"},
+    {"depth", "structured", "sparsity", "quantization", "measure", "export", "checkpoint", "target", "calls", "window"},
     {"report", "callbacks", "strategies", "distillation", "recipe", "demo", "cli", "__main__"},
     {"__init__"},
 ]

@@ -12,6 +12,7 @@ from helpers.models import CLASSES, FEATURES, Classifier, Files, assert_same_sta
 from helpers.toy import LowRank, Once, factorize, remove_blocks
 from lightning_optim import conform, load_from_checkpoint
 from lightning_optim.checkpoint import EMPTY, plan_of, share_plan
+from lightning_optim.structure import change_configs
 
 
 class Block(nn.Module):
@@ -243,3 +244,45 @@ def test_low_rank_layers_give_the_same_answers_after_loading():
     fresh.load_state_dict(module.state_dict())
     x = torch.randn(3, 8)
     assert torch.equal(fresh(x), module(x))
+
+
+class SizesConfig:
+    """A configuration, as transformers keeps one."""
+
+    def __init__(self) -> None:
+        self.num_layers, self.kinds = 5, ["a", "b", "a", "b", "a"]
+
+
+class Configured(Deep):
+    """Its parts hold the configuration, as does another configuration."""
+
+    def __init__(self, config: SizesConfig) -> None:
+        super().__init__()
+        self.config, self.net.config = config, config
+        self.outer = type("OuterConfig", (), {})()
+        self.outer.inner = config
+
+
+def fewer(module):
+    plan = plan_of(module)
+    plan.track("net", "config.num_layers", "config.kinds")
+    remove_blocks(module, "net.1", {1, 3})
+    change_configs(module, {module.net: {"config.num_layers": 3, "config.kinds": ["a", "a", "a"]}})
+
+
+def test_a_configuration_follows_in_all_layers_and_in_no_other_model():
+    config = SizesConfig()
+    module, other = Configured(config), Configured(config)
+    fewer(module)
+    held = (module.config, module.net.config, module.outer.inner)
+    assert all(each is held[0] and (each.num_layers, each.kinds) == (3, ["a"] * 3) for each in held)
+    assert (other.config.num_layers, other.outer.inner.kinds[1]) == (5, "b")
+    assert config.num_layers == 5
+    plain = plan_of(module).as_plain()
+    assert plain["modules"]["net"]["attributes"] == {"config.num_layers": 3, "config.kinds": ["a"] * 3}
+    fresh = Configured(config)
+    conform(fresh, plain)
+    assert fresh.config is fresh.net.config is fresh.outer.inner
+    assert (fresh.config.num_layers, fresh.config.kinds, config.num_layers) == (3, ["a"] * 3, 5)
+    conform(fresh, EMPTY)
+    assert (fresh.config.num_layers, fresh.outer.inner.kinds[1], len(fresh.net[1])) == (5, "b", 5)

@@ -100,14 +100,15 @@ def proposals(module: nn.Module, cores: Sequence[Core]) -> Iterator[ChannelGroup
     for heads in _possible_heads(module, cores, names):
         for members, name, by_queries in _memberships(module, cores, heads):
             channels = heads.width * (heads.queries if by_queries else heads.shared)
-            fewest = heads.shared if by_queries else -(-FEWEST_HEADS // heads.each)
+            alone = heads.each > 1 and len(members) > 2  # one key/value head may stay: it has several queries
+            fewest = max(heads.shared, FEWEST_HEADS) if by_queries else 1 if alone else FEWEST_HEADS
             group = ChannelGroup(
                 name,
                 channels,
                 heads.shared if by_queries else 1,
                 tuple(members),
                 unit=heads.width,
-                least=heads.width * max(fewest, FEWEST_HEADS if by_queries else 1),
+                least=heads.width * fewest,
                 proposed=True,
             )
             yield from _with_numbers(module, group, heads, names, by_queries)
@@ -144,15 +145,16 @@ def _projections(module: nn.Module, core: Core) -> list[nn.Module]:
 
 
 def _memberships(module: nn.Module, cores: Sequence[Core], heads: Heads) -> Iterator[tuple[list[Member], str, bool]]:
-    """Yield the members if these are the heads, the layer after which they are named, and whether only queries leave."""
+    """Yield the members if these are the heads, the layer that gives the name, and whether only queries leave."""
     layouts = [list(_layouts(module, core, heads)) for core in cores]
     if not all(layouts):
         return
     for turn in range(max(map(len, layouts))):
         parts = [each[min(turn, len(each) - 1)] for each in layouts]
-        separate = len(parts[0]) > 1
-        few = heads.shared == 1 or (separate and heads.shared <= _FEW_SHARED)
-        ways = [heads.each > 1 and few] + ([not few] if separate and heads.each > 1 and heads.shared > 1 else [])
+        ways = [False]
+        if heads.each > 1:  # a fused projection has one name for both ways: which one it is must show in its shape
+            few = heads.shared <= (_FEW_SHARED if len(parts[0]) > 1 else 1)
+            ways = [few, not few] if len(parts[0]) > 1 else [few]
         for by_queries in ways:
             members = [
                 member
@@ -161,7 +163,7 @@ def _memberships(module: nn.Module, cores: Sequence[Core], heads: Heads) -> Iter
             ]
             tables = list(_tables(module, cores, heads)) if heads.each == 1 else []
             first = parts[0]
-            letter = "q" if by_queries or heads.each == 1 else "k"
+            letter = "q" if by_queries else "v"
             name = next(name for name, each in first.items() if any(kind == letter for kind, _ in each))
             if tables:
                 yield [*members, *tables], name, by_queries

@@ -18,7 +18,7 @@ from lightning_optim.structured.removal import apply_removal
 from lightning_optim.structured.tracing import without_cache
 from lightning_optim.target import ForwardInputs, map_inputs
 
-__all__ = ["Damage", "damage", "prove_in_units", "trusted"]
+__all__ = ["SHAPE", "Damage", "damage", "prove_in_units", "trusted"]
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
 """Difference that sums in another order may make, as a fraction of the output's largest entry.
@@ -26,6 +26,10 @@ TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
 In float64 it stays below 1e-10; scrambled heads of a ViT-small made 9e-3. Only a model that float64 cannot compute is
 compared in a smaller dtype.
 """
+
+
+SHAPE = "the output would change its shape"
+"""Why a removal is refused in a part that may return more than the model uses."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,7 @@ def damage(module: nn.Module, inputs: ForwardInputs, removal: Removal) -> Damage
     """
     whole, inputs, arithmetic, before = _with_random_weights(module, inputs)
     removed = copy_module(
-        whole, rounded=False, shared_weights=True
+        whole, rounded=False, share_weights=True
     )  # what leaves is cut off, the rest is not written to
     try:
         apply_removal(removed, removal)
@@ -69,7 +73,7 @@ def damage(module: nn.Module, inputs: ForwardInputs, removal: Removal) -> Damage
     except FAILURES as error:
         return Damage(f"the forward pass fails afterwards{_place(removed, error)} ({first_line(error, 120)})")
     if [t.shape for t in before] != [t.shape for t in after]:
-        return Damage("the output would change its shape")
+        return Damage(SHAPE)
     if not all(bool(torch.isfinite(t).all()) for t in after):
         return Damage("the output would not be finite")
     difference = _least_difference(whole, inputs, removal, arithmetic, after)

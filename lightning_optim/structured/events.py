@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +12,10 @@ from lightning_optim.functional.criteria import parameter_generator
 from lightning_optim.modules import INPUTS_FIRST, NORMS
 from lightning_optim.patterns import Pattern, check_pattern
 from lightning_optim.structured.allocation import Allocation, Pool, kept_channels, one_pool
-from lightning_optim.structured.check import Damage, damage, prove_in_units, trusted
+from lightning_optim.structured.check import SHAPE, Damage, damage, trusted
 from lightning_optim.structured.find import ChannelReport, find_prunable, known_groups
 from lightning_optim.structured.groups import ChannelGroup, Member, Removal
+from lightning_optim.structured.proof import refused_in_parts
 from lightning_optim.structured.traced import TracedModel
 from lightning_optim.target import ForwardInputs
 
@@ -116,9 +116,7 @@ def plan_event(
 
 
 def _as_traced(names: Mapping[str, ChannelGroup], traced: TracedModel) -> dict[str, ChannelGroup]:
-    """Return groups as a trace sees them; those that were proposed are as the model is, or :func:`known_groups` was
-    asked.
-    """
+    """Return groups as a trace sees them; those that were proposed are those of the present model already."""
     now = {group.name: group for group in traced.groups()}
     return {
         name: group if group.proposed else group.now(now[name])
@@ -149,33 +147,28 @@ def event_damage(
     """
     traced = TracedModel(module, inputs) if traced is None else traced
     groups = _as_traced(names, traced)
-    by_unit: dict[str, list[str]] = {}
-    for name in event.leaving:
-        by_unit.setdefault(traced.unit(groups[name]), []).append(name)
-    if "" in by_unit:
-        by_unit = {"": list(event.leaving)}
-    problems: list[str] = []
+    problems: dict[str, str] = {}
 
-    def judge(leaving: Sequence[str], unit: str, part: nn.Module, received: ForwardInputs) -> None:
+    def judge(names: Sequence[str], part: str, layer: nn.Module, received: ForwardInputs) -> dict[str, str]:
+        leaving = names if part else list(event.leaving)
+
         def breaks(some: Sequence[str]) -> Damage | None:
             removal = traced.remove({name: event.leaving[name] for name in some}, groups)
-            return damage(part, received, removal.below(unit))
+            return damage(layer, received, removal.below(part))
 
         problem = breaks(leaving)
         if problem is None:
-            return
-        if not problem.only_values or len(leaving) == 1:
-            problems.append(f"{', '.join(leaving)}: {problem}")
-            return
-        _, bad = trusted(leaving, breaks)
-        problems.extend(f"{name}: {reason}" for name, reason in bad.items())
+            return {}
+        if problem.only_values and len(leaving) > 1:
+            return trusted(leaving, breaks)[1]
+        if problem.reason == SHAPE:
+            return dict.fromkeys(names, SHAPE)
+        problems[", ".join(leaving)] = problem.reason
+        return {}
 
-    judges = {unit: partial(judge, leaving, unit) for unit, leaving in by_unit.items()}
-    if "" in judges:
-        judges[""](module, inputs)
-    else:
-        prove_in_units(traced.copy, inputs, judges)
-    return "; ".join(dict.fromkeys(problems)) or None
+    leaving = {name: groups[name] for name in event.leaving}
+    problems.update(refused_in_parts(module, inputs, traced, leaving, judge))
+    return "; ".join(f"{names}: {reason}" for names, reason in problems.items()) or None
 
 
 def _scores(

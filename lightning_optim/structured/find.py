@@ -1,5 +1,6 @@
-"""Which channels can be removed: groups are found, tried on copies, and reported with the reasons of those left alone."""
+"""Which channels can be removed: groups are found, tried on copies, and reported; others with the reason."""
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -12,8 +13,10 @@ from lightning_optim.functional.criteria import parameter_generator
 from lightning_optim.patterns import Pattern, matches, shown
 from lightning_optim.structured.allocation import Pool
 from lightning_optim.structured.attention import as_heads, coupled, in_attention, proposals
-from lightning_optim.structured.check import Damage, damage, prove_in_units, trusted
+from lightning_optim.structured.check import Damage, damage, trusted
+from lightning_optim.structured.cores import Core
 from lightning_optim.structured.groups import ChannelGroup, is_linear
+from lightning_optim.structured.proof import refused_in_parts
 from lightning_optim.structured.splits import with_counted_parts
 from lightning_optim.structured.traced import TracedModel
 from lightning_optim.structured.unreached import possible_readers, unreached_layers
@@ -23,6 +26,7 @@ from lightning_optim.target import ForwardInputs
 __all__ = ["ChannelReport", "find_prunable", "known_groups"]
 
 _UNREACHED = "not reached by the example inputs"
+_NUMBER = re.compile(r"\.\d+")
 
 Ways = list[ChannelGroup]
 """The ways in which channels of a group may leave, the likeliest first."""
@@ -195,32 +199,53 @@ def _checked(
     candidates: Mapping[str, Ways],
     left_out: dict[str, str],
 ) -> ChannelReport:
-    """Try the groups, many at a time, in the part of the model that holds all of their layers."""
-    good: dict[str, ChannelGroup] = {}
-    bad: dict[str, str] = {}
-    by_unit: dict[str, dict[str, Ways]] = {}
-    for name, ways in candidates.items():
-        by_unit.setdefault(traced.unit(ways[0]), {})[name] = ways
+    """Try the groups, many at a time, in the parts of the model that hold their layers.
 
-    def judge(ways: Mapping[str, Ways], unit: str, part: nn.Module, received: ForwardInputs) -> None:
-        # a part that is called again proves again what was found to be right
-        again = {name: [good[name]] if name in good else each for name, each in ways.items() if name not in bad}
-        proven, refused = _first_ways(again, partial(_probe, part, received, traced, unit))
-        good.update(proven)
-        for name, reason in refused.items():
-            good.pop(name, None)
-            bad[name] = reason
-
-    whole = by_unit.pop("", {})
-    if by_unit:
-        prove_in_units(traced.copy, inputs, {unit: partial(judge, ways, unit) for unit, ways in by_unit.items()})
-    if whole:
-        judge(whole, "", module, inputs)
+    Attention that is refused alone is tried together with its likes: a stack may pass on what counts its heads.
+    """
+    good, bad = _proven(module, inputs, traced, candidates)
+    likes = _likes(traced, {name: candidates[name] for name in bad if candidates[name][-1].proposed})
+    more = {names[0]: list(proposals(module, cores)) for names, cores in likes if len(cores) > 1}
+    if more:
+        together, _ = _proven(module, inputs, traced, more)
+        good |= together
+        for names, _ in likes:
+            if names[0] in together:
+                bad = {name: reason for name, reason in bad.items() if name not in names}
     kept = {good[name].name: good[name] for name in candidates if name in good}
-    reasons = {
-        name: _reason(module, candidates[name][-1], bad.get(name, _UNREACHED)) for name in candidates.keys() - good
-    }
+    reasons = {name: _reason(module, candidates[name][-1], reason) for name, reason in bad.items()}
     return ChannelReport(kept, {**left_out, **{name: reasons[name] for name in candidates if name in reasons}})
+
+
+def _likes(traced: TracedModel, refused: Mapping[str, Ways]) -> list[tuple[list[str], list[Core]]]:
+    """Return the attentions of refused groups by kind: those whose names differ in numbers only."""
+    kinds: dict[str, tuple[list[str], list[Core]]] = {}
+    for name, ways in refused.items():
+        writers = {member.layer for member in ways[0].members if member.side == "in"}
+        if len(writers) == 1:
+            (writer,) = writers
+            names, cores = kinds.setdefault(_NUMBER.sub(".#", writer), ([], []))
+            names.append(name)
+            cores.append(traced.cores[writer])
+    return list(kinds.values())
+
+
+def _proven(
+    module: nn.Module, inputs: ForwardInputs, traced: TracedModel, candidates: Mapping[str, Ways]
+) -> tuple[dict[str, ChannelGroup], dict[str, str]]:
+    """Return the groups that can be pruned, in the first way that is right, and why the others cannot."""
+    good: dict[str, ChannelGroup] = {}
+
+    def judge(names: Sequence[str], part: str, layer: nn.Module, received: ForwardInputs) -> dict[str, str]:
+        # a part that is called again proves again what was found to be right
+        ways = {name: [good.pop(name)] if name in good else candidates[name] for name in names}
+        proven, refused = _first_ways(ways, partial(_probe, layer, received, traced, part))
+        good.update(proven)
+        return refused
+
+    firsts = {name: ways[0] for name, ways in candidates.items()}
+    bad = refused_in_parts(module, inputs, traced, firsts, judge)
+    return {name: good[name] for name in candidates if name in good}, bad
 
 
 def _first_ways(

@@ -42,7 +42,7 @@ class TracedModel:
     """
 
     def __init__(self, module: nn.Module, inputs: ForwardInputs, *, cores: bool = True) -> None:
-        self.copy = copy_module(module, rounded=False, shared_weights=True)
+        self.copy = copy_module(module, rounded=False, share_weights=True)
         for layer in self.copy.modules():
             for parameter in layer.parameters(recurse=False):  # frozen layers are invisible to the tracing
                 one_for_all = not is_root(layer) and not is_lazy(parameter) and parameter.numel() == 1
