@@ -1,17 +1,16 @@
 """ChannelPruning: channels leave the model while it trains, and the run goes on."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_optim import checkpoint
-from lightning_optim.callbacks.base import CompressionCallback
+from lightning_optim.callbacks.base import CompressionCallback, ranks_per_batch
 from lightning_optim.callbacks.example_inputs import InputSource
 from lightning_optim.callbacks.recovery import Recovery
 from lightning_optim.callbacks.statistics import Collected
@@ -19,41 +18,22 @@ from lightning_optim.change import Changed
 from lightning_optim.checks import check_choice, check_count, check_flags
 from lightning_optim.functional.channels import ChannelCriterion
 from lightning_optim.functional.schedules import SCHEDULES, Schedule
-from lightning_optim.measure.latency import interleaved_latency
-from lightning_optim.measure.macs import count_macs
 from lightning_optim.measure.size import SIZES
 from lightning_optim.modules import copy_module
 from lightning_optim.optimizers import held_ids
 from lightning_optim.provenance import as_plain
 from lightning_optim.sharding import is_sharded
-from lightning_optim.structured.allocation import Allocation, Pool, Shortfall, one_pool, shortfall
-from lightning_optim.structured.events import (
-    ChannelReport,
-    Event,
-    check_ratio,
-    event_damage,
-    find_prunable,
-    known_groups,
-    plan_event,
-)
+from lightning_optim.structured.allocation import Allocation, one_pool
+from lightning_optim.structured.events import check_ratio
 from lightning_optim.structured.goal import Goal, smallest_ratio
-from lightning_optim.structured.groups import outputs_of
+from lightning_optim.structured.live import Dense, LiveChannels, NothingPrunable
 from lightning_optim.structured.optimizers import check_optimizer
-from lightning_optim.structured.removal import ChannelRemoval, apply_removal
+from lightning_optim.structured.removal import ChannelRemoval
 from lightning_optim.structured.selection import refuse_shared, select_roots
-from lightning_optim.target import ForwardInputs, Pattern, find_target
+from lightning_optim.target import Pattern, find_target
 from lightning_optim.window import Window
 
 __all__ = ["ChannelPruning"]
-
-
-@dataclass
-class _Progress:
-    """What the state holds: the dense model, and how far the pruning is."""
-
-    channels: dict[str, int]
-    parameters: float
-    macs: float | None = None
 
 
 class ChannelPruning(CompressionCallback):
@@ -162,15 +142,10 @@ class ChannelPruning(CompressionCallback):
         self.round_to = round_to
         self.allocation = Allocation.of(criterion, scope=scope, reduction=reduction, round_to=round_to)
         self._inputs = InputSource(example_inputs, 2, module, several=True)
-        self._report: ChannelReport | None = None
-        self._dense: _Progress | None = None
+        self._live: LiveChannels | None = None
+        self._dense: Dense | None = None
         self._reached: float | None = None
         self._statistics = Collected(self.allocation.needs)
-        if not self._statistics.elementwise:
-            raise ValueError(
-                f"a channel criterion can ask for statistics with one number per weight, got needs="
-                f"{self.allocation.needs!r}. Take another criterion."
-            )
 
     # What the base asks for.
 
@@ -189,16 +164,16 @@ class ChannelPruning(CompressionCallback):
             )
         self._prefix, self._target = find_target(pl_module, self.module)
         self._whole = pl_module
-        self._report = None
+        self._live = None
         if fresh:
             self._dense, self._recovery.removed_at, self._reached = None, None, None
             self._statistics.clear()
         self._statistics.place({name: parameter.device for name, parameter in self._target.named_parameters()})
         self._inputs.prepare(pl_module, "ChannelPruning")
         refuse_shared(pl_module, self._target, self._prefix)
-        self._roots, self._left_alone = select_roots(self._target, self._prefix, self.include, self.exclude)
+        self._selected = select_roots(self._target, self._prefix, self.include, self.exclude)
         if self._inputs.inputs is not None and not is_sharded(pl_module):
-            self._find_groups(trainer)
+            self._find_groups(trainer, pl_module)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -208,6 +183,8 @@ class ChannelPruning(CompressionCallback):
         self._recovery.end_batch()
         if not self.window.closed:
             self._inputs.begin_batch(pl_module)
+        if self._live is not None and self.window.within:
+            self._statistics.watch(self._live.weights())
         self._recovery.begin_batch(self._target)
 
     def model_changed(self, pl_module: pl.LightningModule, changed: Changed) -> None:
@@ -221,17 +198,17 @@ class ChannelPruning(CompressionCallback):
         self._dense.channels = {
             new.removeprefix(self._prefix): self._dense.channels[old] for old, new in layers.items() if new is not None
         }
-        if self._report is not None:
-            self._report = known_groups(self._target, self._called_inputs(), self._dense.channels)
+        if self._live is not None:
+            self._live = LiveChannels.again(self._target, self._prefix, self._live.inputs, self._dense, self.allocation)
 
     def finish_batch(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Read what was caught, and run the event that is due."""
         self._recovery.end_batch()
-        if self._report is None and not self.window.closed:
+        if self._live is None and not self.window.closed:
             self._inputs.end_batch(pl_module)
             if self._inputs.inputs is not None:
                 self._inputs.inputs = trainer.strategy.broadcast(self._inputs.inputs, src=0)
-                self._find_groups(trainer)
+                self._find_groups(trainer, pl_module)
         super().finish_batch(trainer, pl_module)
 
     def register_hooks(self, trainer: pl.Trainer) -> None:
@@ -250,70 +227,67 @@ class ChannelPruning(CompressionCallback):
             held = held_ids(optimizer)
             self._statistics.after_step({n: p for n, p in self._target.named_parameters() if id(p) in held})
 
+    def count_step(self, optimizer: Optimizer) -> None:
+        """Count the step; the one that leads to an event ends the watch, before other techniques call the model."""
+        super().count_step(optimizer)
+        if self._statistics.watching and self.window.due():
+            self._statistics.stop()
+
     def apply_event(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Remove what the schedule asks now. A failed event leaves the model as it was."""
-        if self._report is None or self._dense is None:
+        if self._live is None:
             raise MisconfigurationException(
                 "ChannelPruning has an event before the first batch, and no example inputs yet. Pass `example_inputs`, "
                 "or start at step 1 or later."
             )
+        self._statistics.stop()
         progress = self.window.progress()
         if progress > 0.0:  # the schedule begins with the dense model: nothing to rank
-            self._remove(trainer, pl_module, self._asked(trainer, progress))
+            self._live.begin_event()
+            try:
+                self._remove(trainer, pl_module, self._live)
+            finally:
+                self._live.end_event()
             self._statistics.clear()
-        self._say(trainer, pl_module)
+        self._say(trainer, pl_module, self._live)
 
-    def _asked(self, trainer: pl.Trainer, progress: float) -> list[Pool]:
-        if self.target is None:
-            return self._pools(progress)
-        due = 1.0 - self.schedule(progress, 0.0, 1.0 - self.target.fraction)
-        ratio = self._ratio_for(trainer, self.target, due)
-        return [one_pool(ratio, self._known()[0].groups, self.allocation)]
-
-    def _pools(self, progress: float) -> list[Pool]:
-        """Return what `pruning_ratio` asks at a point of the window."""
-        report, _ = self._known()
-        if not isinstance(self.pruning_ratio, dict):
-            return [one_pool(self.schedule(progress, 0.0, self.pruning_ratio), report.groups, self.allocation)]
-        pools = report.pools(self.pruning_ratio, self._target, self._prefix)
-        return [replace(pool, ratio=self.schedule(progress, 0.0, pool.ratio)) for pool in pools]
-
-    def _remove(self, trainer: pl.Trainer, pl_module: pl.LightningModule, pools: list[Pool]) -> None:
-        report, _ = self._known()
-        event = self._plan(pools)
+    def _remove(self, trainer: pl.Trainer, pl_module: pl.LightningModule, live: LiveChannels) -> None:
+        statistics = self._statistics.by_statistic(trainer, ranks_per_batch(trainer))
+        pools = live.pools(self.pruning_ratio, self._due)
+        if self.target is not None:
+            ratio = self._ratio_for(trainer, live, self.target, statistics)
+            pools = [one_pool(ratio, live.report.groups, self.allocation)]
+        event = live.plan(pools, statistics, last=self.window.closes_now)
         if not event.removal.kept:
             return
-        problem = event_damage(self._target, self._called_inputs(), report.groups, event) if self.check else None
+        problem = live.damage(event) if self.check else None
         if problem is not None:
             raise RuntimeError(f"ChannelPruning at step {self.window.step} changed nothing: {problem}.")
         change = ChannelRemoval(self._prefix, event.removal)
         self.commit(trainer, pl_module, change, reset=self.optimizer_state == "reset")
+        live.note(event)
         self._recovery.begin(self.window.step)
 
-    def _plan(self, ratios: float | list[Pool]) -> Event:
-        """Choose which channels leave so that ``ratios`` of the dense ones are gone."""
-        report, dense = self._known()
-        return plan_event(
-            self._target,
-            self._called_inputs(),
-            report.groups,
-            dense.channels,
-            ratios,
-            self.allocation,
-            self._statistics.by_weight(),
-            self._prefix,
-            last=self.window.closes_now,
-        )
+    def _due(self, final: float) -> float:
+        """Return which part of a fraction is due now."""
+        return self.schedule(self.window.progress(), 0.0, final)
 
-    def _ratio_for(self, trainer: pl.Trainer, goal: Goal, due: float) -> float:
-        """Return the smallest ratio that leaves at most the fraction ``due`` of the dense figure; rank 0 decides."""
+    def _ratio_for(
+        self, trainer: pl.Trainer, live: LiveChannels, goal: Goal, statistics: Mapping[str, Mapping[str, Tensor]]
+    ) -> float:
+        """Return the smallest ratio that leaves at most the fraction of the figure that is due; rank 0 decides."""
+        due = 1.0 - self._due(1.0 - goal.fraction)
+
+        def fraction_at(ratio: float) -> float:
+            event = live.plan(ratio, statistics, last=self.window.closes_now)
+            return live.fraction_after(event, goal, self._dense_copy)
+
         found: tuple[float, float] = (0.0, 0.0)
         if trainer.is_global_zero:
-            found = smallest_ratio(self._fraction_at, due)
+            found = smallest_ratio(fraction_at, due)
         ratio, reached = trainer.strategy.broadcast(found, src=0) if trainer.world_size > 1 else found
         if self.window.progress() == 1.0 and reached > due:
-            report, _ = self._known()
-            smallest, left = ", ".join(report.groups), ", ".join(report.left_out) or "none"
+            smallest, left = ", ".join(live.report.groups), ", ".join(live.report.left_out) or "none"
             sentence = (
                 f"{self.label}: asked {goal.figure} at {due:.2%} of the dense model's, reached {reached:.2%}. What "
                 f"stops it: {smallest} are at their smallest; left alone are {left}."
@@ -324,90 +298,58 @@ class ChannelPruning(CompressionCallback):
         self._reached = reached
         return ratio
 
-    def _fraction_at(self, ratio: float) -> float:
-        """Return the figure, as a fraction of the dense model's, if channels were removed at a ratio."""
-        _, dense = self._known()
-        goal, inputs = self.target, self._called_inputs()
-        smaller = copy_module(self._target, rounded=False)
-        apply_removal(smaller, self._plan(ratio).removal)
-        if goal is None or goal.figure == "parameters":
-            return SIZES["parameters"](smaller) / dense.parameters
-        if goal.figure == "macs":
-            return count_macs(smaller, inputs) / (dense.macs or 1.0)
-        measured = interleaved_latency(smaller, inputs, self._dense_copy(), least=40)
-        return measured.ratio if measured.ratio is not None else 1.0
-
     def _dense_copy(self) -> nn.Module:
         """Return a copy with the structure of the user's class: what a latency is compared with."""
         duplicate = copy_module(self._whole, rounded=False)
         checkpoint.conform(duplicate, checkpoint.EMPTY)
         return duplicate.get_submodule(self._prefix.rstrip("."))
 
-    def _known(self) -> tuple[ChannelReport, _Progress]:
-        if self._report is None or self._dense is None:
-            raise RuntimeError("the groups are not known yet.")
-        return self._report, self._dense
-
-    def _called_inputs(self) -> ForwardInputs:
-        inputs = self._inputs.inputs
-        if inputs is None:
-            raise RuntimeError("no example inputs.")
-        return inputs
-
     # Groups.
 
-    def _find_groups(self, trainer: pl.Trainer) -> None:
+    def _find_groups(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._inputs.layer != self._prefix.rstrip("."):
             called = self._inputs.layer
             raise MisconfigurationException(
                 f"the training step calls {called!r} and not the forward of what ChannelPruning prunes. Pass "
                 f"module={called!r}, or `example_inputs` for the LightningModule's own forward."
             )
+        inputs = self._inputs.inputs
+        if inputs is None:
+            raise RuntimeError("no example inputs.")
         if self._dense is None:
-            inputs = self._called_inputs()
-            self._report = find_prunable(self._target, inputs, self._roots, self._left_alone, check=self.check)
-            if not self._report.groups:
-                raise MisconfigurationException(f"ChannelPruning can remove nothing: {self._report.reasons()}.")
-            channels = {name: group.channels for name, group in self._report.groups.items()}
             macs = self.target is not None and self.target.figure == "macs"
-            self._dense = _Progress(
-                channels,
-                SIZES["parameters"](self._target),
-                float(count_macs(self._target, inputs)) if macs else None,
-            )
+            try:
+                self._live = LiveChannels.find(
+                    self._target, self._prefix, inputs, self._selected, self.allocation, check=self.check, macs=macs
+                )
+            except NothingPrunable as error:
+                raise MisconfigurationException(f"ChannelPruning {error}") from error
+            self._dense = self._live.dense
         else:
-            self._report = known_groups(self._target, self._called_inputs(), self._dense.channels)
-        self._final_ratios()
+            self._live = LiveChannels.again(self._target, self._prefix, inputs, self._dense, self.allocation)
+        self._live.ratios(self.pruning_ratio)
+        self._statistics.check(self._live.weights(), pl_module)
         self.check_peers(trainer)
         if self.round_to is None and trainer.strategy.root_device.type == "cuda":
-            self.allocation = self.allocation.rounded(8)
-        rank_zero_info(self._table())
+            self.allocation = self._live.allocation = self.allocation.rounded(8)
+        rank_zero_info(self._table(self._live))
 
     def selected(self) -> dict[str, nn.Module]:
         """Return the layers whose outputs may be removed, once they are known."""
-        names = [] if self._report is None else self._report.groups
+        names = [] if self._live is None else self._live.report.groups
         return {self._prefix + name: self._target.get_submodule(name) for name in names}
 
-    def _final_ratios(self) -> dict[str, float]:
-        """Return the ratio of each group at the end."""
-        if self._report is None:
-            return {}
-        if not isinstance(self.pruning_ratio, dict):
-            return dict.fromkeys(self._report.groups, self.pruning_ratio)
-        return self._report.ratios(self.pruning_ratio, self._target, self._prefix)
-
-    def _say(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        report, dense = self._known()
-        left = self._fraction_left()
-        before = sum(dense.channels[name] for name in report.groups)
-        now = sum(outputs_of(self._target.get_submodule(name)) for name in report.groups)
+    def _say(self, trainer: pl.Trainer, pl_module: pl.LightningModule, live: LiveChannels) -> None:
+        dense, left = live.dense.channels, live.fraction_left()
+        before = sum(dense[name] for name in live.channels)
+        now = sum(live.channels.values())
         multiple = self.allocation.round_to
         rounded = f" (kept in multiples of {multiple})" if multiple else ""
-        miss = None if self.target is not None else self._shortfall()
+        miss = None if self.target is not None else live.shortfall(live.pools(self.pruning_ratio, self._due))
         fewer = f", {miss.channels} fewer than asked" if miss is not None and miss.channels else ""
         rank_zero_info(
-            f"{self.label}: step {self.window.step}, asked {self._words_of_asked()}; {before - now} of {before} "
-            f"channels gone in {len(report.groups)} groups{rounded}{fewer}; {left:.2%} of the parameters are left."
+            f"{self.label}: step {self.window.step}, asked {self._words_of_asked(live)}; {before - now} of {before} "
+            f"channels gone in {len(live.channels)} groups{rounded}{fewer}; {left:.2%} of the parameters are left."
         )
         if miss is not None and miss.exceeds and self.window.closes_now:
             rank_zero_warn(f"{self.label}: {miss.sentence()}")
@@ -416,21 +358,12 @@ class ChannelPruning(CompressionCallback):
             metrics[f"channels/{self.target.figure}"] = self._reached
         self.log_event(trainer, pl_module, metrics)
 
-    def _words_of_asked(self) -> str:
-        progress = self.window.progress()
+    def _words_of_asked(self, live: LiveChannels) -> str:
         if self.target is not None:
-            due = 1.0 - self.schedule(progress, 0.0, 1.0 - self.target.fraction)
-            return f"{due:.2%} of the dense {self.target.figure}"
-        _, dense = self._known()
-        ratios = self._final_ratios()
-        gone = sum(dense.channels[name] * self.schedule(progress, 0.0, ratio) for name, ratio in ratios.items())
-        return f"{gone / sum(dense.channels[name] for name in ratios):.2%} of the channels gone"
-
-    def _shortfall(self) -> Shortfall:
-        report, dense = self._known()
-        kept = {name: outputs_of(self._target.get_submodule(name)) for name in report.groups}
-        pools = self._pools(self.window.progress())
-        return shortfall(report.groups, dense.channels, kept, pools, self.allocation.round_to)
+            return f"{1.0 - self._due(1.0 - self.target.fraction):.2%} of the dense {self.target.figure}"
+        dense, ratios = live.dense.channels, live.ratios(self.pruning_ratio)
+        gone = sum(dense[name] * self._due(ratio) for name, ratio in ratios.items())
+        return f"{gone / sum(dense[name] for name in ratios):.2%} of the channels gone"
 
     def _fraction_left(self) -> float:
         return SIZES["parameters"](self._target) / self._dense.parameters if self._dense else 1.0
@@ -455,7 +388,7 @@ class ChannelPruning(CompressionCallback):
         channels = state_dict["channels"]
         self._dense = None
         if channels is not None:
-            self._dense = _Progress(dict(channels), state_dict["parameters"], state_dict["macs"])
+            self._dense = Dense(dict(channels), state_dict["parameters"], state_dict["macs"])
         self._recovery.removed_at = state_dict["removed_at"]
         self._recovery.batches_since = state_dict["batches_since"]
         self._statistics.load_state_dict(state_dict["squares"])
@@ -478,6 +411,7 @@ class ChannelPruning(CompressionCallback):
     def release(self, pl_module: pl.LightningModule) -> None:
         """Remove what the fit installed, and restore momenta and learning rates."""
         self._inputs.release()
+        self._statistics.stop()
         self._recovery.release()
         super().release(pl_module)
 
@@ -485,14 +419,12 @@ class ChannelPruning(CompressionCallback):
         return {
             **super().__getstate__(),
             "_target": None,
-            "_report": None,
+            "_live": None,
             "_whole": None,
         }
 
-    def _table(self) -> str:
-        if self._report is None or self._dense is None:
-            return ""
-        ratios = self._final_ratios()
+    def _table(self, live: LiveChannels) -> str:
+        ratios = live.ratios(self.pruning_ratio)
         removed = {name: f"{ratio:.0%}" if self.target is None else "to the goal" for name, ratio in ratios.items()}
         title = f"{self.label}: steps {self.window.start_step} to {self.window.end_step}"
-        return self._report.table(title, self._dense.channels, removed)
+        return live.report.table(title, live.dense.channels, removed)

@@ -1,6 +1,7 @@
 """The statistics of one criterion in a running fit: when they are collected, and on which process."""
 
 from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -101,16 +102,19 @@ class Collected:
                     "took no part in training. Pass it in `exclude`, or start at step 1 or later."
                 )
 
-        def total(sums: Tensor) -> Tensor:
-            reduced: Tensor = trainer.strategy.reduce(sums, reduce_op="sum")
-            return reduced / ranks_per_batch
-
+        total = partial(_total, trainer, ranks_per_batch)
         return {statistic: collector.value(name, total) for statistic, collector in self._collectors.items()}
 
-    def by_weight(self) -> dict[str, Tensor]:
-        """Return the statistic that has one number per weight, of every weight that was seen; all processes hold it."""
-        every = (collector for collector in self._collectors.values() if collector.elementwise)
-        return {name: collector.value(name, _as_it_is) for collector in every for name in collector.sums}
+    def by_statistic(self, trainer: pl.Trainer, ranks_per_batch: int) -> dict[str, dict[str, Tensor]]:
+        """Return each statistic by weight, of every weight that was seen on some process, of all processes together."""
+        found: dict[str, dict[str, Tensor]] = {}
+        for statistic, collector in self._collectors.items():
+            if collector.elementwise:  # all processes hold it
+                found[statistic] = {name: collector.value(name, _as_it_is) for name in collector.sums}
+            else:
+                total = partial(_total, trainer, ranks_per_batch)
+                found[statistic] = {name: collector.value(name, total) for name in sorted(collector.sums)}
+        return found
 
     def clear(self) -> None:
         """Start over: an event has used what was collected."""
@@ -152,6 +156,12 @@ class Collected:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_handles": []}
+
+
+def _total(trainer: pl.Trainer, ranks_per_batch: int, sums: Tensor) -> Tensor:
+    """Sum over the processes that saw different batches."""
+    reduced: Tensor = trainer.strategy.reduce(sums, reduce_op="sum")
+    return reduced / ranks_per_batch
 
 
 def _as_it_is(sums: Tensor) -> Tensor:

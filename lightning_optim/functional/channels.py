@@ -28,12 +28,15 @@ class Slices:
         gradient: Root mean square of their gradients, of the same shape; None unless the criterion needs it.
         kind: ``"out"``, ``"in"`` or ``"norm"`` (scales of a norm layer, one entry a channel).
         generator: For the random criterion.
+        input_magnitude: Mean absolute value of what the layer receives from each channel, ``[channels, entries]``; of
+            layers that read the channels, None for others and unless the criterion needs it.
     """
 
     weight: Tensor
     kind: str
     gradient: Tensor | None = None
     generator: torch.Generator | None = None
+    input_magnitude: Tensor | None = None
 
 
 ChannelCriterion = Callable[[Slices], Tensor]
@@ -64,6 +67,18 @@ def taylor(slices: Slices) -> Tensor:
     if slices.gradient is None:
         raise ValueError("the criterion taylor needs the gradient.")
     return (slices.weight.float() * slices.gradient.float()).abs().sum(1)
+
+
+@CHANNEL_CRITERIA.register("activation", needs=("input_magnitude",))
+def activation(slices: Slices) -> Tensor:
+    """Mean absolute value of each channel where the next layers read it; layers that write it have no say.
+
+    References:
+        Muralidharan et al. 2024, "Compact Language Models via Pruning and Knowledge Distillation" (Minitron).
+    """
+    if slices.kind != "in" or slices.input_magnitude is None:
+        return slices.weight.new_empty(0)
+    return slices.input_magnitude.float().mean(1)
 
 
 @CHANNEL_CRITERIA.register("bn_scale")

@@ -167,6 +167,25 @@ class InputNorm(_OfInputs):
         return total(self.sums[name].clone()).sqrt()
 
 
+@STATISTICS.register("input_magnitude")
+class InputMagnitude(_OfInputs):
+    """Mean absolute value of each input feature over the places of a call, of a shape as :func:`squared_inputs`.
+
+    Of several processes the sum of their means: it ranks features of layers that the same batches reach.
+    """
+
+    title = "magnitudes of the layers' inputs"
+
+    def measure(self, layer: Any, inputs: Tensor) -> Tensor:
+        """Return the mean over one call's places."""
+        features = getattr(layer, "in_channels", inputs.shape[-1])
+        return squared_inputs(layer, inputs.abs().sqrt()) * (features / max(inputs.numel(), 1))
+
+    def value(self, name: str, total: Total) -> Tensor:
+        """Return the mean over the calls."""
+        return total(self.sums[name].clone()) / self.counts[name]
+
+
 @STATISTICS.register("input_second_moment")
 class InputSecondMoment(_OfInputs):
     """Sum of x xᵀ over the vectors x that the weight's rows multiply, ``[n, n]`` in float32.

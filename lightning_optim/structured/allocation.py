@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from math import lcm
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from lightning_optim.functional.allocation import Width, asked_channels, even_widths, global_widths, missed
@@ -120,13 +121,38 @@ def kept_channels(
     """
     kept = {name: group.channels for name, group in groups.items()}
     for pool in pools:
-        widths = {name: _width(groups[name], dense[name], allocation.round_to) for name in pool.names}
+        ties = _ties(groups, pool.names)
+        widths = {names[0]: _together(groups, dense, names, allocation.round_to) for names in ties}
         if pool.even:
-            kept |= even_widths(widths, pool.ratio)
+            number = even_widths(widths, pool.ratio)
         else:
-            rising = {name: rising_scores(scores[name], groups[name].blocks) for name in pool.names}
-            kept |= global_widths(widths, rising, pool.ratio, fill=last)
+            rising = {names[0]: _rising_together(groups, scores, names) for names in ties}
+            number = global_widths(widths, rising, pool.ratio, fill=last)
+        kept |= {name: number[names[0]] // len(names) for names in ties for name in names}
     return kept
+
+
+def _ties(groups: Mapping[str, ChannelGroup], names: Iterable[str]) -> list[list[str]]:
+    """Return the groups of which equally many channels stay, each list of which one number counts the channels."""
+    ties: dict[tuple[str, int], list[str]] = {}
+    for name in names:
+        group = groups[name]
+        ties.setdefault((group.tie or f"alone {name}", group.channels), []).append(name)
+    return list(ties.values())
+
+
+def _together(
+    groups: Mapping[str, ChannelGroup], dense: Mapping[str, int], names: Sequence[str], round_to: int | None
+) -> Width:
+    width = _width(groups[names[0]], dense[names[0]], round_to)
+    number = len(names)
+    return Width(width.dense * number, width.now * number, width.unit * number, width.least * number)
+
+
+def _rising_together(groups: Mapping[str, ChannelGroup], scores: Mapping[str, Tensor], names: Sequence[str]) -> Tensor:
+    """Return the scores of tied groups in the order in which their channels leave, one of each at a time."""
+    each = [rising_scores(scores[name], groups[name].blocks) for name in names]
+    return torch.stack(each).mean(0).repeat_interleave(len(names))
 
 
 def shortfall(

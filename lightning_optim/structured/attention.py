@@ -99,6 +99,9 @@ def proposals(module: nn.Module, cores: Sequence[Core]) -> Iterator[ChannelGroup
     names = holders([name for core in cores for name in (*core.sources, core.writer)])
     for heads in _possible_heads(module, cores, names):
         for members, name, by_queries in _memberships(module, cores, heads):
+            pieces = heads.each if by_queries else heads.shared
+            if pieces < 2:  # nothing could leave, and so nothing be proven
+                continue
             channels = heads.width * (heads.queries if by_queries else heads.shared)
             alone = heads.each > 1 and len(members) > 2  # one key/value head may stay: it has several queries
             fewest = max(heads.shared, FEWEST_HEADS) if by_queries else 1 if alone else FEWEST_HEADS
@@ -128,7 +131,7 @@ def _possible_heads(module: nn.Module, cores: Sequence[Core], names: Sequence[st
     widths += [reads // value for key, value in numbers if is_heads(key) and not is_shared(key) and reads % value == 0]
     kept = [value for key, value in numbers if is_heads(key) and is_shared(key)]
     outs = [outputs_of(layer) for layer in _projections(module, core)]
-    for width in dict.fromkeys([*widths, *(reads // count for count in _DIVISORS if reads % count == 0)]):
+    for width in dict.fromkeys(widths or [reads // count for count in _DIVISORS if reads % count == 0]):
         if reads % width or reads < width:
             continue
         queries = reads // width
@@ -163,8 +166,8 @@ def _memberships(module: nn.Module, cores: Sequence[Core], heads: Heads) -> Iter
             ]
             tables = list(_tables(module, cores, heads)) if heads.each == 1 else []
             first = parts[0]
-            letter = "q" if by_queries else "v"
-            name = next(name for name, each in first.items() if any(kind == letter for kind, _ in each))
+            kinds = "q" if by_queries else "kv"
+            name = [name for name, each in first.items() if any(kind in kinds for kind, _ in each)][-1]
             if tables:
                 yield [*members, *tables], name, by_queries
             yield members, name, by_queries

@@ -242,9 +242,7 @@ def prove_in_units(
     handles = []
     for unit in units:
         layer = module.get_submodule(unit)
-        handles.append(
-            layer.register_forward_pre_hook(partial(enter, unit), with_kwargs=True)  # type: ignore[arg-type]
-        )
+        handles.append(layer.register_forward_pre_hook(partial(enter, unit), with_kwargs=True))
     try:
         with without_cache(module), torch.no_grad(), torch.random.fork_rng(devices=[]):
             inputs.call_each(module)

@@ -109,10 +109,10 @@ class CoreFinder:
         self.nodes[step.grad_fn] = CoreNode()
         return (step, *args[1:])
 
-    def _behind(self, product: Any) -> tuple[list[tuple[str, Tensor]], set[Tensor]] | None:
+    def _behind(self, product: Any) -> tuple[list[tuple[str, Tensor]], set[nn.Parameter]] | None:
         """Return the layers' outputs and the parameters that an attention reads; None if it is none."""
         outputs: list[tuple[str, Tensor]] = []
-        parameters: set[Tensor] = set()
+        parameters: set[nn.Parameter] = set()
         waiting, seen, softmax = [product], set(), False
         while waiting:
             node = waiting.pop()

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from lightning_optim.functional.channels import Slices, channels_to_remove, group_scores
 from lightning_optim.functional.criteria import parameter_generator
-from lightning_optim.modules import INPUTS_FIRST, NORMS
+from lightning_optim.functional.statistics import STATISTICS
+from lightning_optim.modules import INPUTS_FIRST, NORMS, copy_module
 from lightning_optim.patterns import Pattern, check_pattern
 from lightning_optim.structured.allocation import Allocation, Pool, kept_channels, one_pool
 from lightning_optim.structured.check import SHAPE, Damage, damage, trusted
@@ -25,9 +26,9 @@ __all__ = [
     "check_ratio",
     "event_damage",
     "find_prunable",
-    "held_gradients",
     "known_groups",
     "plan_event",
+    "statistics_of",
 ]
 
 _CHANNEL_DIM = {"out": 0, "in": 1}
@@ -69,10 +70,36 @@ class Event:
     leaving: dict[str, list[int]]
 
 
-def held_gradients(module: nn.Module) -> dict[str, Tensor]:
-    """Return the gradients that parameters hold now, by name: what ``taylor`` needs where nothing was collected."""
-    held = {name: p.grad.detach() for name, p in module.named_parameters() if p.grad is not None}
-    return {name: gradient.to_dense() if gradient.is_sparse else gradient.clone() for name, gradient in held.items()}
+def statistics_of(
+    module: nn.Module, inputs: ForwardInputs, groups: Mapping[str, ChannelGroup], allocation: Allocation
+) -> dict[str, dict[str, Tensor]]:
+    """Return what a criterion needs where nothing was collected.
+
+    That is the gradients that parameters hold, and statistics of the layers' inputs in one forward pass.
+
+    Args:
+        module: The model; it is not touched.
+        inputs: What its forward receives.
+        groups: The groups that are to be ranked.
+        allocation: How channels are chosen.
+    """
+    found: dict[str, dict[str, Tensor]] = {}
+    for statistic in allocation.needs:
+        if statistic == "gradient":
+            held = {name: p.grad.detach() for name, p in module.named_parameters() if p.grad is not None}
+            found[statistic] = {name: g.to_dense() if g.is_sparse else g.clone() for name, g in held.items()}
+        elif statistic != "generator":
+            copied = copy_module(module, share_weights=True)
+            collector = STATISTICS[statistic]()
+            for name in {m.layer for group in groups.values() for m in group.members if m.side == "in"}:
+                layer = copied.get_submodule(name)
+                if collector.problem(f"{name}.weight", layer) is None:
+                    collector.attach(f"{name}.weight", layer)
+                    layer.training = True  # it looks at layers that train; a Linear does the same in both modes
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                inputs.call_each(copied)
+            found[statistic] = {name: collector.value(name, lambda sums: sums) for name in collector.sums}
+    return found
 
 
 def plan_event(
@@ -82,7 +109,7 @@ def plan_event(
     dense: Mapping[str, int],
     ratios: float | Sequence[Pool],
     allocation: Allocation,
-    gradients: Mapping[str, Tensor] | None = None,
+    statistics: Mapping[str, Mapping[str, Tensor]] | None = None,
     prefix: str = "",
     *,
     last: bool = True,
@@ -97,7 +124,7 @@ def plan_event(
         dense: Channels of each group before anything left.
         ratios: Fraction to be gone, of all groups or by pool of groups; groups in no pool stay as they are.
         allocation: How channels are chosen.
-        gradients: Root-mean-square gradients by parameter name, where the criterion needs them.
+        statistics: What the criterion needs besides the weights: name of the statistic -> parameter name -> values.
         prefix: What the module's names begin with in the whole model; it seeds the random criterion.
         last: Whether no event follows that could remove what does not fit into this one.
         traced: A trace of the model with these inputs, if there is one.
@@ -105,7 +132,7 @@ def plan_event(
     pools = [one_pool(ratios, names, allocation)] if isinstance(ratios, float) else ratios
     traced = TracedModel(module, inputs) if traced is None else traced
     groups = _as_traced(names, traced)
-    scores = {name: _scores(module, group, allocation, gradients or {}, prefix) for name, group in groups.items()}
+    scores = {name: _scores(module, group, allocation, statistics or {}, prefix) for name, group in groups.items()}
     kept = kept_channels(groups, dense, scores, pools, allocation, last=last)
     leaving, counts = {}, {}
     for name, group in groups.items():
@@ -172,9 +199,13 @@ def event_damage(
 
 
 def _scores(
-    module: nn.Module, group: ChannelGroup, allocation: Allocation, gradients: Mapping[str, Tensor], prefix: str
+    module: nn.Module,
+    group: ChannelGroup,
+    allocation: Allocation,
+    statistics: Mapping[str, Mapping[str, Tensor]],
+    prefix: str,
 ) -> Tensor:
-    slices = list(_slices(module, group, allocation, gradients, prefix))
+    slices = list(_slices(module, group, allocation, statistics, prefix))
     try:
         scores = group_scores(slices, allocation.criterion, allocation.reduction)
         return scores.view(-1, group.unit).mean(1).repeat_interleave(group.unit)
@@ -183,12 +214,17 @@ def _scores(
 
 
 def _slices(
-    module: nn.Module, group: ChannelGroup, allocation: Allocation, gradients: Mapping[str, Tensor], prefix: str
+    module: nn.Module,
+    group: ChannelGroup,
+    allocation: Allocation,
+    statistics: Mapping[str, Mapping[str, Tensor]],
+    prefix: str,
 ) -> Iterable[Slices]:
     generator = parameter_generator(prefix + group.name) if "generator" in allocation.needs else None
     for member in group.members:
         layer = module.get_submodule(member.layer)
-        weight = getattr(layer, "weight", None)
+        leaf = "weight" if member.parameter is None else member.parameter[0]
+        weight = layer._parameters.get(leaf)
         if not isinstance(weight, Tensor):
             continue
         norm = isinstance(layer, NORMS)
@@ -197,10 +233,13 @@ def _slices(
         matrix = _of_group(layer, weight.detach(), member, group)
         if matrix is None:
             continue
-        gradient = gradients.get(f"{member.layer}.weight")
-        if gradient is not None:
-            gradient = _of_group(layer, gradient, member, group)
-        yield Slices(matrix, "norm" if norm else member.side, gradient, generator)
+        values: dict[str, Tensor | None] = {}
+        for statistic, by_weight in statistics.items():
+            value = by_weight.get(f"{member.layer}.{leaf}")
+            if value is None or (value.shape != weight.shape and member.side != "in"):  # of inputs
+                continue
+            values[statistic] = _of_group(layer, value, member, group)
+        yield Slices(matrix, "norm" if norm else member.side, generator=generator, **values)
 
 
 def _of_group(layer: nn.Module, weight: Tensor, member: Member, group: ChannelGroup) -> Tensor | None:
@@ -209,22 +248,26 @@ def _of_group(layer: nn.Module, weight: Tensor, member: Member, group: ChannelGr
     A layer that reads one block only, such as a part of a split, speaks for the channels that leave together: those of
     one block and their likes in the others.
     """
-    found = _by_channel(layer, weight, member.side, member.index, member.root, group.channels)
+    dim = _dimension(layer, weight, member)
+    found = _by_channel(weight, dim, member.index, member.root, group.channels)
     if found is not None or group.blocks == 1:
         return found
     per_block = group.channels // group.blocks
-    found = _by_channel(layer, weight, member.side, member.index, [r % per_block for r in member.root], per_block)
+    found = _by_channel(weight, dim, member.index, [root % per_block for root in member.root], per_block)
     return None if found is None else found.repeat(group.blocks, 1)
 
 
-def _by_channel(
-    layer: nn.Module, weight: Tensor, side: str, index: Sequence[int], root: Sequence[int], channels: int
-) -> Tensor | None:
+def _dimension(layer: nn.Module, weight: Tensor, member: Member) -> int:
+    if member.parameter is not None:
+        return member.parameter[1]
+    return 0 if weight.ndim == 1 else _CHANNEL_DIM[member.side] ^ isinstance(layer, INPUTS_FIRST)
+
+
+def _by_channel(weight: Tensor, dim: int, index: Sequence[int], root: Sequence[int], channels: int) -> Tensor | None:
     """Return the weights by channel of the group, ``[channels, entries]``.
 
     None where that cannot be told: inputs of a grouped convolution, or a layer that sees only some of the channels.
     """
-    dim = 0 if weight.ndim == 1 else _CHANNEL_DIM[side] ^ isinstance(layer, INPUTS_FIRST)
     entries = Counter(root)
     if weight.shape[dim] <= max(index) or len(entries) < channels or len(set(entries.values())) > 1:
         return None

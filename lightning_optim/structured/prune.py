@@ -16,12 +16,13 @@ from lightning_optim.structured.events import (
     check_ratio,
     event_damage,
     find_prunable,
-    held_gradients,
     plan_event,
+    statistics_of,
 )
 from lightning_optim.structured.groups import Removal
 from lightning_optim.structured.removal import ChannelRemoval
 from lightning_optim.structured.selection import refuse_shared, select_roots
+from lightning_optim.structured.traced import TracedModel
 from lightning_optim.tables import by_reason, by_stack, render
 from lightning_optim.target import ForwardInputs, Pattern, as_forward_calls, find_target
 
@@ -87,7 +88,8 @@ def prune_channels(
         pruning_ratio: Fraction of the channels to remove, in (0, 1), or by layer ``{pattern: ratio}``; reached within
             one unit of one group, else a warning says what kept it.
         criterion: Name in ``functional.channels.CHANNEL_CRITERIA`` or a callable ``(slices) -> [channels]``.
-            ``"taylor"`` reads the gradients that the parameters hold: call ``backward`` before.
+            ``"taylor"`` reads the gradients that the parameters hold: call ``backward`` before. ``"activation"`` looks
+            at ``example_inputs``: pass typical ones.
         scope: ``"global"`` ranks the channels of all groups together, ``"layer"`` takes the same fraction of each.
         round_to: Keep multiples of this. None: 8 on CUDA, no rounding on a CPU.
         reduction: How the layers of a group decide together: ``"mean"``, ``"sum"`` or ``"max"``.
@@ -138,8 +140,10 @@ def _planned(
 ) -> tuple[Removal, dict[str, tuple[int, int]]]:
     dense = {name: group.channels for name, group in found.groups.items()}
     pools = found.pools(ratio, target, prefix) if isinstance(ratio, Mapping) else [one_pool(ratio, dense, allocation)]
-    event = plan_event(target, inputs, found.groups, dense, pools, allocation, held_gradients(target), prefix)
-    problem = event_damage(target, inputs, found.groups, event) if check else None
+    statistics = statistics_of(target, inputs, found.groups, allocation)
+    traced = TracedModel(target, inputs)
+    event = plan_event(target, inputs, found.groups, dense, pools, allocation, statistics, prefix, traced=traced)
+    problem = event_damage(target, inputs, found.groups, event, traced) if check else None
     if problem is not None:
         raise RuntimeError(f"prune_channels changed nothing: {problem}.")
     kept = {name: after for name, (_, after) in event.channels.items()}

@@ -15,7 +15,7 @@ from lightning_optim.calls import try_forward
 from lightning_optim.functional.channels import ChannelCriterion
 from lightning_optim.modules import copy_module
 from lightning_optim.structured.allocation import Allocation
-from lightning_optim.structured.events import ChannelReport, check_ratio, find_prunable, held_gradients, plan_event
+from lightning_optim.structured.events import ChannelReport, check_ratio, find_prunable, plan_event, statistics_of
 from lightning_optim.structured.removal import apply_removal
 from lightning_optim.structured.selection import refuse_shared, select_roots
 from lightning_optim.tables import render
@@ -170,13 +170,13 @@ def sensitivity(
     found = find_prunable(target, inputs, *select_roots(target, prefix, include, exclude))
     if not found.groups:
         raise ValueError(f"sensitivity can remove nothing: {found.reasons()}.")
-    gradients = held_gradients(target)
+    statistics = statistics_of(target, inputs, found.groups, allocation)
     baseline = _metric(evaluate, copy_module(model))
     steps = [(name, ratio) for name in found.groups for ratio in rising]
     hidden = not progress or getattr(rank_zero_only, "rank", 0) != 0
     scores: dict[str, list[float]] = {}
     for name, ratio in track(steps, "sensitivity", disable=hidden):
-        smaller = _smaller(model, prefix, inputs, found, name, ratio, allocation, gradients)
+        smaller = _smaller(model, prefix, inputs, found, name, ratio, allocation, statistics)
         scores.setdefault(prefix + name, []).append(_metric(evaluate, smaller))
     left_out = {prefix + name: reason for name, reason in found.left_out.items()}
     return SensitivityReport(baseline, rising, {name: tuple(each) for name, each in scores.items()}, left_out)
@@ -190,13 +190,13 @@ def _smaller(
     name: str,
     ratio: float,
     allocation: Allocation,
-    gradients: Mapping[str, Tensor],
+    statistics: Mapping[str, Mapping[str, Tensor]],
 ) -> nn.Module:
     """Return a copy of the model without that share of one group."""
     smaller = copy_module(model)
     target = smaller.get_submodule(prefix.rstrip("."))
     group = {name: found.groups[name]}
-    event = plan_event(target, inputs, group, {name: group[name].channels}, ratio, allocation, gradients, prefix)
+    event = plan_event(target, inputs, group, {name: group[name].channels}, ratio, allocation, statistics, prefix)
     apply_removal(target, event.removal)
     return smaller
 

@@ -77,7 +77,7 @@ class TracedModel:
             if member.parameter is None:
                 used += [member.layer, *(self._parameters[parameter] for parameter in layer.parameters(recurse=False))]
             else:
-                used.append(self._parameters[layer._parameters[member.parameter[0]]])
+                used.append(self._parameters[layer.get_parameter(member.parameter[0])])
         return list(dict.fromkeys(self._trace.around(used)))
 
     def reached(self) -> set[str]:
@@ -306,7 +306,7 @@ class _Left:
                 full = f"{name}.{leaf}" if name else leaf
                 if isinstance(tensor, nn.Parameter):
                     shared.setdefault(tensor, []).append(full)
-                now = self._parameters.get(tensor) if isinstance(tensor, nn.Parameter) else None
+                now: Tensor | None = self._parameters.get(tensor) if isinstance(tensor, nn.Parameter) else None
                 if now is None and stand_in is not None:
                     now = _tensors(stand_in)[leaf]
                 if now is not None and now.shape != tensor.shape:

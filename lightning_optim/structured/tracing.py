@@ -123,8 +123,8 @@ def _treats_channels_alike(layer: nn.Module) -> bool:
 @contextmanager
 def without_cache(module: nn.Module):  # type: ignore[no-untyped-def]
     """Let a Hugging Face model return no keys and values: they are no outputs whose shape must stay."""
-    configs = {id(config): config for layer in module.modules() for config in [vars(layer).get("config")]}
-    caching = [config for config in configs.values() if getattr(config, "use_cache", None) is True]
+    held = [vars(layer).get("config") for layer in module.modules()]
+    caching: list[Any] = list({id(each): each for each in held if getattr(each, "use_cache", None) is True}.values())
     try:
         for config in caching:
             config.use_cache = False

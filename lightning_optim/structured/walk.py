@@ -75,7 +75,7 @@ class Walker:
         first = Dependency(handler, handler, source=node, target=node)
         steps: list[tuple[Any, Sequence[Any]]] = [(first, begin)]
         seen = {(node, handler, tuple(begin))}
-        waiting = [(first, begin)]
+        waiting: list[tuple[Any, Sequence[Any]]] = [(first, begin)]
         left = self.most_reads
         while waiting:
             dependency, indices = waiting.pop()

@@ -515,15 +515,7 @@ PRUNABLE: dict[str, Case] = {
 
 DAMAGED: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any], list[str], str]] = {
     # name: (model, inputs, groups that must be left out, what the reason says)
-    "fused projection, chunk": (lambda: Block(Fused("chunk")), sequences, ["attention.qkv"], "heads"),
     "fused projection, split": (lambda: Block(Fused("split")), sequences, ["attention.qkv"], "heads"),
-    "fused projection, unbind": (lambda: Block(Fused("unbind")), sequences, ["attention.qkv"], "heads"),
-    "grouped queries": (
-        lambda: Block(Attention("head_dim", kv_heads=2)),
-        sequences,
-        ["attention.q", "attention.k", "attention.v"],
-        "heads",
-    ),
     "heads counted where nobody sees it": (
         lambda: Net(
             lambda s, x: s.o(

@@ -11,9 +11,9 @@ from lightning_optim.structured.absent import absent_entries, in_float64
 from lightning_optim.structured.allocation import Allocation
 from lightning_optim.structured.check import damage
 from lightning_optim.structured.events import event_damage, find_prunable, plan_event
-from lightning_optim.structured.traced import TracedModel
 from lightning_optim.structured.removal import apply_removal
 from lightning_optim.structured.selection import select_roots
+from lightning_optim.structured.traced import TracedModel
 from lightning_optim.target import as_forward_inputs
 
 

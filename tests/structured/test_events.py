@@ -81,7 +81,7 @@ def test_taylor_takes_the_gradients_by_name():
         "2.weight": torch.tensor([[9.0, 1, 5, 2]]),
     }
     allocation = Allocation.of("taylor", **WORDS)
-    planned = plan_event(module, inputs, groups, {"0": 4}, 0.5, allocation, gradients)
+    planned = plan_event(module, inputs, groups, {"0": 4}, 0.5, allocation, {"gradient": gradients})
     assert planned.removal.kept["2.weight"].tolist() == [0, 2]
     with pytest.raises(ValueError, match="group 0: the criterion taylor needs the gradient"):
         plan_event(module, inputs, groups, {"0": 4}, 0.5, allocation)

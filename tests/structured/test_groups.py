@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from helpers.nets import DAMAGED, PRUNABLE, Attention, Block, Net, Tied, TiedResidual, ids, images, sequences
+from helpers.nets import DAMAGED, PRUNABLE, Attention, Block, Fused, Net, Tied, TiedResidual, ids, images, sequences
 from lightning_optim.structured.events import find_prunable, known_groups
-from lightning_optim.structured.traced import TracedModel
 from lightning_optim.structured.selection import select_roots
+from lightning_optim.structured.traced import TracedModel
 from lightning_optim.target import as_forward_inputs
 
 
@@ -136,6 +136,25 @@ def test_attention_loses_whole_heads(style):
     assert group.unit == 8
     assert ("attention", "num_heads", 8) in group.counts
     assert (("attention", "embed_dim", 1) in group.counts) is (style == "embed_dim")
+
+
+@pytest.mark.parametrize(
+    ("attention", "name", "members", "channels", "least"),
+    [
+        (lambda: Fused("chunk"), "qkv", {"qkv", "o"}, 32, 16),
+        (lambda: Fused("unbind"), "qkv", {"qkv", "o"}, 32, 16),
+        (lambda: Attention("head_dim", kv_heads=2), "q", {"q", "o"}, 32, 16),  # each key keeps as many queries
+        (lambda: Attention("head_dim", kv_heads=1), "q", {"q", "o"}, 32, 16),
+        (lambda: Attention("head_dim", width=64, heads=8, kv_heads=4), "v", {"q", "k", "v", "o"}, 32, 8),
+    ],
+)
+def test_fused_and_shared_projections_lose_whole_heads(attention, name, members, channels, least):
+    attention = attention()
+    module = Block(attention, attention.o.out_features)
+    inputs = torch.randn(2, 6, attention.o.out_features)
+    group = report_of(module, inputs).groups[f"attention.{name}"]
+    assert group.layers == {f"attention.{member}" for member in members}
+    assert (group.channels, group.unit, group.least) == (channels, 8, least)
 
 
 def test_groups_are_found_again_with_their_heads():

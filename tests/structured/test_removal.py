@@ -11,10 +11,10 @@ from helpers.nets import PRUNABLE, Attention, Block, Net, TiedResidual, ids, ima
 from lightning_optim.structured.allocation import Allocation
 from lightning_optim.structured.check import Damage, damage, trusted
 from lightning_optim.structured.events import find_prunable, plan_event
-from lightning_optim.structured.traced import TracedModel
 from lightning_optim.structured.optimizers import check_optimizer, slice_optimizer
 from lightning_optim.structured.removal import apply_removal, keep_channels
 from lightning_optim.structured.selection import select_roots
+from lightning_optim.structured.traced import TracedModel
 from lightning_optim.target import as_forward_inputs
 
 ALLOCATION = Allocation.of("magnitude", scope="layer", reduction="mean", round_to=None)

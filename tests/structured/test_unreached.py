@@ -9,8 +9,8 @@ from helpers.models import Classifier, fit, new
 from helpers.nets import Net, flat, images
 from lightning_optim import ChannelPruning, prune_channels, sensitivity
 from lightning_optim.structured.events import find_prunable
-from lightning_optim.structured.traced import TracedModel
 from lightning_optim.structured.selection import select_roots
+from lightning_optim.structured.traced import TracedModel
 from lightning_optim.structured.unreached import open_ends, unreached_layers
 from lightning_optim.target import as_forward_calls
 
