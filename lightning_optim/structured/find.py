@@ -10,7 +10,8 @@ from torch import nn
 
 from lightning_optim.errors import FAILURES, first_line
 from lightning_optim.functional.criteria import parameter_generator
-from lightning_optim.patterns import Pattern, matches, shown
+from lightning_optim.modules import EMBEDDINGS
+from lightning_optim.patterns import NOT_INCLUDED, Pattern, matches, shown
 from lightning_optim.structured.allocation import Pool
 from lightning_optim.structured.attention import as_heads, coupled, in_attention, proposals
 from lightning_optim.structured.check import Damage, damage, trusted
@@ -178,6 +179,10 @@ def _left_out(
         outputs = group.outputs or {name}
         if group.proposed:  # a table of biases follows its heads, whether tables are selected or not
             outputs = {layer for layer in outputs if is_linear(module.get_submodule(layer))}
+        tables = {layer for layer in outputs if isinstance(module.get_submodule(layer), EMBEDDINGS)}
+        if tables & roots:  # whoever takes a table in means the width of everything that is added to its rows
+            tied = {layer for layer in tables if left_alone.get(layer, "").startswith("shared with")}
+            outputs = {layer for layer in outputs if left_alone.get(layer) != NOT_INCLUDED} - tied
         chosen = sorted(outputs & left_alone.keys())
         if chosen:
             reason = left_alone[chosen[0]]

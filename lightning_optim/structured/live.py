@@ -1,7 +1,7 @@
 """The channels of a live model: what can leave, what did, and what an event would take. No Trainer here."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
@@ -147,7 +147,8 @@ class LiveChannels:
         A resumed run looks at it in the same way, so it goes on as this one does.
         """
         self._traced = TracedModel(self.target, self.inputs)
-        self.report = known_groups(self.target, self.inputs, self.dense.channels, self._traced)
+        present = known_groups(self.target, self.inputs, self.dense.channels, self._traced)
+        self.report = replace(present, left_out=self.report.left_out)
         self.channels = {name: group.channels for name, group in self.report.groups.items()}
 
     def end_event(self) -> None:

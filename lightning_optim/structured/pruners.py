@@ -201,9 +201,8 @@ def _channels_by_shape(layer: nn.Module) -> int | None:
         return int(layer.num_features)
     tensors = _own_tensors(layer)
     sizes = {tensor.numel() for tensor in tensors.values() if tensor.numel() > 1}
-    buffers = any(name in layer._buffers and tensor.numel() > 1 for name, tensor in tensors.items())
     flat = all(max(tensor.shape, default=1) == tensor.numel() for tensor in tensors.values())
-    if layer._modules or not buffers or not flat or len(sizes) != 1:
+    if layer._modules or not flat or len(sizes) != 1:
         return None
     return sizes.pop()
 

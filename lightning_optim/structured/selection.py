@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_optim.modules import NORMS, RECURRENT
 from lightning_optim.target import Pattern, select_weights
@@ -59,5 +59,6 @@ def select_roots(
 
 def _has_channels(layer: nn.Module) -> bool:
     """Norms and activations follow the layers before them; embeddings and others decide for themselves."""
-    followers = (*NORMS, nn.PReLU)
-    return not isinstance(layer, followers)
+    weight = getattr(layer, "weight", None)
+    one_a_channel = isinstance(weight, Tensor) and weight.ndim < 2  # a norm of one's own
+    return not isinstance(layer, (*NORMS, nn.PReLU)) and not one_a_channel

@@ -59,6 +59,7 @@ class TracedModel:
                 "`module='the part'`."
             ) from error
         self._walker = Walker(self._trace.graph)
+        self._found: list[ChannelGroup] | None = None
 
     @property
     def cores(self) -> dict[str, Core]:
@@ -103,6 +104,8 @@ class TracedModel:
 
         Layers that an attention reads are in none: :func:`lightning_optim.structured.attention.proposals`.
         """
+        if self._found is not None:
+            return self._found
         read = {name for core in self.cores.values() for name in core.sources}
         found: list[ChannelGroup] = []
         seen: set[Any] = set()
@@ -116,6 +119,7 @@ class TracedModel:
                 continue
             seen |= {item.dep.target.module for item in group if self._side(item) == "out"}
             found.append(self._read(group))
+        self._found = found
         return found
 
     def _side(self, item: Item) -> str:

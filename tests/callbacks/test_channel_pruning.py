@@ -407,7 +407,8 @@ class Attention(nn.Module):
         self.heads, self.qkv, self.out = heads, nn.Linear(width, 3 * width), nn.Linear(width, width)
 
     def forward(self, x):
-        q, k, v = (t.view(len(x), -1, self.heads, 4).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+        width = x.shape[-1]  # that of the input: it does not follow when heads are removed
+        q, k, v = (t.view(len(x), -1, self.heads, 4).transpose(1, 2) for t in self.qkv(x).split(width, -1))
         return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
@@ -433,7 +434,7 @@ def test_what_would_be_scrambled_is_left_out_with_its_reason(tmp_path, caplog):
 
 def test_a_failed_event_leaves_the_model_as_it_was(tmp_path, monkeypatch):
     module = new()
-    monkeypatch.setattr("lightning_optim.callbacks.channel_pruning.event_damage", lambda *a, **k: "it would break")
+    monkeypatch.setattr("lightning_optim.structured.live.event_damage", lambda *a, **k: "it would break")
     with pytest.raises(RuntimeError, match="changed nothing: it would break"):
         fit(tmp_path, module, channels())
     assert widths(module) == [16, 16, 3]
@@ -449,7 +450,7 @@ def test_a_failed_event_leaves_the_model_as_it_was(tmp_path, monkeypatch):
         ({"pruning_ratio": 50}, ValueError, r"pass 0\.5"),
         ({"pruning_ratio": "half"}, TypeError, "fraction"),
         ({"pruning_ratio": {}}, ValueError, "empty"),
-        ({"criterion": "l7"}, ValueError, "unknown criterion 'l7'; known: bn_scale, magnitude, random, taylor"),
+        ({"criterion": "l7"}, ValueError, "unknown criterion 'l7'; known: activation, bn_scale, magnitude, random, taylor"),
         ({"scope": "all"}, ValueError, "'global' or 'layer'"),
         ({"reduction": "median"}, ValueError, "'mean', 'sum' or 'max'"),
         ({"round_to": 0}, ValueError, "`round_to`"),

@@ -114,7 +114,7 @@ def test_a_walk_that_does_not_end_is_ended():
     model = build("LlamaForCausalLM", "LlamaConfig", **TEXT)
     groups = {group.name: group for group in TracedModel(model, as_forward_inputs(IDS), cores=False).groups()}
     reason = "torch-pruning cannot follow its channels (its walk through the graph does not end)"
-    assert groups["model.layers.0.self_attn.q_proj"].problem == reason
+    assert {group.problem for name, group in groups.items() if "self_attn" in name and "o_proj" not in name} == {reason}
 
 
 def test_a_model_of_other_layers_says_which_it_has():
