@@ -12,6 +12,7 @@ import lightning_optim
 PACKAGE = Path(lightning_optim.__file__).parent
 LAYERS = [
     {
+        "configs",
         "functional",
         "registry",
         "_version",
