@@ -263,7 +263,7 @@ class ChannelPruning(CompressionCallback):
         problem = live.damage(event) if self.check else None
         if problem is not None:
             raise RuntimeError(f"ChannelPruning at step {self.window.step} changed nothing: {problem}.")
-        change = ChannelRemoval(self._prefix, event.removal)
+        change = ChannelRemoval(self._prefix, event.removal, configs=self.window.closes_now)
         self.commit(trainer, pl_module, change, reset=self.optimizer_state == "reset")
         live.note(event)
         self._recovery.begin(self.window.step)

@@ -9,7 +9,7 @@ copy of the configuration in which one number differs: the parameters and attrib
 the proof. ``transformers`` is not imported: a model is recognized by what it has.
 """
 
-from lightning_optim.configs.following import apply, changes, follow
+from lightning_optim.configs.following import apply, changes, follow, holder_of
 from lightning_optim.configs.models import build, config_failures, config_models, config_with, is_config_model
 from lightning_optim.configs.search import Count
 from lightning_optim.configs.solution import Solution, counts, solve
@@ -25,6 +25,7 @@ __all__ = [
     "config_with",
     "counts",
     "follow",
+    "holder_of",
     "is_config_model",
     "solve",
 ]

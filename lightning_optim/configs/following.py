@@ -37,6 +37,28 @@ def changes(model: nn.Module, values: Mapping[str, Any]) -> dict[str, dict[str, 
     return found
 
 
+def holder_of(model: nn.Module, path: str, value: Any) -> tuple[str, str, Any]:
+    """Return where a number of a configuration can be set as an attribute.
+
+    Args:
+        model: A model with a configuration of its own.
+        path: Dotted path in the configuration: ``"text_config.hidden_size"``, ``"depths.1"``.
+        value: The number.
+
+    Returns:
+        Name of the module that holds the innermost configuration, the attribute's name there, and its value: of an item
+        of a list the whole list.
+    """
+    holder, *rest = [model.config, *path.split(".")]
+    inner, place = holder, list(rest)
+    while len(place) > 1 and is_config(getattr(inner, place[0], None)):
+        inner = getattr(inner, place.pop(0))
+    name = next(name for name, module in model.named_modules() if vars(module).get("config") is inner)
+    if len(place) == 1:
+        return name, place[0], value
+    return name, place[0], getattr(config_with(inner, {".".join(place): value}), place[0])
+
+
 def apply(model: nn.Module, values: Mapping[str, Any]) -> None:
     """Write new values into every configuration that a model's modules hold, and into the numbers of its modules.
 

@@ -125,7 +125,7 @@ def prune_channels(
         raise ValueError(f"prune_channels can remove nothing: {found.reasons()}.")
     removal, channels = _planned(target, inputs, found, ratio, allocation, prefix, check)
     before = SIZES["parameters"](target)
-    ChannelRemoval(prefix, removal)(model)
+    ChannelRemoval(prefix, removal, configs=True)(model)
     return PruningReport(channels, (int(before), int(SIZES["parameters"](target))), found.left_out, plain_plan(model))
 
 

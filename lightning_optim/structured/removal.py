@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from lightning_optim.change import Kept, keep_channels
 from lightning_optim.checkpoint import inherit, plan_of
+from lightning_optim.configs import changes, config_models, holder_of, solve
 from lightning_optim.structure import change_configs
 from lightning_optim.structured.groups import Removal
 
@@ -80,10 +81,13 @@ class ChannelRemoval:
     Attributes:
         prefix: Name prefix of the module that was traced; empty or ending in a dot.
         removal: What is left of that module.
+        configs: Whether the configurations inside it follow, where they can state its shapes. It takes about a second,
+            so it is for the last removal.
     """
 
     prefix: str
     removal: Removal
+    configs: bool = False
 
     def __call__(self, root: nn.Module) -> Kept:
         """Remove the channels from a model, or from an averaged copy of it."""
@@ -92,4 +96,32 @@ class ChannelRemoval:
         def track(name: str, attributes: tuple[str, ...]) -> None:
             plan.track(f"{self.prefix}{name}" if name else self.prefix.rstrip("."), *attributes)
 
-        return apply_removal(root.get_submodule(self.prefix.rstrip(".")), self.removal, track, root)
+        target = root.get_submodule(self.prefix.rstrip("."))
+        kept = apply_removal(target, self.removal, track, root)
+        if self.configs:
+            self._follow_configs(root, target, track)
+        return kept
+
+    def _follow_configs(
+        self, root: nn.Module, target: nn.Module, track: Callable[[str, tuple[str, ...]], None]
+    ) -> None:
+        """Change the numbers of Hugging Face configurations, and those of modules that follow from them."""
+        for name, model in config_models(target).items():
+            solution = solve(model)
+            if not solution.values or solution.unstated:
+                continue
+            wanted = {layer: dict(values) for layer, values in changes(model, solution.values).items()}
+            for path, value in solution.values.items():
+                holder, key, whole = holder_of(model, path, value)
+                wanted.setdefault(holder, {})[f"config.{key}"] = whole
+            dotted: dict[nn.Module, dict[str, object]] = {}
+            for layer, values in wanted.items():
+                track(".".join(part for part in (name, layer) if part), tuple(values))
+            for layer, values in wanted.items():
+                module = model.get_submodule(layer)
+                for key, value in values.items():
+                    if "." in key:
+                        dotted.setdefault(module, {})[key] = value
+                    else:
+                        setattr(module, key, value)
+            change_configs(root, dotted)
