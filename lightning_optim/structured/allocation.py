@@ -183,5 +183,5 @@ def shortfall(
 
 def _width(group: ChannelGroup, dense: int, round_to: int | None) -> Width:
     # heads keep their width, so there is nothing to round
-    unit = group.unit * group.blocks if group.unit > 1 else lcm(group.blocks, round_to or 1)
+    unit = group.unit * group.blocks if group.unit > 1 else lcm(group.blocks, round_to or 1, group.multiple)
     return Width(dense, group.channels, unit, max(unit, group.least))

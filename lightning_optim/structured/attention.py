@@ -164,7 +164,7 @@ def _memberships(module: nn.Module, cores: Sequence[Core], heads: Heads) -> Iter
                 for core, part in zip(cores, parts, strict=True)
                 for member in _members(module, core, part, heads, by_queries)
             ]
-            tables = list(_tables(module, cores, heads)) if heads.each == 1 else []
+            tables = list(_tables(module, cores, heads, by_queries))
             first = parts[0]
             kinds = "q" if by_queries else "kv"
             name = [name for name, each in first.items() if any(kind in kinds for kind, _ in each)][-1]
@@ -231,10 +231,10 @@ def _member(name: str, side: str, pieces: Sequence[int | None], width: int, unit
     return Member(name, side, tuple(index), tuple(root))
 
 
-def _tables(module: nn.Module, cores: Sequence[Core], heads: Heads) -> Iterator[Member]:
-    """Yield what holds one number a head: a table of biases, or a parameter of the attention."""
+def _tables(module: nn.Module, cores: Sequence[Core], heads: Heads, by_queries: bool) -> Iterator[Member]:
+    """Yield what holds one number a query head: a table of biases, or a parameter of the attention."""
     every = range(heads.queries)
-    root = tuple(head * heads.width for head in every)
+    root = tuple(heads.width * (head if by_queries else head // heads.each) for head in every)
     for name in dict.fromkeys(name for core in cores for name in core.sources):
         layer = module.get_submodule(name)
         if isinstance(layer, EMBEDDINGS) and outputs_of(layer) == heads.queries:
@@ -293,7 +293,8 @@ def _with_numbers(
 
 def in_attention(module: nn.Module, group: ChannelGroup) -> bool:
     """Tell whether the layers whose outputs these are belong to one module that counts heads."""
-    return group.proposed or _attention(module, group) is not None
+    heads = group.proposed and any(member.parameter is None for member in group.members)
+    return heads or (not group.proposed and _attention(module, group) is not None)
 
 
 def as_heads(module: nn.Module, group: ChannelGroup) -> Iterator[ChannelGroup]:

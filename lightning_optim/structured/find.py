@@ -10,19 +10,20 @@ from torch import nn
 
 from lightning_optim.errors import FAILURES, first_line
 from lightning_optim.functional.criteria import parameter_generator
-from lightning_optim.modules import EMBEDDINGS
+from lightning_optim.modules import EMBEDDINGS, Experts
 from lightning_optim.patterns import NOT_INCLUDED, Pattern, matches, shown
 from lightning_optim.structured.allocation import Pool
 from lightning_optim.structured.attention import as_heads, coupled, in_attention, proposals
 from lightning_optim.structured.check import Damage, damage, trusted
 from lightning_optim.structured.cores import Core
-from lightning_optim.structured.groups import ChannelGroup, is_linear
+from lightning_optim.structured.experts import expert_proposals
+from lightning_optim.structured.groups import ChannelGroup
 from lightning_optim.structured.proof import refused_in_parts
 from lightning_optim.structured.splits import with_counted_parts
 from lightning_optim.structured.traced import TracedModel
 from lightning_optim.structured.unreached import possible_readers, unreached_layers
 from lightning_optim.tables import by_reason, by_stack, render
-from lightning_optim.target import ForwardInputs
+from lightning_optim.target import ForwardInputs, named_layers
 
 __all__ = ["ChannelReport", "find_prunable", "known_groups"]
 
@@ -93,7 +94,7 @@ class ChannelReport:
 
 
 def _matches(pattern: Pattern, group: ChannelGroup, target: nn.Module, prefix: str) -> bool:
-    return any(matches(pattern, f"{prefix}{name}.weight", target.get_submodule(name), prefix) for name in group.outputs)
+    return any(matches(pattern, f"{prefix}{name}.weight", target.get_submodule(name), prefix) for name in group.outputs or {group.name})
 
 
 def find_prunable(
@@ -161,6 +162,10 @@ def _ways(module: nn.Module, traced: TracedModel) -> dict[str, Ways]:
     ways: dict[str, Ways] = {}
     for group in traced.groups():
         ways[group.name] = [*as_heads(module, group), *with_counted_parts(module, group), group]
+    for name, layer in named_layers(module):
+        experts = list(expert_proposals(module, name)) if isinstance(layer, Experts) else []
+        if experts:
+            ways[name] = experts
     for cores in coupled(traced.cores.values(), module):
         heads = list(proposals(module, cores))
         problem = "its heads cannot be told from the shapes of its layers"
@@ -178,7 +183,7 @@ def _left_out(
     for name, group in groups.items():
         outputs = group.outputs or {name}
         if group.proposed:  # a table of biases follows its heads, whether tables are selected or not
-            outputs = {layer for layer in outputs if is_linear(module.get_submodule(layer))}
+            outputs = {layer for layer in outputs if not isinstance(module.get_submodule(layer), EMBEDDINGS)}
         tables = {layer for layer in outputs if isinstance(module.get_submodule(layer), EMBEDDINGS)}
         if tables & roots:  # whoever takes a table in means the width of everything that is added to its rows
             tied = {layer for layer in tables if left_alone.get(layer, "").startswith("shared with")}
@@ -227,7 +232,7 @@ def _likes(traced: TracedModel, refused: Mapping[str, Ways]) -> list[tuple[list[
     kinds: dict[str, tuple[list[str], list[Core]]] = {}
     for name, ways in refused.items():
         writers = {member.layer for member in ways[0].members if member.side == "in"}
-        if len(writers) == 1:
+        if len(writers) == 1 and writers <= traced.cores.keys():
             (writer,) = writers
             names, cores = kinds.setdefault(_NUMBER.sub(".#", writer), ([], []))
             names.append(name)
@@ -300,12 +305,13 @@ def _some_channels(group: ChannelGroup) -> list[int]:
     pieces = group.channels // group.blocks // group.unit
     generator = parameter_generator(group.name)
     number = int(torch.randint(1, pieces // 2 + 1, (), generator=generator)) if pieces > 1 else 0
+    number = max(number - number % group.multiple, min(group.multiple, pieces - 1))
     order = list(range(pieces))
     flipped, shuffled = order[::-1], [*order[::2], *order[1::2]] if pieces % 2 == 0 else order
     while True:
         drawn = torch.randperm(pieces, generator=generator)[:number].tolist()
         moved = [sorted(permuted[piece] for piece in drawn) for permuted in (flipped, shuffled) if permuted != order]
-        if sorted(drawn) not in moved or number == 0:
+        if sorted(drawn) not in moved or number in (0, pieces):
             break
     units = [block * pieces + piece for block in range(group.blocks) for piece in drawn]
     return sorted(unit * group.unit + offset for unit in units for offset in range(group.unit))

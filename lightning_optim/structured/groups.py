@@ -56,6 +56,7 @@ class ChannelGroup:
         problem: Why it cannot be pruned, where that is known without trying.
         proposed: Whether the members were read from the layers' shapes, as heads are; else torch-pruning's graph says
             what leaves with what.
+        multiple: A multiple of so many channels is kept.
         tie: Groups with the same one keep equally many channels: one number counts those of all.
     """
 
@@ -69,6 +70,7 @@ class ChannelGroup:
     splits: tuple[tuple[str, tuple[int, ...]], ...] = ()
     problem: str = ""
     proposed: bool = False
+    multiple: int = 1
     tie: str = ""
 
     @property
