@@ -26,6 +26,7 @@ __all__ = [
     "quantized_layers",
     "select_layers",
     "set_phase",
+    "set_phases",
 ]
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -365,3 +366,10 @@ def set_phase(root: nn.Module, layers: Mapping[str, QuantizedLayer], phase: str)
         for module in root.modules():
             for attribute, value in _fast_path(module).items():
                 setattr(module, attribute, value)
+
+
+def set_phases(root: nn.Module, wanted: Mapping[str, str]) -> None:
+    """Put layers into phases: name -> phase, by :func:`set_phase`."""
+    layers = quantized_layers(root)
+    for phase in dict.fromkeys(wanted.values()):
+        set_phase(root, {name: layers[name] for name in wanted if wanted[name] == phase}, phase)
