@@ -90,7 +90,13 @@ class _SaveHook(_Hook):
 
 
 class _LoadHook(_Hook):
-    """Conforms the module before Lightning loads the weights."""
+    """Conforms the module before Lightning loads the weights.
+
+    It is the module's hook, not the callback's: ``_CheckpointConnector.restore_model`` (Lightning 2.6) calls the
+    module's ``on_load_checkpoint`` right before ``load_state_dict``, while ``Callback.on_load_checkpoint`` and
+    ``Callback.load_state_dict`` come after the weights are in, when shapes that differ have raised already
+    (https://github.com/Lightning-AI/pytorch-lightning/issues/14447).
+    """
 
     name = "on_load_checkpoint"
 

@@ -53,7 +53,8 @@ def layer_class(cls: T) -> T:
 
 def is_layer_class(cls: type) -> bool:
     """Whether a technique swaps the class in."""
-    return _LAYER_CLASSES.get(_path_of(cls)) is cls
+    registered = _LAYER_CLASSES.get(_path_of(cls))
+    return registered is not None and issubclass(cls, registered)
 
 
 def _path_of(cls: type) -> str:
@@ -132,6 +133,8 @@ class Structure:
             base.children = {name: name for name in children_of(layer)}
         known = {_path_of(parent): parent for parent in type(layer).__mro__} | _LAYER_CLASSES
         found = known.get(plain["class"])
+        over = getattr(found, "over", None)
+        found = found if over is None else over(layer)  # it computes by the forward of the user's class
         same_parameters = plain["parameters"].keys() == base.parameters.keys()
         if found is None or not (same_parameters or is_layer_class(found)):
             return None

@@ -15,9 +15,12 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_optim.modules import (
     CONVOLUTIONS,
+    LINEARS,
     RECURRENT,
     TRANSPOSED,
+    expert_weights,
     is_inside_compiled,
+    matrices_of,
     without_compiler,
 )
 from lightning_optim.patterns import Pattern, Selector, matches
@@ -40,9 +43,9 @@ __all__ = [
     "select_weights",
 ]
 
-_LINEAR_AND_CONV = (nn.Linear, nn.Bilinear, *CONVOLUTIONS, *TRANSPOSED)
+_LINEAR_AND_CONV = (*LINEARS, nn.Bilinear, *CONVOLUTIONS, *TRANSPOSED)
 # Layers whose weights are pruned by default, and the names those weights begin with.
-_PRUNED_BY_DEFAULT: tuple[tuple[tuple[type[nn.Module], ...], str], ...] = (
+_PRUNED_BY_DEFAULT: tuple[tuple[tuple[type, ...], str], ...] = (
     (_LINEAR_AND_CONV, "weight"),
     ((nn.MultiheadAttention,), "in_proj_weight"),
     ((nn.MultiheadAttention,), "q_proj_weight"),
@@ -81,6 +84,25 @@ class Weight:
     name: str
     layer: nn.Module
     parameter: nn.Parameter
+
+    def matrices(self, tensor: Tensor) -> list[Tensor]:
+        """Return views ``[out, in, ...]`` of a tensor of the weight's shape: one, or of experts one each."""
+        return matrices_of(self.layer, self.name.rpartition(".")[2], tensor)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the layer stores it as ``[out, in, ...]``, as one matrix or kernel."""
+        tensor = self._emptied()
+        return self.matrices(tensor)[0] is tensor
+
+    @property
+    def shapes(self) -> list[torch.Size]:
+        """Shapes of the matrices."""
+        return [matrix.shape for matrix in self.matrices(self._emptied())]
+
+    def _emptied(self) -> Tensor:
+        """Return a tensor of the shape of the whole weight, of which a process may hold a part."""
+        return torch.empty(self.parameter.shape, device="meta")
 
 
 @dataclass(frozen=True)
@@ -170,10 +192,10 @@ def select_weights(
 ) -> Selection:
     """Select the weights that pruning acts on.
 
-    By default these are the matrices and kernels of Linear, Bilinear, Conv, ConvTranspose, MultiheadAttention and
-    RNN layers (and of their subclasses), except the last Linear/Conv in registration order. Norms, biases,
-    embeddings and a user's own parameters are left alone unless ``include`` names them. A shared parameter is taken
-    once, under its first name.
+    By default these are the matrices and kernels of Linear, Conv1D, Bilinear, Conv, ConvTranspose, MultiheadAttention
+    and RNN layers (and of their subclasses) and of experts, except the last Linear/Conv in registration order. Norms,
+    biases, embeddings and a user's own parameters are left alone unless ``include`` names them. A shared parameter is
+    taken once, under its first name.
 
     Args:
         target: The module whose parameters are walked.
@@ -248,6 +270,8 @@ def _last_layer(target: nn.Module) -> nn.Module | None:
 def _default_reason(name: str, layer: nn.Module, is_last: bool) -> str | None:
     """Return why a parameter is left out by default, None where it is selected."""
     leaf = name.rpartition(".")[2]
+    if leaf in expert_weights(layer):
+        return None
     if not any(isinstance(layer, classes) and leaf.startswith(start) for classes, start in _PRUNED_BY_DEFAULT):
         return f"{own_class(layer).__name__} {leaf}"
     return "last layer" if is_last else None

@@ -85,3 +85,29 @@ def test_importing_loads_nothing_heavy_and_touches_no_gpu():
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.strip() == "[] False"
+
+
+LONGEST_FILE, MOST_METHODS = 500, 25
+MORE_METHODS = {"ChannelPruning"}
+"""Classes that are to be split still."""
+
+
+def methods_of(node: ast.ClassDef) -> set[str]:
+    """Names of the methods and properties that a class defines, without ``__dunders__``."""
+    functions = (child for child in node.body if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)))
+    return {child.name for child in functions if not (child.name.startswith("__") and child.name.endswith("__"))}
+
+
+def test_no_class_holds_many_ideas():
+    counts = {
+        node.name: len(methods_of(node))
+        for path in PACKAGE.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ClassDef)
+    }
+    assert {name for name, count in counts.items() if count > MOST_METHODS} <= MORE_METHODS
+
+
+def test_no_file_is_long():
+    lengths = {str(path.relative_to(PACKAGE)): path.read_text().count("\n") for path in PACKAGE.rglob("*.py")}
+    assert not {name: length for name, length in lengths.items() if length > LONGEST_FILE}

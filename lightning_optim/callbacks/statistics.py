@@ -54,6 +54,7 @@ class Collected:
         """
         for collector in self._collectors.values():
             for name, weight in weights.items():
+                collector.know(name, weight.layer)
                 problem = collector.problem(name, weight.layer)
                 if problem is not None:
                     raise MisconfigurationException(

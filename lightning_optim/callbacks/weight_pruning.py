@@ -8,27 +8,18 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_optim.callbacks.base import CompressionCallback, compressions, ranks_per_batch
-from lightning_optim.callbacks.division import Division, divide
+from lightning_optim.callbacks.base import CompressionCallback, compressions
 from lightning_optim.callbacks.masks import HeldMasks, zeros_of
+from lightning_optim.callbacks.ranking import Ranking
 from lightning_optim.callbacks.statistics import Collected
 from lightning_optim.change import Changed
-from lightning_optim.functional.criteria import (
-    CRITERIA,
-    STATISTICS,
-    Criterion,
-    Statistics,
-    parameter_generator,
-    scores_of,
-)
-from lightning_optim.functional.masks import Granularity, global_masks, parse_granularity
+from lightning_optim.functional.criteria import CRITERIA, Criterion
+from lightning_optim.functional.masks import Granularity, parse_granularity
 from lightning_optim.functional.schedules import SCHEDULES, Schedule
 from lightning_optim.functional.statistics import needs_of
-from lightning_optim.functional.thresholds import Scores
 from lightning_optim.optimizers import held_ids
 from lightning_optim.patterns import Pattern
 from lightning_optim.provenance import as_plain
-from lightning_optim.sharding import wrap_like
 from lightning_optim.sparsity.goals import Goal, check_goals, checked_sparsity, make_goals, number_of
 from lightning_optim.sparsity.selection import check_weights, select, without_misfits
 from lightning_optim.tables import by_reason, by_stack, render
@@ -59,16 +50,19 @@ class WeightPruning(CompressionCallback):
             consecutive inputs (of a convolution: input channels at one place of the kernel), as sparse tensor cores
             need it; ``"2:4@unfold"`` groups along input channel x kernel instead. Along the schedule the number kept
             falls from m to n. Layers that cannot have it (transposed convolutions, vectors, for n:m a number of inputs
-            that is no multiple of m) are left out, and the table at fit start lists them.
+            that is no multiple of m) are left out, and the table at fit start lists them. The outputs and inputs of a
+            Conv1D (GPT-2) are those of a Linear, and each expert of a mixture is a matrix of its own.
         criterion: Name in ``functional.criteria.CRITERIA`` or a callable ``(weight, stats) -> scores``.
-        scope: ``"global"`` ranks all selected weights (of one pattern) together, ``"layer"`` each layer by itself.
+        scope: ``"global"`` ranks all selected weights (of one pattern) together, ``"layer"`` each layer (each expert)
+            by itself.
         schedule: Name in ``functional.schedules.SCHEDULES`` or a callable ``(u, initial, final) -> sparsity``.
         start: First event: a step (int) or a fraction of the planned steps (float).
         end: Last event, where the final sparsity is reached.
         every_n_steps: Steps between events.
         module: Dotted name of the module to prune; default the whole model.
         include: Exactly what is pruned (names, glob patterns, layer classes), instead of the default: matrices and
-            kernels of all layers but norms, embeddings and the last Linear/Conv. Biases only by ``"*.bias"``.
+            kernels of all layers (experts too) but norms, embeddings and the last Linear/Conv. Biases only by
+            ``"*.bias"``.
         exclude: What is left alone.
 
     Logged: ``pruning/sparsity`` and ``pruning/asked`` at every event (with the module's name at the end where several
@@ -187,7 +181,9 @@ class WeightPruning(CompressionCallback):
     def _select(self, target: nn.Module, prefix: str, selected_before: Sequence[str]) -> Selection:
         patterns = self.sparsity if isinstance(self.sparsity, dict) else None
         selection = select(target, prefix, include=self.include, exclude=self.exclude, patterns=patterns)
-        return selection if self.sparsity == "hold" else without_misfits(selection, self._in_force, selected_before)
+        if self.sparsity == "hold":
+            return selection
+        return without_misfits(selection, self._in_force, selected_before, by_default=self.include is None)
 
     def after_step(self, optimizer: Optimizer) -> None:
         """Zero what the optimizer revived; collect statistics while the window is open."""
@@ -250,11 +246,17 @@ class WeightPruning(CompressionCallback):
         asked = 0.0
         masks: dict[str, Tensor] = {}
         progress = self.window.progress()
-        division = self._divide(trainer)
+        ranking = Ranking(
+            trainer, self._held, self._statistics, self.criterion, self._needs, self._in_force, self.scope
+        )
+        division = ranking.division()
         for goal in self._goals:
             due = self._due(goal.initial, goal.final, progress)
             asked += due * number_of(weights, goal.names)
-            masks |= self._new_masks(trainer, division, goal, due)
+            if progress == 0.0:  # the schedule begins with what is there: nothing to rank
+                masks |= {name: self._held.of(name) for name in goal.names}
+            else:
+                masks |= ranking.new_masks(division, goal, due)
         keeps = self._held.put(masks)
         self._held.check_ranks_agree(trainer, keeps)
         self._held.keeps = keeps
@@ -314,39 +316,6 @@ class WeightPruning(CompressionCallback):
         """Remove what the fit installed."""
         self._statistics.stop()
         super().release(pl_module)
-
-    # Events.
-
-    def _divide(self, trainer: pl.Trainer) -> Division:
-        """Decide which rank ranks which weights: where a strategy shards them, all ranks together."""
-        by_element = getattr(self.criterion, "elementwise", False) and "generator" not in self._needs
-        return divide(
-            self.target_parameters(),
-            trainer.strategy,
-            by_element=by_element and self._statistics.elementwise,
-            by_row=str(self._in_force) == "weight" or self._in_force.final_sparsity is not None,
-        )
-
-    def _new_masks(self, trainer: pl.Trainer, division: Division, goal: Goal, due: float) -> dict[str, Tensor]:
-        """Return the masks of the parts that this rank holds."""
-        if self.window.progress() == 0.0:  # the schedule begins with what is there: nothing to rank
-            return {name: self._held.of(name) for name in goal.names}
-        scores = {name: division.take(name, self._scores(trainer, division, name)) for name in goal.names}
-        previous = {
-            name: division.mask_of(name, self._held.of(name)) for name in goal.names if name in self._held.keeps
-        }
-        masks = global_masks(scores, due, self._in_force, previous=previous or None, shards=division.shards)
-        return {name: division.give(name, mask) for name, mask in masks.items()}
-
-    def _scores(self, trainer: pl.Trainer, division: Division, name: str) -> Scores:
-        parameter = self._held.weights[name].parameter.detach()
-        weight = division.read(parameter)
-        values = self._statistics.values(trainer, name, ranks_per_batch(trainer))
-        for statistic in values:
-            if STATISTICS[statistic].elementwise:
-                values[statistic] = division.read(wrap_like(values[statistic], parameter))
-        generator = parameter_generator(name) if "generator" in self._needs else None
-        return scores_of(self.criterion, weight, Statistics(generator=generator, **values))
 
     # Messages.
 

@@ -1,8 +1,4 @@
-"""Converts a fake-quantized copy into a module that holds integers, which is then exported.
-
-Two custom operators stand for ONNX's QuantizeLinear and DequantizeLinear. The exporter's translation of PyTorch's fake
-quantization supports neither the symmetric range (-127, 127) nor int8 weights in the file.
-"""
+"""Converts a fake-quantized copy into a module that holds integers, which is then exported."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -13,11 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_optim._upstream import BatchNorm as _BatchNorm
-from lightning_optim.functional.fake_quantize import grouped, integer_range, symmetric_scale
-from lightning_optim.modules import EMBEDDINGS
-from lightning_optim.quantization.layers import QuantizedLayer
+from lightning_optim.export.stored import Quantizer, StoredBias, StoredWeight
+from lightning_optim.modules import EMBEDDINGS, LINEARS, expert_weights
+from lightning_optim.quantization.experts import QuantizedExperts, ReadExperts, as_rows, from_rows
+from lightning_optim.quantization.layers import QuantizedConv1D, QuantizedLayer
 
-__all__ = ["convert", "dequantize", "quantize", "rounds", "rounds_output"]
+__all__ = ["convert", "rounds", "rounds_output"]
 
 _ROUNDING = ("fake_quantize", "frozen")
 _CONVOLUTIONS: dict[type[nn.Module], Callable[..., Tensor]] = {
@@ -27,32 +24,6 @@ _CONVOLUTIONS: dict[type[nn.Module], Callable[..., Tensor]] = {
 }
 _LARGEST_BIAS = 2**30
 """Largest int32 bias; leaves as much room for the products that are added to it."""
-
-
-@torch.library.custom_op("lightning_optim::quantize", mutates_args=())
-def quantize(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
-    """Return ``clamp(round(x / scale) + zero_point, 0, 255)`` as uint8: ONNX's QuantizeLinear."""
-    return (torch.round(x / scale) + zero_point).clamp(0, 255).to(torch.uint8)
-
-
-@quantize.register_fake
-def _(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
-    return torch.empty_like(x, dtype=torch.uint8)
-
-
-@torch.library.custom_op("lightning_optim::dequantize", mutates_args=())
-def dequantize(integers: Tensor, scale: Tensor, zero_point: Tensor | None, axis: int) -> Tensor:
-    """Return ``(integers - zero_point) * scale`` as float32, ``axis`` -1 for one scale: ONNX's DequantizeLinear."""
-    shape = [1] * integers.ndim
-    if axis >= 0:
-        shape[axis] = -1
-    shifted = integers.float() if zero_point is None else integers.float() - zero_point.float().reshape(shape)
-    return shifted * scale.reshape(shape)
-
-
-@dequantize.register_fake
-def _(integers: Tensor, scale: Tensor, zero_point: Tensor | None, axis: int) -> Tensor:
-    return torch.empty_like(integers, dtype=torch.float32)
 
 
 def rounds(layer: nn.Module) -> bool:
@@ -65,144 +36,13 @@ def rounds_output(layer: nn.Module) -> bool:
     return isinstance(layer, QuantizedLayer) and layer.quantizes_output and layer.output_phase in _ROUNDING
 
 
-class _Quantizer(nn.Module):
-    """Rounds a tensor to uint8 and back.
-
-    With fewer than 8 bits it clips between two roundings: the first belongs to the layer before, the second to the
-    layer after, and both still run with integers.
-    """
-
-    scale: Tensor
-    zero_point: Tensor
-
-    def __init__(self, scale: Tensor, zero_point: Tensor, bits: int) -> None:
-        super().__init__()
-        self.register_buffer("scale", scale.clone())
-        self.register_buffer("zero_point", zero_point.to(torch.uint8))
-        low, high = integer_range(bits, symmetric=False)
-        offset, step = int(zero_point), float(scale)
-        self.bounds = None if bits == 8 else ((low - offset) * step, (high - offset) * step)
-
-    def forward(self, x: Tensor) -> Tensor:
-        rounded = self._round(x)
-        return rounded if self.bounds is None else self._round(rounded.clamp(*self.bounds))
-
-    def _round(self, x: Tensor) -> Tensor:
-        rounded: Tensor = dequantize(quantize(x, self.scale, self.zero_point), self.scale, self.zero_point, -1)
-        return rounded
-
-
-class _Weight(nn.Module):
-    """A weight as int8, with its scales: ``[]``, ``[out]``, or ``[out, groups]``."""
-
-    integers: Tensor
-    scale: Tensor
-    zero_point: Tensor
-
-    def __init__(self, weight: Tensor, bits: int, granularity: str, factor: Tensor | None = None) -> None:
-        """Round a weight.
-
-        Args:
-            weight: ``[out, in, ...]``.
-            bits: 2 to 8.
-            granularity: What shares a scale.
-            factor: ``[out]``, multiplies the rows after rounding, as a BatchNorm does.
-        """
-        super().__init__()
-        self.transposed, self.folded = False, factor is not None
-        groups = grouped(weight.detach().float(), granularity)
-        scale = symmetric_scale(weight, bits, granularity)
-        integers = torch.div(groups, scale).round()
-        spare = 2 ** (8 - bits)  # exact in the same container; a bias counts in units of the scale, and finer ones
-        integers, scale = integers * spare, scale / spare
-        if factor is not None:
-            factor = factor.view(-1, 1, 1)
-            integers, scale = integers * factor.sign(), (scale * factor.abs()).clamp_min(torch.finfo().tiny)
-        self.shape = weight.shape
-        self.grouped = granularity.startswith("per_group")
-        if not self.grouped:
-            integers = integers.reshape(self.shape)
-        self.axis = 0 if scale.numel() > 1 or self.grouped else -1
-        shape = scale.shape[:2] if self.grouped else scale.shape[:1] if self.axis == 0 else ()
-        self._hold(integers, scale.reshape(shape))
-
-    def _hold(self, integers: Tensor, scale: Tensor) -> None:
-        self.register_buffer("integers", integers.to(torch.int8).contiguous())
-        self.register_buffer("scale", scale.contiguous())
-        self.register_buffer("zero_point", torch.zeros_like(scale, dtype=torch.int8))
-
-    def make_room(self, largest: Tensor) -> None:
-        """Widen the scales of rows whose bias would not fit into int32: their weights are tiny."""
-        if bool((largest <= self.scale).all()):
-            return
-        wider = torch.maximum(self.scale.expand_as(largest), largest)
-        shape = (-1, *[1] * (self.integers.ndim - 1))
-        self._hold((self.integers * (self.scale / wider).view(shape)).round(), wider)
-        self.axis = 0
-
-    def transpose(self) -> None:
-        """Store ``[in, out]``: engines have an integer kernel for a MatMul with a constant on its right."""
-        self._hold(self.integers.t(), self.scale)
-        self.axis = 1 if self.axis == 0 else -1
-        self.transposed = True
-
-    def rows(self, index: Tensor) -> Tensor:
-        """Look up int8 rows, then scale them: ``[...] -> [..., size]``."""
-        rows = F.embedding(index, self.integers.flatten(1)).float()
-        if self.axis < 0:
-            return rows * self.scale
-        scale = self.scale[:, None] if self.scale.ndim == 1 else self.scale
-        scales = F.embedding(index, scale)
-        if not self.grouped:
-            return rows * scales
-        groups = rows.reshape(*index.shape, *self.integers.shape[1:]) * scales.unsqueeze(-1)
-        return groups.flatten(-2)[..., : self.shape[1]]
-
-    def matrix(self) -> Tensor:
-        """Return the weight in its original shape, cast and scaled, for a product computed in float.
-
-        Engines do that once, when the file is loaded. ONNX Runtime 1.32 turns a DequantizeLinear before a MatMul into
-        one that rounds the activations too (differences of 0.05 instead of 1e-6), and repeats it in every call before a
-        convolution (2.0x the time of float).
-        """
-        if self.grouped:
-            whole = (self.integers.float() * self.scale.unsqueeze(-1)).flatten(1)
-            return whole[:, : self.shape[1:].numel()].reshape(self.shape)
-        if self.transposed:
-            return (self.integers.float() * self.scale).t()
-        return self.integers.float() * self.scale.view(-1, *[1] * (self.integers.ndim - 1))
-
-    def forward(self) -> Tensor:
-        """Return the dequantized weight as stored, for an integer kernel."""
-        if self.grouped:
-            return self.matrix()
-        weight: Tensor = dequantize(self.integers, self.scale, self.zero_point, self.axis)
-        return weight
-
-
-class _Bias(nn.Module):
-    """A bias as int32 in units of input scale times weight scale, as integer kernels add it."""
-
-    integers: Tensor
-    scale: Tensor
-
-    def __init__(self, bias: Tensor, scale: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("integers", torch.round(bias.double() / scale.double()).to(torch.int32))
-        self.register_buffer("scale", scale)
-
-    def forward(self) -> Tensor:
-        bias: Tensor = dequantize(self.integers, self.scale, None, 0 if self.scale.ndim else -1)
-        return bias
-
-
 class _Integer(nn.Module):
     """Base of the classes below; they are set as ``__class__``, so that names and attributes of the layer stay."""
 
-    stored: _Weight | None
-    stored_bias: _Bias | None
-    reads: _Quantizer | None
-    writes: _Quantizer | None
+    stored: StoredWeight | None
+    stored_bias: StoredBias | None
+    reads: Quantizer | None
+    writes: Quantizer | None
     output_relu: bool
 
     def _read_weight(self) -> Any:
@@ -252,7 +92,7 @@ class _IntegerConv3d(_IntegerConv, nn.Conv3d):
     pass
 
 
-class _IntegerLinear(_Integer, nn.Linear):
+class _IntegerProduct(_Integer):
     bias: Any
 
     def forward(self, input: Tensor) -> Tensor:
@@ -268,6 +108,15 @@ class _IntegerLinear(_Integer, nn.Linear):
         # fuses a product and a float bias.
         bias: Tensor = self.bias if self.stored_bias is None or y.ndim != 2 else self.stored_bias()
         return y + bias
+
+
+class _IntegerLinear(_IntegerProduct, nn.Linear):
+    pass
+
+
+class _IntegerConv1D(_IntegerProduct):
+    weight: Any = property(lambda self: self._read_weight().t() if self.stored is not None else self._read_weight())
+    """As the layer stored it, ``[in, out]``."""
 
 
 class _IntegerEmbedding(_Integer, nn.Embedding):
@@ -316,10 +165,35 @@ _INTEGER: tuple[tuple[type[nn.Module], type[_Integer]], ...] = (
     (nn.Conv2d, _IntegerConv2d),
     (nn.Conv3d, _IntegerConv3d),
     (nn.Linear, _IntegerLinear),
+    (QuantizedConv1D, _IntegerConv1D),
     (nn.Embedding, _IntegerEmbedding),
     (nn.EmbeddingBag, _GatheredBag),
     (_BatchNorm, _RoundedBatchNorm),
 )
+
+
+class _IntegerExperts(ReadExperts):
+    stored: nn.ModuleDict
+
+    def weights_to_read(self) -> Mapping[str, Tensor]:
+        stored: Any = self.stored
+        return {
+            name: from_rows(stored[name].matrix(), self._parameters[name], inputs_first=order)  # type: ignore[arg-type]
+            for name, order in expert_weights(self).items()
+        }
+
+
+def _store_experts(layer: QuantizedExperts) -> None:
+    """Store the matrices of experts as integers; they are multiplied out to float when the file is loaded."""
+    if not rounds(layer):
+        return
+    stored = nn.ModuleDict()
+    for name, inputs_first in expert_weights(layer).items():
+        experts: Any = layer._parameters[name]
+        rows, granularity = as_rows(experts, layer.weight_granularity, inputs_first=inputs_first)
+        stored[name] = StoredWeight(rows, layer.weight_bits or 8, granularity)
+    layer.__class__ = _IntegerExperts.over(layer)  # type: ignore[assignment]
+    layer.add_module("stored", stored)
 
 
 def convert(module: nn.Module, batch_norms: Mapping[str, str]) -> None:
@@ -337,7 +211,9 @@ def convert(module: nn.Module, batch_norms: Mapping[str, str]) -> None:
         _to_integer(layer, store, norm)
         norm.__class__ = nn.Identity
     for layer in layers.values():
-        if isinstance(layer, QuantizedLayer) and (rounds(layer) or rounds_output(layer)):
+        if isinstance(layer, QuantizedExperts):
+            _store_experts(layer)
+        elif isinstance(layer, QuantizedLayer) and (rounds(layer) or rounds_output(layer)):
             _to_integer(layer, store)
         elif isinstance(layer, nn.EmbeddingBag) and not isinstance(layer, _Integer):
             layer.stored = None  # type: ignore[assignment]
@@ -348,12 +224,12 @@ class _Store:
     """The integers of each weight; a shared weight is stored once."""
 
     def __init__(self, module: nn.Module) -> None:
-        weights = [layer._parameters["weight"] for layer in module.modules() if rounds(layer)]
-        counts = Counter(id(weight) for weight in weights)
+        weights = [layer._parameters.get("weight") for layer in module.modules() if rounds(layer)]
+        counts = Counter(id(weight) for weight in weights if weight is not None)
         self._shared = {weight for weight, count in counts.items() if count > 1}
-        self._stored: dict[tuple[int, int, str], _Weight] = {}
+        self._stored: dict[tuple[int, int, str], StoredWeight] = {}
 
-    def of(self, layer: QuantizedLayer, factor: Tensor | None) -> _Weight:
+    def of(self, layer: QuantizedLayer, factor: Tensor | None) -> StoredWeight:
         """Return the integers of a layer's weight.
 
         Args:
@@ -365,7 +241,8 @@ class _Store:
         key = (id(weight), bits, granularity)
         if factor is None and key in self._stored:
             return self._stored[key]
-        stored = _Weight(weight, bits, granularity, factor)
+        matrix = weight.t() if isinstance(layer, QuantizedConv1D) else weight
+        stored = StoredWeight(matrix, bits, granularity, factor)
         if factor is None and self.shares(layer):
             self._stored[key] = stored
         return stored
@@ -398,7 +275,7 @@ def _to_integer(layer: nn.Module, store: _Store, norm: nn.Module | None = None) 
     stored = store.of(layer, factor) if rounds(layer) and weight is not None else None
     stored_bias = None if bias is None or stored is None or reads is None else _integer_bias(bias, stored, reads)
     alone = stored is not None and not stored.grouped and not store.shares(layer)
-    if stored is not None and alone and reads is not None and isinstance(layer, nn.Linear):
+    if stored is not None and alone and reads is not None and isinstance(layer, LINEARS):
         stored.transpose()
     if factor is not None and weight is not None:
         weight.data = layer.quantized_weight()  # for other readers: the stored one includes the BatchNorm
@@ -419,14 +296,14 @@ def _folded(norm: _BatchNorm, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     return factor, added if norm.bias is None else added + norm.bias.detach()
 
 
-def _quantizer(layer: QuantizedLayer, which: str) -> _Quantizer:
+def _quantizer(layer: QuantizedLayer, which: str) -> Quantizer:
     state = layer.state_of(which)
-    return _Quantizer(state["scale"], state["zero_point"], layer.activation_bits or 8)
+    return Quantizer(state["scale"], state["zero_point"], layer.activation_bits or 8)
 
 
-def _integer_bias(bias: Tensor, stored: _Weight, reads: _Quantizer) -> _Bias | None:
+def _integer_bias(bias: Tensor, stored: StoredWeight, reads: Quantizer) -> StoredBias | None:
     if stored.grouped:
         return None
     bias = bias.detach().float()
     stored.make_room(bias.abs() / (reads.scale * _LARGEST_BIAS))
-    return _Bias(bias, reads.scale * stored.scale)
+    return StoredBias(bias, reads.scale * stored.scale)

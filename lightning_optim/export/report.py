@@ -8,8 +8,9 @@ from torch import nn
 
 from lightning_optim._upstream import BatchNorm as _BatchNorm
 from lightning_optim.export.integer import rounds, rounds_output
+from lightning_optim.export.stored import StoredWeight
 from lightning_optim.measure.latency import LatencyResult
-from lightning_optim.modules import EMBEDDINGS
+from lightning_optim.modules import EMBEDDINGS, expert_weights
 from lightning_optim.quantization.layers import QuantizedLayer
 from lightning_optim.tables import by_reason, render
 
@@ -156,7 +157,13 @@ def _is_held(copy: nn.Module, held: Collection[int]) -> bool:
 
 def _stored_is_held(copy: nn.Module, held: Collection[int]) -> bool:
     stored = getattr(copy, "stored", None)
-    return isinstance(stored, nn.Module) and id(stored.integers) in held
+    parts = stored.modules() if isinstance(stored, nn.Module) else ()
+    integers = [part.integers for part in parts if isinstance(part, StoredWeight)]
+    return bool(integers) and all(id(each) in held for each in integers)
+
+
+def _rounded_is_held(copy: nn.Module, held: Collection[int]) -> bool:
+    return any(id(copy._parameters.get(name)) in held for name in expert_weights(copy) or ("weight",))
 
 
 def _described(layer: nn.Module, writer: nn.Module) -> str:
@@ -185,7 +192,7 @@ def notes_on(module: nn.Module, exported: nn.Module, held: Collection[int]) -> l
     if not layers:
         return ["Nothing in this file is quantized: it is the float32 export of the module."]
     notes = []
-    twice = [n for n in rounded if _stored_is_held(copies[n], held) and id(copies[n]._parameters["weight"]) in held]
+    twice = [n for n in rounded if _stored_is_held(copies[n], held) and _rounded_is_held(copies[n], held)]
     if twice:
         notes.append(
             f"{', '.join(twice)}: stored twice, as integers and as float32, because forward also reads the Parameter "

@@ -1,9 +1,10 @@
 """Inference engines that run exported files. An engine is one class here, and an extra in ``pyproject.toml``."""
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Protocol
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_optim.export.report import Kernels
-from lightning_optim.export.saturation import NOTE, overflows, unsigned_weights
+from lightning_optim.export.saturation import note_on, overflows, unsigned_weights
 from lightning_optim.registry import Registry
 
 __all__ = ["RUNTIMES", "Runtime", "load_runtime", "missing_package"]
@@ -101,7 +102,7 @@ class OnnxRuntime:
             import onnxruntime  # type: ignore[import-not-found, import-untyped, unused-ignore]
         except ImportError as error:
             raise missing_package("onnxruntime", self.extra) from error
-        self._source, self.note = _source_here(path)
+        self._source, self.note = _source_here(path, self.title, "a plain InferenceSession", _overflows_in_onnxruntime)
         with TemporaryDirectory() as folder:
             optimized = Path(folder) / "optimized.onnx"
             self._session = self._load(onnxruntime, optimized_model_filepath=str(optimized))
@@ -143,14 +144,36 @@ class OnnxRuntime:
         )
 
 
-def _source_here(path: Path) -> tuple[str | bytes, str]:
+def _source_here(path: Path, engine: str, plainly: str, does_overflow: Callable[[], bool]) -> tuple[str | bytes, str]:
     """Return a path or model that gives the file's answers on this processor, and what to note about it."""
-    if path.stat().st_size > MOST_BYTES or not overflows():
+    if find_spec("onnx") is None or path.stat().st_size > MOST_BYTES or not does_overflow():
         return str(path), ""
     import onnx
 
     model = onnx.load(str(path))
-    return (model.SerializeToString(), NOTE) if unsigned_weights(model) else (str(path), "")
+    return (model.SerializeToString(), note_on(engine, plainly)) if unsigned_weights(model) else (str(path), "")
+
+
+@cache
+def _overflows_in_onnxruntime() -> bool:
+    import onnxruntime
+
+    def run(model: bytes, inputs: Any) -> Any:
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = 1
+        session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        return session.run(None, {"inputs": inputs})[0]
+
+    return overflows(run)
+
+
+@cache
+def _overflows_in_openvino() -> bool:
+    def run(model: bytes, inputs: Any) -> Any:
+        compiled = _core().compile_model(_core().read_model(model), "CPU", OpenVINO.options)
+        return compiled([inputs])[0]
+
+    return overflows(run)
 
 
 def _operators(path: Path) -> list[str]:
@@ -187,11 +210,12 @@ class OpenVINO:
 
     title, extra = "OpenVINO", "openvino"
     clock = staticmethod(time.process_time)  # calls run in a thread of OpenVINO's own
+    options: Mapping[str, Any] = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1, "NUM_STREAMS": 1}
 
     def __init__(self, path: Path) -> None:
-        options = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1, "NUM_STREAMS": 1}
         self._path = path
-        self._model = _core().compile_model(str(path), "CPU", options)
+        source, self.note = _source_here(path, self.title, "a plain Core.compile_model", _overflows_in_openvino)
+        self._model = _core().compile_model(_core().read_model(source), "CPU", self.options)
         self._request = self._model.create_infer_request()
         self.names = [put.get_any_name() for put in self._model.inputs]
 

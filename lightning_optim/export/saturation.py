@@ -1,44 +1,63 @@
-"""Products of uint8 and int8 that overflow: on x86 processors without VNNI, ONNX Runtime adds pairs in 16 bits.
+"""Products of uint8 and int8 that overflow: on x86 processors without VNNI, engines add pairs of them in 16 bits.
 
 255 x 127 twice is 64,770, and 16 bits end at 32,767. The same weights as uint8 with a zero point of 128 are multiplied
-in 32 bits there, slower but correct; ONNX Runtime's own option for it, ``session.x64quantprecision``, rejects files in
-which two layers share a weight (1.32).
+in 32 bits there, slower but correct (ONNX Runtime 1.32, OpenVINO 2026.4). ONNX Runtime's own option for it,
+``session.x64quantprecision``, rejects files in which two layers share a weight (1.32).
 """
 
-from functools import cache
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-__all__ = ["NOTE", "overflows", "unsigned_weights"]
-
-NOTE = (
-    "This processor has no VNNI: ONNX Runtime's kernels for uint8 x int8 overflow on it. Answers and times here are "
-    "those of the file with its weights as uint8, as ExportedModel loads it on such processors; a plain "
-    "InferenceSession gives other answers there. On processors with VNNI, and on ARM, the file is correct as it is."
-)
+__all__ = ["note_on", "overflows", "unsigned_weights"]
 
 
-@cache
-def overflows() -> bool:
-    """Whether ONNX Runtime's products of uint8 and int8 overflow on this processor, found by trying one."""
-    import onnxruntime  # type: ignore[import-not-found, import-untyped, unused-ignore]
+def note_on(engine: str, plainly: str) -> str:
+    """Return the sentences for the export report.
+
+    Args:
+        engine: Name of the engine.
+        plainly: How a file is loaded in it without this package.
+    """
+    return (
+        f"This processor has no VNNI: {engine}'s kernels for uint8 x int8 overflow on it. Answers and times here are "
+        f"those of the file with its weights as uint8, as ExportedModel loads it on such processors; {plainly} gives "
+        "other answers there. On processors with VNNI, and on ARM, the file is correct as it is."
+    )
+
+
+def overflows(run: Callable[[bytes, Any], Any]) -> bool:
+    """Whether an engine's products of uint8 and int8 overflow on this processor, found by trying one.
+
+    Args:
+        run: Returns an engine's output for a model and its input.
+    """
     from onnx import TensorProto, helper, numpy_helper  # type: ignore[import-not-found, unused-ignore]
 
-    inputs, weights = np.full((1, 64), 255, np.uint8), np.full((64, 16), 127, np.int8)
+    inputs, weights = np.full((1, 64), 255, np.float32), np.full((64, 16), 127, np.int8)
+    constants = {
+        "weights": weights,
+        "one": np.float32(1),
+        "ones": np.ones(16, np.float32),
+        "zero": np.uint8(0),
+        "zeros": np.zeros(16, np.int8),
+    }
+    nodes = [
+        helper.make_node("QuantizeLinear", ["inputs", "one", "zero"], ["integers"]),
+        helper.make_node("DequantizeLinear", ["integers", "one", "zero"], ["rounded"]),
+        helper.make_node("DequantizeLinear", ["weights", "ones", "zeros"], ["matrix"], axis=1),
+        helper.make_node("MatMul", ["rounded", "matrix"], ["outputs"]),
+    ]
     graph = helper.make_graph(
-        [helper.make_node("MatMulInteger", ["inputs", "weights"], ["outputs"])],
+        nodes,
         "product",
-        [helper.make_tensor_value_info("inputs", TensorProto.UINT8, inputs.shape)],
-        [helper.make_tensor_value_info("outputs", TensorProto.INT32, (1, 16))],
-        [numpy_helper.from_array(weights, "weights")],
+        [helper.make_tensor_value_info("inputs", TensorProto.FLOAT, inputs.shape)],
+        [helper.make_tensor_value_info("outputs", TensorProto.FLOAT, (1, 16))],
+        [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()],
     )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    (outputs,) = session.run(None, {"inputs": inputs})
-    return bool((outputs != inputs.astype(np.int64) @ weights.astype(np.int64)).any())
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    return bool((np.asarray(run(model.SerializeToString(), inputs)) != inputs @ weights.astype(np.float32)).any())
 
 
 def unsigned_weights(model: Any) -> bool:

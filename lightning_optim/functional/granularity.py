@@ -5,6 +5,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -99,7 +100,10 @@ class _Weight(Granularity):
 class _Units(Granularity):
     """Units of several weights that compete by their mean score."""
 
-    _dimensions = 1
+    @property
+    @abstractmethod
+    def _dimensions(self) -> int:
+        """Number of dimensions that a weight must have."""
 
     def masks(
         self,
@@ -142,29 +146,25 @@ class _Units(Granularity):
 
 
 @dataclass(frozen=True)
-class _Row(_Units):
-    def __str__(self) -> str:
-        return "row"
+class _Slices(_Units):
+    """All weights with the same index in one dimension."""
 
-    def _sums(self, values: Tensor) -> Tensor:
-        return values.reshape(len(values), -1).sum(1)
-
-    def _expand(self, unit_mask: Tensor, shape: torch.Size) -> Tensor:
-        return unit_mask.view(-1, *[1] * (len(shape) - 1)).expand(shape)
-
-
-@dataclass(frozen=True)
-class _Column(_Units):
-    _dimensions = 2
+    dimension: int
 
     def __str__(self) -> str:
-        return "column"
+        return ("row", "column")[self.dimension]
+
+    @property
+    def _dimensions(self) -> int:
+        return self.dimension + 1
 
     def _sums(self, values: Tensor) -> Tensor:
-        return values.transpose(0, 1).reshape(values.shape[1], -1).sum(1)
+        return values.movedim(self.dimension, 0).reshape(values.shape[self.dimension], -1).sum(1)
 
     def _expand(self, unit_mask: Tensor, shape: torch.Size) -> Tensor:
-        return unit_mask.view(-1, *[1] * (len(shape) - 2)).expand(shape)
+        sizes = [1] * len(shape)
+        sizes[self.dimension] = -1
+        return unit_mask.view(sizes).expand(shape)
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,9 @@ class _Block(_Units):
     rows: int
     columns: int
 
-    _dimensions = 2
+    @property
+    def _dimensions(self) -> int:
+        return 2
 
     def __post_init__(self) -> None:
         if not (self.rows and self.columns):
@@ -264,8 +266,8 @@ class _NofMAlongUnfold(_NofM):
 
 _FORMS: tuple[tuple[str, Callable[..., Granularity]], ...] = (
     ("weight", _Weight),
-    ("row", _Row),
-    ("column", _Column),
+    ("row", partial(_Slices, 0)),
+    ("column", partial(_Slices, 1)),
     (r"(\d+)x(\d+)", _Block),
     (r"(\d+):(\d+)", _NofM),
     (r"(\d+):(\d+)@unfold", _NofMAlongUnfold),

@@ -5,6 +5,7 @@ zero in place, :func:`pack_mask` stores them at one bit per weight.
 """
 
 import math
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
@@ -152,11 +153,13 @@ def apply_masks(weights: Iterable[Tensor], keeps: Iterable[Tensor]) -> None:
 
 
 def sparsity_of(masks: Iterable[Tensor]) -> float:
-    """Return the fraction of zeros over all masks together, 0.0 when there are none.
-
-    Args:
-        masks: bool tensors, True keeps.
-    """
+    """Deprecated: the fraction of zeros over all masks together, 0.0 without any."""
+    warnings.warn(
+        "`sparsity_of` is deprecated since 0.2 and will be removed in 0.4. Take, for example, "
+        "1 - sum(int(mask.sum()) for mask in masks) / sum(mask.numel() for mask in masks).",
+        FutureWarning,
+        stacklevel=2,
+    )
     kept, number = 0, 0
     for mask in masks:
         kept += number_kept(mask)

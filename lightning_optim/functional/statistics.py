@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import unfold
 
 from lightning_optim.change import Changed, keep_channels
-from lightning_optim.modules import CONVOLUTIONS
+from lightning_optim.modules import CONVOLUTIONS, LINEARS, stores_inputs_first
 from lightning_optim.registry import Registry
 from lightning_optim.sharding import full, local
 
@@ -30,6 +30,8 @@ class Collector:
     elementwise = False
     """Whether there is one number per weight: a process that holds a part of the weight collects that part, and a
     criterion may be computed piece by piece."""
+    broadcasts = False
+    """Whether it broadcasts to the weight as the layer stores it."""
     reads_inputs = False
     """Whether it is read by hooks on the layers (:meth:`attach`), in the batches that lead to an event."""
     title = ""
@@ -38,6 +40,8 @@ class Collector:
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
         self.counts: dict[str, int] = {}
+        self.inputs_first: set[str] = set()
+        """Weights that their layers store as ``[in, out]``."""
 
     def __contains__(self, name: str) -> bool:
         return name in self.sums
@@ -49,6 +53,11 @@ class Collector:
     def attach(self, name: str, layer: nn.Module) -> Any:
         """Register a hook that adds the inputs of a layer's training calls; returns its handle."""
         raise NotImplementedError
+
+    def know(self, name: str, layer: nn.Module) -> None:
+        """Remember how a layer stores its weight, before anything is collected, sliced or asked for."""
+        if stores_inputs_first(layer, name.rpartition(".")[2]):
+            self.inputs_first.add(name)
 
     def after_step(self, name: str, parameter: Tensor) -> None:
         """Look at a weight right after its optimizer stepped."""
@@ -78,8 +87,12 @@ class Collector:
             changed: What became of the model's parameters.
             prefix: What precedes the names in the whole model.
         """
-        sums, counts = self.sums, self.counts
+        sums, counts, inputs_first = self.sums, self.counts, self.inputs_first
         self.clear()
+        self.inputs_first = set()
+        for name in inputs_first:
+            if (successor := changed.successor(prefix + name)) is not None:
+                self.inputs_first.add(successor[0].removeprefix(prefix))
         for name, tensor in sums.items():
             successor, kept = changed.successor(prefix + name), changed.surviving(prefix + name)
             if successor is None:
@@ -87,10 +100,10 @@ class Collector:
             now, parameter = successor
             now = now.removeprefix(prefix)
             before = changed.shape_before(prefix + name)
-            self.sums[now] = tensor if kept is None else self._sliced(tensor, before, kept, parameter.shape)
+            self.sums[now] = tensor if kept is None else self._sliced(now, tensor, before, kept, parameter.shape)
             self.counts[now] = counts[name]
 
-    def _sliced(self, sums: Tensor, before: torch.Size, kept: Tensor, shape: torch.Size) -> Tensor:
+    def _sliced(self, name: str, sums: Tensor, before: torch.Size, kept: Tensor, shape: torch.Size) -> Tensor:
         """Return the sums of what survives of a weight; they broadcast to the weight."""
         return keep_channels(sums.expand(before), kept, shape)
 
@@ -117,7 +130,7 @@ class Gradient(Collector):
     Processes hold the same averaged gradient, or the part that belongs to their part of the weight.
     """
 
-    elementwise = True
+    elementwise = broadcasts = True
     title = "gradient"
 
     def after_step(self, name: str, parameter: Tensor) -> None:
@@ -131,16 +144,18 @@ class Gradient(Collector):
 
 
 class _OfInputs(Collector):
-    """A statistic of the inputs of Linear and Conv layers, over training calls."""
+    """A statistic of the inputs of Linear, Conv1D and Conv layers, over training calls."""
 
     reads_inputs = True
 
     def problem(self, name: str, layer: nn.Module) -> str | None:
-        if isinstance(layer, (nn.Linear, *CONVOLUTIONS)) and name.endswith("weight"):
+        if isinstance(layer, (*LINEARS, *CONVOLUTIONS)) and name.endswith("weight"):
             return None
-        return f"known for Linear and Conv weights; {name} belongs to a {type(layer).__name__}"
+        return f"known for Linear, Conv1D and Conv weights; {name} belongs to a {type(layer).__name__}"
 
     def attach(self, name: str, layer: nn.Module) -> Any:
+        self.know(name, layer)
+
         def add_inputs(layer: nn.Module, args: tuple[Any, ...]) -> None:
             if layer.training:
                 self.add(name, self.measure(layer, full(args[0].detach()).float()))
@@ -156,11 +171,13 @@ class _OfInputs(Collector):
 class InputNorm(_OfInputs):
     """L2 norm of each input feature, of a shape that broadcasts to the weight; see :func:`squared_inputs`."""
 
+    broadcasts = True
     title = "norms of the layers' inputs"
 
     def measure(self, layer: Any, inputs: Tensor) -> Tensor:
-        """Return the sums of squares."""
-        return squared_inputs(layer, inputs)
+        """Return the sums of squares, which broadcast to the weight as the layer stores it."""
+        squares = squared_inputs(layer, inputs)
+        return squares.t() if stores_inputs_first(layer, "weight") else squares
 
     def value(self, name: str, total: Total) -> Tensor:
         """Return the root of the sum of squares over all processes."""
@@ -190,7 +207,7 @@ class InputMagnitude(_OfInputs):
 class InputSecondMoment(_OfInputs):
     """Sum of x xᵀ over the vectors x that the weight's rows multiply, ``[n, n]`` in float32.
 
-    n is the number of inputs of a Linear, and input channels x kernel of a Conv1d or Conv2d, in the order of
+    n is the number of inputs of a Linear or Conv1D, and input channels x kernel of a Conv1d or Conv2d, in the order of
     ``weight.flatten(1)``. It takes n² numbers per weight.
     """
 
@@ -198,20 +215,20 @@ class InputSecondMoment(_OfInputs):
 
     def problem(self, name: str, layer: Any) -> str | None:
         """Return why it cannot be collected: it needs plain convolutions."""
-        if isinstance(layer, nn.Linear) or not isinstance(layer, CONVOLUTIONS):
+        if not isinstance(layer, CONVOLUTIONS):
             return super().problem(name, layer)
         plain = layer.groups == 1 and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
         if plain and not isinstance(layer, nn.Conv3d):
             return super().problem(name, layer)
         return (
-            "known for Linear layers and for Conv1d and Conv2d without groups, with zeros as padding, given as a "
-            f"number; {name} belongs to {layer}"
+            "known for Linear and Conv1D layers, and for Conv1d and Conv2d without groups, with zeros as padding, "
+            f"given as a number; {name} belongs to {layer}"
         )
 
     def measure(self, layer: Any, inputs: Tensor) -> Tensor:
         """Return the sum of x xᵀ."""
         vectors = inputs.flatten(0, -2) if inputs.ndim > 1 else inputs[None]
-        if not isinstance(layer, nn.Linear):
+        if isinstance(layer, CONVOLUTIONS):
             vectors = _patches(layer, inputs)
         with torch.autocast(inputs.device.type, enabled=False):  # hooks run inside the step's autocast
             return vectors.T @ vectors
@@ -220,8 +237,10 @@ class InputSecondMoment(_OfInputs):
         """Return the sum over all processes."""
         return total(self.sums[name].clone())
 
-    def _sliced(self, sums: Tensor, before: torch.Size, kept: Tensor, shape: torch.Size) -> Tensor:
-        stay = (kept.view(shape)[0].flatten() % before[1:].numel()).to(sums.device)
+    def _sliced(self, name: str, sums: Tensor, before: torch.Size, kept: Tensor, shape: torch.Size) -> Tensor:
+        width = before[1:].numel()
+        stay = kept.view(shape)[:, 0] // width if name in self.inputs_first else kept.view(shape)[0].flatten() % width
+        stay = stay.to(sums.device)
         return sums[stay][:, stay]
 
 
@@ -250,16 +269,17 @@ def squared_inputs(layer: nn.Module, inputs: Tensor) -> Tensor:
     """Return the summed squares of a layer's input per input feature, broadcastable to its weight.
 
     Args:
-        layer: A Linear or Conv layer.
-        inputs: Linear ``[..., in]``; Conv ``[batch, in, *space]`` (the batch dimension may be missing).
+        layer: A Linear, Conv1D or Conv layer.
+        inputs: Linear and Conv1D ``[..., in]``; Conv ``[batch, in, *space]`` (the batch dimension may be missing).
 
     Returns:
-        Linear ``[1, in]``; Conv ``[1, in, 1, ...]``, or ``[out, in / groups, 1, ...]`` for grouped convolutions.
+        Linear and Conv1D ``[1, in]``; Conv ``[1, in, 1, ...]``, or ``[out, in / groups, 1, ...]`` for grouped
+        convolutions.
     """
-    if isinstance(layer, nn.Linear):
+    if isinstance(layer, LINEARS):
         return inputs.flatten(0, -2).square().sum(0, keepdim=True) if inputs.ndim > 1 else inputs.square()[None]
     if not isinstance(layer, CONVOLUTIONS):
-        raise TypeError(f"input norms are known for Linear and Conv layers, got {type(layer).__name__}.")
+        raise TypeError(f"input norms are known for Linear, Conv1D and Conv layers, got {type(layer).__name__}.")
     space = layer.weight.ndim - 2
     channel = inputs.ndim - space - 1
     squares = inputs.square().sum([d for d in range(inputs.ndim) if d != channel])

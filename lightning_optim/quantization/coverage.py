@@ -30,4 +30,5 @@ def words_of(layer: QuantizedLayer) -> tuple[str, str]:
 
 
 def _class_of(layer: QuantizedLayer) -> str:
-    return own_class(layer).__name__.removeprefix("Quantized")
+    own = own_class(layer)
+    return str(getattr(own, "float_class", own).__name__).removeprefix("Quantized")

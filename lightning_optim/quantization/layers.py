@@ -31,6 +31,7 @@ from lightning_optim.functional.fake_quantize import (
     straight_through,
 )
 from lightning_optim.functional.observers import OBSERVERS
+from lightning_optim.quantization.over import OverOwnClass
 from lightning_optim.sharding import full, is_dtensor, local, shard_like, wrap_like
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "QuantizedBatchNorm1d",
     "QuantizedBatchNorm2d",
     "QuantizedBatchNorm3d",
+    "QuantizedConv1D",
     "QuantizedConv1d",
     "QuantizedConv2d",
     "QuantizedConv3d",
@@ -234,6 +236,24 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
         if self.quantization_phase == "off":
             return nn.Linear.forward(self, input)
         return F.linear(self.quantized_input(input), self.quantized_weight(), self.bias)
+
+
+@layer_class
+class QuantizedConv1D(OverOwnClass, QuantizedLayer):
+    """The Linear of GPT-2, whose weight is ``[in, out]``; one scale per output by default."""
+
+    def quantized_weight(self) -> Tensor:
+        """Return the weight ``[in, out]``, rounded or not by phase."""
+        weight = self._parameters["weight"]
+        assert weight is not None  # noqa: S101 - it is what a Conv1D is known by
+        if not self._rounds_weight or self.weight_bits is None:
+            return weight
+        return _rounded_weight(weight.t(), self.weight_bits, self.weight_granularity).t()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Compute ``[..., in] -> [..., out]`` as the layer's own class does, which reads the rounded weight."""
+        result: Tensor = super().forward(self.quantized_input(x))
+        return result
 
 
 class _QuantizedConv(QuantizedLayer):

@@ -11,9 +11,10 @@ from lightning_optim.checkpoint import plan_of
 from lightning_optim.checks import check_mapping
 from lightning_optim.functional.fake_quantize import integer_range, parse_weight_granularity
 from lightning_optim.functional.observers import OBSERVERS
-from lightning_optim.modules import CONVOLUTIONS, EMBEDDINGS, RECURRENT, TRANSPOSED
+from lightning_optim.modules import CONVOLUTIONS, EMBEDDINGS, RECURRENT, TRANSPOSED, Conv1D, Experts, expert_weights
 from lightning_optim.patterns import NOT_INCLUDED, Pattern, Selector, check_pattern, first_match, matches, shown
-from lightning_optim.quantization.layers import ATTRIBUTES, PHASES, QUANTIZED, QuantizedLayer
+from lightning_optim.quantization.experts import QuantizedExperts
+from lightning_optim.quantization.layers import ATTRIBUTES, PHASES, QUANTIZED, QuantizedConv1D, QuantizedLayer
 from lightning_optim.quantization.ranges import write_scales
 from lightning_optim.sharding import own_class, set_class
 from lightning_optim.target import named_layers
@@ -26,6 +27,7 @@ __all__ = [
     "quantized_layers",
     "select_layers",
     "set_phase",
+    "set_phases",
 ]
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -186,7 +188,7 @@ def _settle_shared(root: nn.Module, selection: QuantizedLayers, named: Collectio
     chosen, left_out = dict(selection.chosen), dict(selection.left_out)
     holders = _holders(root)
     for name, layer in selection.chosen.items():
-        for holder, other in holders.get(id(layer._parameters["weight"]), ()):
+        for holder, other in (pair for weight in _rounded(layer) for pair in holders.get(id(weight), ())):
             if other is layer or other in chosen.values() or name not in chosen or _from_before(other):
                 continue
             reason = _why_float(other) or left_out.get(holder, "it is outside the quantized module")
@@ -200,6 +202,11 @@ def _settle_shared(root: nn.Module, selection: QuantizedLayers, named: Collectio
             del chosen[name]
             left_out[name] = shared
     return QuantizedLayers(chosen, left_out)
+
+
+def _rounded(layer: nn.Module) -> list[nn.Parameter | None]:
+    """Return the parameters that are rounded in a layer."""
+    return [layer._parameters[name] for name in expert_weights(layer) or ("weight",)]
 
 
 def _holders(root: nn.Module) -> dict[int, list[tuple[str, nn.Module]]]:
@@ -229,9 +236,8 @@ def _why_float(layer: nn.Module) -> str | None:
         return "lazy"
     if is_parametrized(layer):
         return "its weight is computed by a parametrization"
-    if own_class(layer) in _FROM:
-        weight = layer._parameters.get("weight")
-        is_float = weight is not None and weight.is_floating_point()
+    if own_class(layer) in _FROM or _quantized_class(layer) is not None:
+        is_float = all(weight is not None and weight.is_floating_point() for weight in _rounded(layer))
         return None if is_float else "its weight is not a floating-point Parameter"
     for classes, reason in _WHY_FLOAT:
         if isinstance(layer, classes):
@@ -242,6 +248,16 @@ def _why_float(layer: nn.Module) -> str | None:
     if known is not None:
         return f"a subclass of {known.__name__}, whose own forward is unknown"
     return f"{own_class(layer).__name__} stays float"
+
+
+def _quantized_class(layer: nn.Module) -> type[nn.Module] | None:
+    """Return the class that quantizes a float layer of exactly this class; None if there is none."""
+    own = own_class(layer)
+    if isinstance(layer, Experts):
+        return QuantizedExperts.over(layer)
+    if isinstance(layer, Conv1D) and own.__name__ in ("Conv1D", "QuantizedConv1D"):
+        return QuantizedConv1D.over(layer)
+    return None if own in _BATCH_NORMS else QUANTIZED.get(own)
 
 
 def _has_matrix(layer: nn.Module) -> bool:
@@ -292,7 +308,7 @@ def _swap(root: nn.Module, name: str, scheme: QuantizationScheme, prefix: str) -
     layer = root.get_submodule(name)
     if not isinstance(layer, QuantizedLayer):
         plan_of(root).track(name, *ATTRIBUTES)
-        set_class(layer, QUANTIZED[own_class(layer)])
+        set_class(layer, _quantized_class(layer) or QUANTIZED[own_class(layer)])
         layer = root.get_submodule(name)
         assert isinstance(layer, QuantizedLayer)  # noqa: S101 - after the line before
         layer.quantization_phase = layer.output_phase = "off"
@@ -302,7 +318,7 @@ def _swap(root: nn.Module, name: str, scheme: QuantizationScheme, prefix: str) -
     layer.weight_bits = scheme.bits_of(name, layer, prefix) if has_weight else None
     layer.weight_granularity = scheme.weight_granularity
     bits_before = getattr(layer, "activation_bits", scheme.activation_bits)
-    layer.activation_bits = None if isinstance(layer, EMBEDDINGS) else scheme.activation_bits
+    layer.activation_bits = None if isinstance(layer, (*EMBEDDINGS, Experts)) else scheme.activation_bits
     if layer.activation_bits not in (None, bits_before):
         write_scales([layer.state_of(which) for which in layer.watched], layer)
     _watch_anew(layer, scheme, has_weight)
@@ -365,3 +381,10 @@ def set_phase(root: nn.Module, layers: Mapping[str, QuantizedLayer], phase: str)
         for module in root.modules():
             for attribute, value in _fast_path(module).items():
                 setattr(module, attribute, value)
+
+
+def set_phases(root: nn.Module, wanted: Mapping[str, str]) -> None:
+    """Put layers into phases: name -> phase, by :func:`set_phase`."""
+    layers = quantized_layers(root)
+    for phase in dict.fromkeys(wanted.values()):
+        set_phase(root, {name: layers[name] for name in wanted if wanted[name] == phase}, phase)

@@ -12,7 +12,7 @@ from lightning_optim.target import named_layers
 
 __all__ = ["against_reference", "layer_facts", "layer_rows"]
 
-WIDTHS = ("out_features", "out_channels", "embedding_dim", "hidden_size", "embed_dim")
+WIDTHS = ("out_features", "out_channels", "embedding_dim", "hidden_size", "embed_dim", "nf")
 """Where layers say how many channels they give, in the order in which they are asked."""
 
 
@@ -57,7 +57,8 @@ def _bits(layer: nn.Module, leaf: str, weight: Tensor) -> float:
 
 
 def _type(layer: nn.Module) -> str:
-    return own_class(layer).__name__.removeprefix("Quantized")
+    own = own_class(layer)
+    return str(getattr(own, "float_class", own).__name__).removeprefix("Quantized")
 
 
 def _width(layer: nn.Module) -> int | None:

@@ -131,5 +131,5 @@ def _largest_unit(goal: Goal, weights: Mapping[str, Weight], granularity: Granul
     """Size of the largest unit. The achieved sparsity can differ from the target by at most one unit."""
     if str(granularity) == "weight":
         return 1.0
-    shapes = [weights[name].parameter.shape for name in goal.names]
+    shapes = [shape for name in goal.names for shape in weights[name].shapes]
     return max(shape.numel() / min(shape[:2]) for shape in shapes)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
 from lightning_optim.functional.granularity import Granularity
-from lightning_optim.modules import TRANSPOSED
+from lightning_optim.modules import TRANSPOSED, Conv1D, Experts
 from lightning_optim.patterns import Pattern, first_match
 from lightning_optim.target import Selection, Weight, select_weights
 
@@ -50,10 +50,23 @@ def select(
     )
 
 
-def without_misfits(selection: Selection, granularity: Granularity, selected_before: Collection[str]) -> Selection:
-    """Leave out weights that do not fit the granularity; those that an earlier part of the run selected stay."""
+def without_misfits(
+    selection: Selection, granularity: Granularity, selected_before: Collection[str], *, by_default: bool = True
+) -> Selection:
+    """Leave out weights that do not fit the granularity.
+
+    Args:
+        selection: The selected weights.
+        granularity: What is removed together.
+        selected_before: Names that an earlier part of the run selected, which stay.
+        by_default: Whether no ``include`` was given. 0.1 did not select Conv1D layers and experts then, and its runs
+            are resumed without them.
+    """
     new = {name: weight for name, weight in selection.chosen.items() if name not in selected_before}
     misfits = {name: reason for name, weight in new.items() if (reason := _misfit(weight, granularity)) is not None}
+    if selected_before and by_default:
+        unselected = (name for name, weight in new.items() if isinstance(weight.layer, (Conv1D, Experts)))
+        misfits |= dict.fromkeys(unselected, "not selected by the run that is resumed")
     chosen = {name: weight for name, weight in selection.chosen.items() if name not in misfits}
     return Selection(chosen, {**misfits, **selection.left_out})
 
@@ -63,9 +76,9 @@ def _misfit(weight: Weight, granularity: Granularity) -> str | None:
         return None
     if weight.parameter.ndim < 2:
         return f"a vector, which has no {granularity}"
-    if isinstance(weight.layer, TRANSPOSED) or type(weight.layer).__name__ == "Conv1D":
+    if isinstance(weight.layer, TRANSPOSED):
         return f"{type(weight.layer).__name__}, stored as [in, out, ...]: no {granularity}"
-    return granularity.misfit(weight.parameter.shape)
+    return granularity.misfit(weight.shapes[0])
 
 
 def check_weights(selection: Selection) -> None:

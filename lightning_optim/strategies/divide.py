@@ -1,17 +1,19 @@
 """How a module is divided into the units that ``fully_shard`` gathers together."""
 
-from collections.abc import Callable, Iterable
-from typing import Any, TypeGuard
+from collections.abc import Callable, Generator, Iterable
+from contextlib import contextmanager
+from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.utils.checkpoint import checkpoint as recomputed
 
-from lightning_optim._upstream import BatchNorm
+from lightning_optim.strategies.batchnorm import is_batchnorm
 from lightning_optim.strategies.units import NamedModules
 from lightning_optim.strategies.whole import groups_by_dtype, is_undivided, kept_whole
 
-__all__ = ["Recomputed", "divide", "has_own_statistics", "register_steps"]
+__all__ = ["Recomputed", "divide", "recompute", "register_steps", "warn_of_short", "without_reduction"]
 
 
 def divide(
@@ -39,7 +41,7 @@ def divide(
     param_dtype, reduce_dtype = types or (None, None)
     policy = MixedPrecisionPolicy(param_dtype, reduce_dtype, cast_forward_inputs=False)  # autocast does it
     whole = set(kept_whole(module).values())
-    norms: list[nn.Module] = [part for part in module.modules() if _is_batchnorm(part) and part.affine]
+    norms: list[nn.Module] = [part for part in module.modules() if is_batchnorm(part) and part.affine]
     if types is not None and norms:  # PyTorch's kernels want float32 there, beside bfloat16 inputs
         fully_shard(norms, mesh=mesh, reshard_after_forward=False)
     names = {part: name for name, part in module.named_modules()}
@@ -86,14 +88,36 @@ class Recomputed:
         return recomputed(forward, self.unit, *args, use_reentrant=False, **kwargs)
 
 
-def has_own_statistics(module: nn.Module) -> bool:
-    """Whether a module is a BatchNorm whose running statistics no collective keeps equal."""
-    own = _is_batchnorm(module) and not isinstance(module, nn.SyncBatchNorm)
-    return own and module.running_mean is not None
+def recompute(units: NamedModules) -> None:
+    """Let units keep their inputs only, and compute their activations again in the backward pass."""
+    for _, unit in units:
+        if any(True for _ in unit.children()):
+            unit.__dict__["forward"] = Recomputed(unit)
 
 
-def _is_batchnorm(module: nn.Module) -> TypeGuard[BatchNorm]:
-    return isinstance(module, BatchNorm)
+def warn_of_short(module: nn.Module, shards: int) -> None:
+    """Say which layers have fewer rows than there are shards: some devices hold nothing of them."""
+    short = [name for name, p in module.named_parameters() if p.ndim and p.shape[0] < shards and p.numel() > shards]
+    if short:
+        rank_zero_warn(
+            f"{short[0]} has {module.get_parameter(short[0]).shape[0]} rows for {shards} shards"
+            f"{f', and {len(short) - 1} more such' if len(short) > 1 else ''}: some devices hold nothing of it."
+        )
+
+
+@contextmanager
+def without_reduction(module: nn.Module) -> Generator[None, None, None]:
+    """Leave gradients unreduced on each device while the block runs."""
+    from torch.distributed.fsdp import FSDPModule
+
+    parts = [part for part in module.modules() if isinstance(part, FSDPModule)]
+    for part in parts:
+        part.set_requires_gradient_sync(False, recurse=False)
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.set_requires_gradient_sync(True, recurse=False)
 
 
 def _has_parameters_left(unit: nn.Module, whole: set[nn.Parameter]) -> bool:

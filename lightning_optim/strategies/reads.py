@@ -170,13 +170,12 @@ MIXED = "mixed torch.Tensor and DTensor"
 
 
 @contextmanager
-def mixed_said_plainly(strategy: str, module: nn.Module | None, where: str) -> Generator[None, None, None]:
+def mixed_said_plainly(strategy: Any, step: str) -> Generator[None, None, None]:
     """Name the cause where whole and divided tensors meet, instead of torch's "got mixed torch.Tensor and DTensor".
 
     Args:
-        strategy: Its class's name.
-        module: The root.
-        where: What runs in the block.
+        strategy: The strategy that divided the module.
+        step: Name of the step method that runs in the block.
 
     Raises:
         RuntimeError: With what to do.
@@ -186,10 +185,11 @@ def mixed_said_plainly(strategy: str, module: nn.Module | None, where: str) -> G
     except RuntimeError as error:
         if MIXED not in str(error):
             raise
-        parts = [] if module is None else [part for name, part in module.named_modules() if name]
+        name, module = type(strategy).__name__, strategy.lightning_module
+        parts = [] if module is None else [part for path, part in module.named_modules() if path]
         units = sorted({own_class(part).__name__ for part in parts if own_class(part) is not type(part)})
         raise RuntimeError(
-            f"{strategy}: {where} computes with a parameter of a unit outside of the unit's own forward, where this "
+            f"{name}: `{step}` computes with a parameter of a unit outside of the unit's own forward, where this "
             f"process holds a part of it. Units are {', '.join(units) or 'none'}. Name units that leave this parameter "
-            f"to the root, {strategy}(units=[...]), or compute with it in its unit's forward."
+            f"to the root, {name}(units=[...]), or compute with it in its unit's forward."
         ) from error

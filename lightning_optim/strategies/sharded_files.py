@@ -19,10 +19,20 @@ from lightning_optim.files import METADATA, is_sharded_folder
 from lightning_optim.optimizers import unwrapped
 from lightning_optim.sharding import full, is_dtensor, is_sharded, shard_like
 
-__all__ = ["ShardedFiles"]
+__all__ = ["ShardedFiles", "saves_shards"]
+
+FULL_UNTIL = 1_000_000_000
+"""Models of more parameters than this are saved as a folder of shards by default."""
 
 FOLDER_KEY = "lightning_optim_folder"
 """Where a read folder's path travels in the checkpoint until weights and optimizer states are loaded from it."""
+
+
+def saves_shards(checkpoint: str, module: nn.Module) -> bool:
+    """Whether a checkpoint is a folder of shards: "sharded", or "auto" for a large module."""
+    if checkpoint != "auto":
+        return checkpoint == "sharded"
+    return sum(parameter.numel() for parameter in module.parameters()) > FULL_UNTIL
 
 
 class ShardedFiles:

@@ -9,13 +9,15 @@ References:
 
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
-from typing import TypeGuard
+from typing import Any, Literal, TypeGuard
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from lightning_optim.checkpoint import is_layer_class
+from lightning_optim.sharding import local
 
-__all__ = ["COLUMN_NAMES", "ROW_NAMES", "find_pairs", "given_pairs"]
+__all__ = ["COLUMN_NAMES", "ROW_NAMES", "checked_plan", "find_pairs", "given_pairs", "split_pairs"]
 
 COLUMN_NAMES = (
     *("q_proj", "k_proj", "v_proj", "wq", "wk", "wv", "query", "key", "value"),
@@ -25,6 +27,56 @@ COLUMN_NAMES = (
 ROW_NAMES = ("o_proj", "out_proj", "wo", "down_proj", "w2", "fc2", "linear2", "down")
 """Names of layers whose inputs are, and whose outputs are added up."""
 STYLES = ("col", "row")
+
+
+def checked_plan(plan: Any) -> Any:
+    """Return a plan of layer name patterns, or "auto".
+
+    Raises:
+        ValueError: If it is neither.
+    """
+    if plan == "auto":
+        return plan
+    if not isinstance(plan, Mapping) or not plan or set(plan.values()) - {"col", "row"}:
+        raise ValueError(f"`tensor_plan` must be 'auto' or map layer name patterns to 'col' or 'row', got {plan!r}.")
+    return dict(plan)
+
+
+def split_pairs(module: nn.Module, mesh: Any, plan: Literal["auto"] | Mapping[str, str]) -> str:
+    """Divide pairs of Linear layers among the devices of a mesh, in place.
+
+    Args:
+        module: The whole model.
+        mesh: Of one dimension: the devices that share a layer.
+        plan: As :class:`~lightning_optim.strategies.OptimFSDP2` takes it.
+
+    Returns:
+        What was divided, for the log.
+
+    Raises:
+        MisconfigurationException: If "auto" finds no pair.
+        ValueError: If a given plan does not fit.
+    """
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    size = mesh.size()
+    pairs = find_pairs(module, size) if isinstance(plan, str) else given_pairs(module, plan, size)
+    if not pairs:
+        raise MisconfigurationException(
+            f"tensor parallelism over {size} devices found no pair of Linear layers in {type(module).__name__} to "
+            "divide: names such as q_proj, k_proj, v_proj with o_proj, fc1 with fc2, or Linear, activation, Linear "
+            "in a Sequential. Name them with OptimFSDP2(tensor_plan={'*.in': 'col', '*.out': 'row'}), or take "
+            "'optim_fsdp'."
+        )
+    styles = {"col": ColwiseParallel, "row": RowwiseParallel}
+    for name, style in pairs.items():
+        layer = module.get_submodule(name)
+        parallelize_module(layer, mesh, styles[style]())
+        for buffer_name, buffer in layer.named_buffers(recurse=False):  # ranges, the same on each rank
+            layer._buffers[buffer_name] = local(buffer)
+    split = sum(module.get_parameter(f"{name}.weight").numel() for name in pairs)
+    share = split / sum(parameter.numel() for parameter in module.parameters())
+    return f"{len(pairs)} layers with {share:.0%} of the parameters divided by features"
 
 
 def find_pairs(module: nn.Module, size: int) -> dict[str, str]:

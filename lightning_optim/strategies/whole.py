@@ -12,9 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_optim.sharding import is_dtensor
+from lightning_optim.sharding import is_dtensor, is_sharded
 
-__all__ = ["average_gradients", "broadcast_from_first", "groups_by_dtype", "is_undivided", "kept_whole"]
+__all__ = [
+    "average_gradients",
+    "broadcast_from_first",
+    "groups_by_dtype",
+    "is_undivided",
+    "kept_whole",
+    "parameters_left_whole",
+]
 
 
 def kept_whole(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -48,6 +55,20 @@ def groups_by_dtype(part: nn.Module, whole: set[nn.Parameter]) -> list[list[nn.M
         if own and layer is not part:
             groups[own[0].dtype].append(layer)
     return list(groups.values())
+
+
+def parameters_left_whole(module: nn.Module, mesh: Any) -> list[nn.Parameter]:
+    """Return those that every process holds whole and trains by its own batches, where the rest is divided.
+
+    Args:
+        module: The root; one whose own ``configure_model`` divided it takes care of them itself.
+        mesh: The mesh that it is divided over.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    if mesh.size() == 1 or not is_sharded(module) or not isinstance(module, FSDPModule):
+        return []
+    return [parameter for parameter in module.parameters() if not is_dtensor(parameter)]
 
 
 def is_undivided(parameter: Tensor) -> bool:

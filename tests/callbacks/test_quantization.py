@@ -690,7 +690,7 @@ def test_no_graph_is_read_before_the_window_opens(tmp_path, monkeypatch):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
             run_step[0] = trainer.global_step
 
-    monkeypatch.setattr("lightning_optim.callbacks.quantization.find_outputs", read)
+    monkeypatch.setattr("lightning_optim.callbacks.output_ranges.find_outputs", read)
     module = new(ResidualNet)
     module.example_input_array = torch.zeros(2, 12)
     fit(tmp_path, module, Counts(), integers())

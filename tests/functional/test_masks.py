@@ -524,5 +524,7 @@ class TestApplying:
 
 def test_sparsity_of_all_masks_together():
     masks = [torch.tensor([True, False]), torch.tensor([True] * 6)]
-    assert sparsity_of(masks) == 0.125
-    assert sparsity_of([]) == 0.0
+    with pytest.warns(FutureWarning, match="removed in 0.4"):
+        assert sparsity_of(masks) == 0.125
+    with pytest.warns(FutureWarning, match="removed in 0.4"):
+        assert sparsity_of([]) == 0.0

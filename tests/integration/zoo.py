@@ -190,6 +190,15 @@ def hugging_face(config: str, model: str, **options: Any) -> Callable[[], nn.Mod
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 TEXT = {"vocab_size": 40, "max_position_embeddings": 16, **SMALL}
 
+
+def mixtral() -> nn.Module:
+    """Return a mixture of experts, which ONNX has operators for."""
+    words = {"pad_token_id": 0, "num_local_experts": 4, "num_key_value_heads": 2, **TEXT}
+    net = hugging_face("MixtralConfig", "MixtralForSequenceClassification", **words)()
+    net.set_experts_implementation("batched_mm")
+    return net
+
+
 ARCHITECTURES: dict[str, Architecture] = {
     "MLP": Architecture(mlp, rows),
     "residual conv net": Architecture(Residual, images(8)),
@@ -277,6 +286,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "Llama (transformers)": Architecture(
         hugging_face("LlamaConfig", "LlamaForSequenceClassification", pad_token_id=0, **TEXT), words("input_ids")
     ),
+    "Mixtral (transformers)": Architecture(mixtral, words("input_ids")),
     "T5 encoder (transformers)": Architecture(
         hugging_face(
             "T5Config", "T5EncoderModel", vocab_size=40, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4

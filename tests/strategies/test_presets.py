@@ -6,6 +6,7 @@ import pickle
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning.pytorch as pl
 import pytest
@@ -16,8 +17,10 @@ from lightning.pytorch.strategies import StrategyRegistry
 
 from helpers.gpt import Language
 from lightning_optim import _upstream
-from lightning_optim.strategies import PRESETS, OptimDDP, OptimFSDP2, OptimSingle, build, fsdp2
+from lightning_optim.strategies import PRESETS, OptimDDP, OptimFSDP2, OptimSingle, build, sharded_files
 from lightning_optim.strategies.common import check_batchnorm_sync
+from lightning_optim.strategies.sharded_files import saves_shards
+from lightning_optim.strategies.tensor import split_pairs
 
 PROCESSES = {"optim_single": 1}
 NOT_ON_ONE_MACHINE = ("optim_hsdp",)
@@ -122,10 +125,9 @@ def test_synchronised_batchnorm_on_a_cpu_is_refused(name):
     [("auto", "found no pair of Linear layers in Linear"), ({"net.x": "col"}, "'net.x' matches no Linear layer")],
 )
 def test_tensor_parallelism_without_a_pair_is_refused(plan, sentence):
-    strategy = OptimFSDP2(tensor=2, tensor_plan=plan)
-    strategy._tensor_parallel_size = 2
+    mesh = SimpleNamespace(size=lambda: 2)
     with pytest.raises((MisconfigurationException, ValueError), match=sentence):
-        strategy._split_pairs(torch.nn.Linear(4, 4))
+        split_pairs(torch.nn.Linear(4, 4), mesh, plan)
 
 
 @pytest.fixture(scope="module")
@@ -165,11 +167,11 @@ def test_a_model_whose_copies_do_not_fit_has_no_score(refusals):
 
 def test_large_models_are_saved_in_shards_by_default(monkeypatch):
     module = torch.nn.Linear(10, 10)
-    assert not OptimFSDP2()._saves_shards(module)
-    assert OptimFSDP2(checkpoint="sharded")._saves_shards(module)
-    monkeypatch.setattr(fsdp2, "FULL_UNTIL", 100)
-    assert OptimFSDP2()._saves_shards(module)
-    assert not OptimFSDP2(checkpoint="full")._saves_shards(module)
+    assert not saves_shards("auto", module)
+    assert saves_shards("sharded", module)
+    monkeypatch.setattr(sharded_files, "FULL_UNTIL", 100)
+    assert saves_shards("auto", module)
+    assert not saves_shards("full", module)
 
 
 CLASS = "trainer: {{strategy: {{class_path: lightning_optim.strategies.{}, init_args: {{{}}}}}}}"

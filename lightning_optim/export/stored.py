@@ -1,0 +1,172 @@
+"""Weights, biases and activations as integers, which a converted module holds.
+
+Two custom operators stand for ONNX's QuantizeLinear and DequantizeLinear. The exporter's translation of PyTorch's fake
+quantization supports neither the symmetric range (-127, 127) nor int8 weights in the file.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_optim.functional.fake_quantize import grouped, integer_range, symmetric_scale
+
+__all__ = ["Quantizer", "StoredBias", "StoredWeight", "dequantize", "quantize"]
+
+
+@torch.library.custom_op("lightning_optim::quantize", mutates_args=())
+def quantize(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    """Return ``clamp(round(x / scale) + zero_point, 0, 255)`` as uint8: ONNX's QuantizeLinear."""
+    return (torch.round(x / scale) + zero_point).clamp(0, 255).to(torch.uint8)
+
+
+@quantize.register_fake
+def _(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    return torch.empty_like(x, dtype=torch.uint8)
+
+
+@torch.library.custom_op("lightning_optim::dequantize", mutates_args=())
+def dequantize(integers: Tensor, scale: Tensor, zero_point: Tensor | None, axis: int) -> Tensor:
+    """Return ``(integers - zero_point) * scale`` as float32, ``axis`` -1 for one scale: ONNX's DequantizeLinear."""
+    shape = [1] * integers.ndim
+    if axis >= 0:
+        shape[axis] = -1
+    shifted = integers.float() if zero_point is None else integers.float() - zero_point.float().reshape(shape)
+    return shifted * scale.reshape(shape)
+
+
+@dequantize.register_fake
+def _(integers: Tensor, scale: Tensor, zero_point: Tensor | None, axis: int) -> Tensor:
+    return torch.empty_like(integers, dtype=torch.float32)
+
+
+class Quantizer(nn.Module):
+    """Rounds a tensor to uint8 and back.
+
+    With fewer than 8 bits it clips between two roundings: the first belongs to the layer before, the second to the
+    layer after, and both still run with integers.
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+
+    def __init__(self, scale: Tensor, zero_point: Tensor, bits: int) -> None:
+        super().__init__()
+        self.register_buffer("scale", scale.clone())
+        self.register_buffer("zero_point", zero_point.to(torch.uint8))
+        low, high = integer_range(bits, symmetric=False)
+        offset, step = int(zero_point), float(scale)
+        self.bounds = None if bits == 8 else ((low - offset) * step, (high - offset) * step)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Round ``x``."""
+        rounded = self._round(x)
+        return rounded if self.bounds is None else self._round(rounded.clamp(*self.bounds))
+
+    def _round(self, x: Tensor) -> Tensor:
+        rounded: Tensor = dequantize(quantize(x, self.scale, self.zero_point), self.scale, self.zero_point, -1)
+        return rounded
+
+
+class StoredWeight(nn.Module):
+    """A weight as int8, with its scales: ``[]``, ``[out]``, or ``[out, groups]``."""
+
+    integers: Tensor
+    scale: Tensor
+    zero_point: Tensor
+
+    def __init__(self, weight: Tensor, bits: int, granularity: str, factor: Tensor | None = None) -> None:
+        """Round a weight.
+
+        Args:
+            weight: ``[out, in, ...]``.
+            bits: 2 to 8.
+            granularity: What shares a scale.
+            factor: ``[out]``, multiplies the rows after rounding, as a BatchNorm does.
+        """
+        super().__init__()
+        self.transposed, self.folded = False, factor is not None
+        groups = grouped(weight.detach().float(), granularity)
+        scale = symmetric_scale(weight, bits, granularity)
+        integers = torch.div(groups, scale).round()
+        spare = 2 ** (8 - bits)  # exact in the same container; a bias counts in units of the scale, and finer ones
+        integers, scale = integers * spare, scale / spare
+        if factor is not None:
+            factor = factor.view(-1, 1, 1)
+            integers, scale = integers * factor.sign(), (scale * factor.abs()).clamp_min(torch.finfo().tiny)
+        self.shape = weight.shape
+        self.grouped = granularity.startswith("per_group")
+        if not self.grouped:
+            integers = integers.reshape(self.shape)
+        self.axis = 0 if scale.numel() > 1 or self.grouped else -1
+        shape = scale.shape[:2] if self.grouped else scale.shape[:1] if self.axis == 0 else ()
+        self._hold(integers, scale.reshape(shape))
+
+    def _hold(self, integers: Tensor, scale: Tensor) -> None:
+        self.register_buffer("integers", integers.to(torch.int8).contiguous())
+        self.register_buffer("scale", scale.contiguous())
+        self.register_buffer("zero_point", torch.zeros_like(scale, dtype=torch.int8))
+
+    def make_room(self, largest: Tensor) -> None:
+        """Widen the scales of rows whose bias would not fit into int32: their weights are tiny."""
+        if bool((largest <= self.scale).all()):
+            return
+        wider = torch.maximum(self.scale.expand_as(largest), largest)
+        shape = (-1, *[1] * (self.integers.ndim - 1))
+        self._hold((self.integers * (self.scale / wider).view(shape)).round(), wider)
+        self.axis = 0
+
+    def transpose(self) -> None:
+        """Store ``[in, out]``: engines have an integer kernel for a MatMul with a constant on its right."""
+        self._hold(self.integers.t(), self.scale)
+        self.axis = 1 if self.axis == 0 else -1
+        self.transposed = True
+
+    def rows(self, index: Tensor) -> Tensor:
+        """Look up int8 rows, then scale them: ``[...] -> [..., size]``."""
+        rows = F.embedding(index, self.integers.flatten(1)).float()
+        if self.axis < 0:
+            return rows * self.scale
+        scale = self.scale[:, None] if self.scale.ndim == 1 else self.scale
+        scales = F.embedding(index, scale)
+        if not self.grouped:
+            return rows * scales
+        groups = rows.reshape(*index.shape, *self.integers.shape[1:]) * scales.unsqueeze(-1)
+        return groups.flatten(-2)[..., : self.shape[1]]
+
+    def matrix(self) -> Tensor:
+        """Return the weight in its original shape, cast and scaled, for a product computed in float.
+
+        Engines do that once, when the file is loaded. ONNX Runtime 1.32 turns a DequantizeLinear before a MatMul into
+        one that rounds the activations too (differences of 0.05 instead of 1e-6), and repeats it in every call before a
+        convolution (2.0x the time of float).
+        """
+        if self.grouped:
+            whole = (self.integers.float() * self.scale.unsqueeze(-1)).flatten(1)
+            return whole[:, : self.shape[1:].numel()].reshape(self.shape)
+        if self.transposed:
+            return (self.integers.float() * self.scale).t()
+        return self.integers.float() * self.scale.view(-1, *[1] * (self.integers.ndim - 1))
+
+    def forward(self) -> Tensor:
+        """Return the dequantized weight as stored, for an integer kernel."""
+        if self.grouped:
+            return self.matrix()
+        weight: Tensor = dequantize(self.integers, self.scale, self.zero_point, self.axis)
+        return weight
+
+
+class StoredBias(nn.Module):
+    """A bias as int32 in units of input scale times weight scale, as integer kernels add it."""
+
+    integers: Tensor
+    scale: Tensor
+
+    def __init__(self, bias: Tensor, scale: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("integers", torch.round(bias.double() / scale.double()).to(torch.int32))
+        self.register_buffer("scale", scale)
+
+    def forward(self) -> Tensor:
+        """Return the dequantized bias."""
+        bias: Tensor = dequantize(self.integers, self.scale, None, 0 if self.scale.ndim else -1)
+        return bias

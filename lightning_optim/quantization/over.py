@@ -1,0 +1,64 @@
+"""Layer classes that compute by the forward of the user's class, for classes that are known by name only."""
+
+from typing import Any
+
+from torch import nn
+
+from lightning_optim.sharding import own_class
+
+__all__ = ["OverOwnClass"]
+
+
+class OverOwnClass(nn.Module):
+    """Base of layer classes that are put before a layer's own class.
+
+    ``QuantizedConv1D.over(layer)`` is a class with the bases ``QuantizedConv1D`` and the layer's own, so that
+    ``super().forward`` is the layer's, and ``isinstance`` with the own class stays true.
+    """
+
+    float_class: type[nn.Module]
+
+    @classmethod
+    def over(cls, layer: nn.Module) -> type[nn.Module]:
+        """Return the class for a layer, also for one that is of such a class already."""
+        own = own_class(layer)
+        return _class_over(cls._base(), getattr(own, "float_class", own), cls.read_names(layer))
+
+    @classmethod
+    def _base(cls) -> "type[OverOwnClass]":
+        return next(base for base in cls.__mro__ if "float_class" not in vars(base))
+
+    @classmethod
+    def read_names(cls, layer: nn.Module) -> tuple[str, ...]:
+        """Return the names of parameters that :meth:`read` gives to whoever reads them."""
+        return ()
+
+    def read(self, name: str) -> Any:
+        """Return what reading a parameter by its name gives."""
+        return self._parameters[name]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # The class is made while the program runs, so pickle does not find it by its name.
+        return _made, (self._base(), self.float_class, self.read_names(self)), vars(self).copy()
+
+
+_MADE: dict[tuple[type, type, tuple[str, ...]], type[nn.Module]] = {}
+
+
+def _class_over(cls: type[OverOwnClass], float_class: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
+    key = (cls, float_class, names)
+    if key not in _MADE:
+        # It has the name of `cls`: a plan names the technique's class, and the user's module gives the float class.
+        named = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+        readers = {name: _reader(name) for name in names}
+        _MADE[key] = type(cls.__name__, (cls, float_class), {**named, "float_class": float_class, **readers})
+    return _MADE[key]
+
+
+def _reader(name: str) -> property:
+    return property(lambda self: self.read(name))
+
+
+def _made(cls: type[OverOwnClass], float_class: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
+    made = _class_over(cls, float_class, names)
+    return made.__new__(made)
