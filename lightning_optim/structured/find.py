@@ -94,7 +94,10 @@ class ChannelReport:
 
 
 def _matches(pattern: Pattern, group: ChannelGroup, target: nn.Module, prefix: str) -> bool:
-    return any(matches(pattern, f"{prefix}{name}.weight", target.get_submodule(name), prefix) for name in group.outputs or {group.name})
+    return any(
+        matches(pattern, f"{prefix}{name}.weight", target.get_submodule(name), prefix)
+        for name in group.outputs or {group.name}
+    )
 
 
 def find_prunable(

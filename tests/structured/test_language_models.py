@@ -302,9 +302,7 @@ def test_a_part_is_as_large_as_the_use_of_its_parameters():
             return self.down(self.up(x).relu())
 
     inside = Net(lambda s, x: s.head(s.part(x)), part=Part(), head=nn.Linear(8, 3))
-    outside = Net(
-        lambda s, x: s.head(s.part(x) + s.part.up.weight.flatten().norm()), part=Part(), head=nn.Linear(8, 3)
-    )
+    outside = Net(lambda s, x: s.head(s.part(x) + s.part.up.weight.flatten().norm()), part=Part(), head=nn.Linear(8, 3))
     for model, expected in ((inside, "part"), (outside, "")):
         traced = TracedModel(model, as_forward_calls(torch.randn(2, 8)))
         group = next(group for group in traced.groups() if group.name == "part.up")
