@@ -66,9 +66,9 @@ def _member(name: str, leaf: str, dim: int, size: int, inner: int, in_turns: boo
 def _biases(layer: nn.Module, name: str, leaf: str, size: int, inner: int, in_turns: bool) -> Iterator[Member]:
     """Yield the parameter that holds a bias for each output of each expert, ``[experts, outputs]``."""
     for key, parameter in layer._parameters.items():
-        if key.startswith(leaf) and key != leaf and parameter is not None and parameter.ndim == 2:
-            if parameter.shape[1] == size:
-                yield _member(name, key, 1, size, inner, in_turns)
+        belongs = key.startswith(leaf) and key != leaf
+        if belongs and parameter is not None and parameter.shape[1:] == (size,):
+            yield _member(name, key, 1, size, inner, in_turns)
 
 
 def _with_numbers(module: nn.Module, group: ChannelGroup) -> Iterator[ChannelGroup]:
