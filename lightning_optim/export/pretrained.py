@@ -195,7 +195,10 @@ def _refusal(model: nn.Module, unstated: Mapping[str, str]) -> str:
     if "" in unstated:
         return unstated[""]
     rows = [f"{names}: {reason}" for names, reason in by_reason(dict(unstated))]
-    return f"no configuration makes {cls} what it is. {'; '.join(rows)}."
+    return (
+        f"no configuration makes {cls} what it is. {'; '.join(rows)}. lightning_optim.export_onnx writes the model as "
+        "it is."
+    )
 
 
 def _reference(model: nn.Module) -> nn.Module:

@@ -37,6 +37,7 @@ CHANGED = [
     pytest.param("ModernBERT", {"intermediate_size": 20, "num_hidden_layers": 2}, marks=slow),
     ("T5", {"num_heads": 2, "num_decoder_layers": 1}),
     pytest.param("T5", {"d_kv": 4, "d_model": 24, "d_ff": 20}, marks=slow),
+    ("ViT", {"num_attention_heads": 2, "head_dim": 8}),
     pytest.param("ViT", {"hidden_size": 24, "num_attention_heads": 3, "intermediate_size": 20}, marks=slow),
     ("Swin", {"depths.0": 1, "mlp_ratio": 2.5}),
     pytest.param("Whisper", {"encoder_layers": 1, "encoder_ffn_dim": 32, "decoder_ffn_dim": 20}, marks=slow),
