@@ -12,7 +12,7 @@ from lightning_optim.callbacks import (
 )
 from lightning_optim.checkpoint import conform, load_from_checkpoint
 from lightning_optim.distillation import DistillationModule, Feature, IndexedDataset, Ramp, student_only
-from lightning_optim.export import ExportReport, export_onnx
+from lightning_optim.export import ExportReport, PretrainedReport, export_onnx, export_pretrained
 from lightning_optim.measure import LatencyResult, measure_latency
 from lightning_optim.quantization.calibrate import quantize_post_training
 from lightning_optim.recipe import Recipe
@@ -30,6 +30,7 @@ __all__ = [
     "IndexedDataset",
     "LatencyResult",
     "PerformanceScore",
+    "PretrainedReport",
     "QuantizationAwareTraining",
     "Ramp",
     "Recipe",
@@ -39,6 +40,7 @@ __all__ = [
     "compare",
     "conform",
     "export_onnx",
+    "export_pretrained",
     "load_from_checkpoint",
     "measure_latency",
     "prune_channels",

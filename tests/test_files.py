@@ -2,7 +2,7 @@ import os
 
 import pytest
 
-from lightning_optim.files import replace_files, written_aside
+from lightning_optim.files import folder_written_aside, replace_files, written_aside
 
 
 def test_a_failed_block_leaves_the_old_file(tmp_path):
@@ -35,3 +35,43 @@ def test_files_are_replaced_in_order_and_only_when_all_are_written(tmp_path, mon
         replace_files({paths[0]: None, paths[1]: "new"})
     assert [path.read_bytes() for path in paths] == [b"text", b"bytes"]
     assert sorted(tmp_path.iterdir()) == paths
+
+
+def test_a_folder_takes_the_place_of_the_old_one(tmp_path):
+    with folder_written_aside(tmp_path / "new" / "folder") as temporary:
+        (temporary / "a").write_text("1")
+    with folder_written_aside(tmp_path / "new" / "folder") as temporary:
+        assert not list(temporary.iterdir())
+        (temporary / "b").write_text("2")
+    assert [path.name for path in (tmp_path / "new" / "folder").iterdir()] == ["b"]
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["folder"]
+
+
+@pytest.mark.parametrize("place", ["inside", "at the second move"])
+def test_a_failure_leaves_the_old_folder(place, tmp_path, monkeypatch):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "a").write_text("1")
+    move = os.replace
+
+    def replace(source, target):
+        if str(source).endswith(".part"):
+            raise OSError("no space")
+        move(source, target)
+
+    with pytest.raises(OSError, match="no space"), folder_written_aside(folder) as temporary:  # noqa: PT012
+        (temporary / "b").write_text("2")
+        if place == "inside":
+            raise OSError("no space")
+        monkeypatch.setattr(os, "replace", replace)
+    assert [path.name for path in folder.iterdir()] == ["a"]
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_the_folder_behind_a_link_is_replaced(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    with folder_written_aside(tmp_path / "link") as temporary:
+        (temporary / "a").write_text("1")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real" / "a").read_text() == "1"

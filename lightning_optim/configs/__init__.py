@@ -10,7 +10,16 @@ the proof. ``transformers`` is not imported: a model is recognized by what it ha
 """
 
 from lightning_optim.configs.following import apply, changes, follow, holder_of
-from lightning_optim.configs.models import build, config_failures, config_models, config_with, is_config_model
+from lightning_optim.configs.models import (
+    build,
+    config_failures,
+    config_models,
+    config_with,
+    is_config_model,
+    kinds_of_blocks,
+    plain_name,
+    value_at,
+)
 from lightning_optim.configs.search import Count
 from lightning_optim.configs.solution import Solution, counts, solve
 
@@ -27,5 +36,8 @@ __all__ = [
     "follow",
     "holder_of",
     "is_config_model",
+    "kinds_of_blocks",
+    "plain_name",
     "solve",
+    "value_at",
 ]

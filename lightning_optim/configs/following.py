@@ -62,6 +62,9 @@ def holder_of(model: nn.Module, path: str, value: Any) -> tuple[str, str, Any]:
 def apply(model: nn.Module, values: Mapping[str, Any]) -> None:
     """Write new values into every configuration that a model's modules hold, and into the numbers of its modules.
 
+    The modules get copies of their configurations, which they share as before: a teacher or hyperparameters may hold
+    the present ones too.
+
     Args:
         model: The live model, which has the shapes already. Weights are not touched. Where a plan is kept, call
             ``Plan.track`` with the names of :func:`changes` first.
@@ -70,12 +73,18 @@ def apply(model: nn.Module, values: Mapping[str, Any]) -> None:
     numbers = changes(model, values)
     twin = build(model, config_with(model.config, values))
     live = {plain_name(name): module for name, module in model.named_modules()}
-    held = {}
+    copied: dict[int, Any] = {}
+    held: list[tuple[dict[str, Any], str, Any]] = []
+    for module in live.values():
+        held += [(vars(module), key, value) for key, value in vars(module).items() if is_config(value)]
+    copies = {id(config): copy.deepcopy(config, copied) for _, _, config in held}
     for name, module in twin.named_modules():
-        pairs = [(vars(live[name]).get(key), value) for key, value in vars(module).items()] if name in live else []
-        held.update({id(ours): (ours, theirs) for ours, theirs in pairs if is_config(ours) and is_config(theirs)})
-    for ours, theirs in held.values():
-        _follow_config(ours, theirs)
+        for key, theirs in vars(module).items():
+            ours = vars(live[name]).get(key) if name in live else None
+            if is_config(ours) and is_config(theirs):
+                _follow_config(copies[id(ours)], theirs)
+    for holder, key, config in held:
+        holder[key] = copies[id(config)]
     for name, attributes in numbers.items():
         vars(live[name]).update(attributes)
     for module in live.values():

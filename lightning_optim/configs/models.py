@@ -23,7 +23,9 @@ __all__ = [
     "config_with",
     "is_config",
     "is_config_model",
+    "kinds_of_blocks",
     "plain_name",
+    "settings_of",
     "value_at",
     "without_blocks",
 ]
@@ -186,3 +188,32 @@ def without_blocks(name: str) -> str:
 def plain_name(name: str) -> str:
     """Return a dotted name without the parts that torch.compile's wrappers add."""
     return ".".join(part for part in name.split(".") if part != COMPILED_CHILD)
+
+
+def settings_of(block: nn.Module) -> dict[tuple[str, str], Any]:
+    """Return the settings that tell kinds of blocks apart: classes, strings and switches, and which numbers are set."""
+    settings: dict[tuple[str, str], Any] = {}
+    for name, module in block.named_modules():
+        settings[name, ""] = own_class(module).__name__
+        for key, value in vars(module).items():
+            if not key.startswith("_") and key not in ("training", "gradient_checkpointing"):
+                settings[name, key] = value if type(value) in (str, bool) else value is None
+    return settings
+
+
+def kinds_of_blocks(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """Return the settings in which the blocks of a stack differ, for each block: their kinds.
+
+    Returns:
+        Name of a block -> dotted name of the setting -> value; only of stacks whose blocks are not all of one kind.
+    """
+    kinds: dict[str, dict[str, Any]] = {}
+    for name, stack in model.named_modules():
+        if isinstance(stack, nn.ModuleList) and len(stack) > 1:
+            blocks = [settings_of(block) for block in stack]
+            keys = {key for block in blocks for key in block}
+            telling = sorted(key for key in keys if any(block.get(key) != blocks[0].get(key) for block in blocks))
+            for place, block in enumerate(blocks if telling else ()):
+                held = {".".join(filter(None, key)): block.get(key) for key in telling}
+                kinds[plain_name(f"{name}.{place}".lstrip("."))] = held
+    return kinds

@@ -16,10 +16,10 @@ from lightning_optim.configs.models import (
     config_failures,
     config_with,
     is_config,
+    settings_of,
     value_at,
 )
 from lightning_optim.errors import first_line
-from lightning_optim.sharding import own_class
 from lightning_optim.structure import PLACE
 
 __all__ = ["LISTED", "Count", "Effect", "Search", "tiers_of"]
@@ -281,8 +281,8 @@ class Search:
 
     def _alike(self, stack: str) -> list[int]:
         """Return the first listed blocks that are of the kinds of the live ones, in order."""
-        listed = [_settings(block) for block in build(self.model, self.config).get_submodule(stack).children()]
-        left = [_settings(block) for block in self.model.get_submodule(stack).children()]
+        listed = [settings_of(block) for block in build(self.model, self.config).get_submodule(stack).children()]
+        left = [settings_of(block) for block in self.model.get_submodule(stack).children()]
         telling = {key for key in listed[0] if any(other.get(key) != listed[0][key] for other in listed)}
         kept: list[int] = []
         for place, settings in enumerate(listed):
@@ -394,14 +394,3 @@ def _kept_places(model: nn.Module, stack: str, listed: int) -> list[int] | None:
     places = [vars(block).get(PLACE) for block in container.children()]
     before = list(vars(container).get(LISTED, map(str, range(listed))))
     return [before.index(place) for place in places] if all(place in before for place in places) else None
-
-
-def _settings(block: nn.Module) -> dict[tuple[str, str], Any]:
-    """Return the settings that tell kinds of blocks apart: classes, strings and switches, and which numbers are set."""
-    settings: dict[tuple[str, str], Any] = {}
-    for name, module in block.named_modules():
-        settings[name, ""] = own_class(module).__name__
-        for key, value in vars(module).items():
-            if not key.startswith("_") and key not in ("training", "gradient_checkpointing"):
-                settings[name, key] = value if type(value) in (str, bool) else value is None
-    return settings

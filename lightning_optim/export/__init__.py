@@ -1,6 +1,8 @@
-"""Files for inference engines, verified against the module they were made from."""
+"""Files for inference engines and other tools, verified against the module they were made from."""
 
 from lightning_optim.export.onnx import export_onnx
+from lightning_optim.export.pretrained import export_pretrained
+from lightning_optim.export.pretrained_report import PretrainedReport
 from lightning_optim.export.report import ExportReport
 
-__all__ = ["ExportReport", "export_onnx"]
+__all__ = ["ExportReport", "PretrainedReport", "export_onnx", "export_pretrained"]

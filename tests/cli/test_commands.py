@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 
+from helpers.pretrained import MODELS, narrow
 from lightning_optim import Recipe, load_from_checkpoint, student_only
 from lightning_optim.callbacks.weight_pruning import WeightPruning
 from lightning_optim.cli import main
@@ -169,6 +170,39 @@ def test_export(runs, tmp_path, capsys):
     answer = ExportedModel(tmp_path / "net.onnx")(images)  # a plain session errs on processors without VNNI
     with torch.no_grad():
         assert (answer.argmax(1) == model.eval()(images).argmax(1)).float().mean() > 0.95
+
+
+class CausalModel(pl.LightningModule):
+    """A small Llama, without data."""
+
+    def __init__(self, width: int = 64) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.net = MODELS["Llama"].make()
+        for block in self.net.model.layers:
+            narrow(block.mlp, width)
+
+
+def test_export_of_a_hugging_face_folder(tmp_path, capsys, monkeypatch):
+    transformers = pytest.importorskip("transformers", reason="transformers: pip install 'transformers==5.24.*'")
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_model_summary=False)
+    module = CausalModel(24)
+    trainer.strategy.connect(module)
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    arguments = ["export", str(tmp_path / "last.ckpt"), str(tmp_path / "folder"), "--format", "pretrained"]
+    assert main([*arguments, "--model", "test_commands.CausalModel", "--model.width", "24"]) == 0
+    assert "intermediate_size 64 -> 24" in capsys.readouterr().out
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "folder", local_files_only=True)
+    assert torch.equal(loaded.lm_head.weight, module.net.lm_head.weight)
+    assert main([*arguments, "--model", "test_commands.CausalModel", "--tokenizer", str(tmp_path / "none")]) == 1
+    assert main([*arguments, *MODEL, "--runtime", "openvino"]) == 1
+    assert main([*arguments[:3], *MODEL, "--quantization", "gptq"]) == 1
+    errors = capsys.readouterr().err.splitlines()
+    assert errors[-2:] == [
+        "error: --runtime has no meaning with --format pretrained.",
+        "error: --quantization has no meaning with --format onnx.",
+    ]
 
 
 def first_image(model, batch):

@@ -98,3 +98,11 @@ MODELS = {
         {"input_ids": IDS, "pixel_values": PIXELS},
     ),
 }
+
+
+def narrow(mlp: nn.Module, width: int) -> None:
+    """Keep the first channels of a gated MLP, as pruning does."""
+    for name, place in (("up_proj", 0), ("gate_proj", 0), ("down_proj", 1)):
+        layer = mlp.get_submodule(name)
+        layer.weight = nn.Parameter(layer.weight.detach().narrow(place, 0, width).clone())
+        layer.out_features, layer.in_features = layer.weight.shape

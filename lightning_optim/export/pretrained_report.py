@@ -1,0 +1,63 @@
+"""The report on a folder: its files, its size, and how far its answers are from the module's."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lightning_optim.tables import render
+
+__all__ = ["PretrainedReport", "size_in_words"]
+
+
+@dataclass(frozen=True)
+class PretrainedReport:
+    """The result of :func:`lightning_optim.export_pretrained`; ``str(report)`` is a table.
+
+    Attributes:
+        path: The folder.
+        model: Class that reads it.
+        parameters: Number of parameters; tied ones count once.
+        config: Number of the configuration that followed the shapes -> (before, after).
+        files: Name -> bytes, of the files that were written.
+        max_difference: Largest absolute difference of any output from the module's.
+        packed: Layers stored as packed integers.
+        notes: Sentences on anything unexpected.
+    """
+
+    path: Path
+    model: str
+    parameters: int
+    config: dict[str, tuple[Any, Any]] = field(default_factory=dict)
+    files: dict[str, int] = field(default_factory=dict)
+    max_difference: float = 0.0
+    packed: int = 0
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def bytes(self) -> int:
+        """Size of all files."""
+        return sum(self.files.values())
+
+    def __str__(self) -> str:
+        rows = [(name, size_in_words(size)) for name, size in self.files.items()]
+        table = render(f"{self.path} ({self.model}, {self.parameters:,} parameters)", ("file", "size"), rows)
+        sentences = [f"Size: {size_in_words(self.bytes)}."]
+        changed = ", ".join(f"{name} {before} -> {after}" for name, (before, after) in self.config.items())
+        if changed:
+            sentences.append(f"The configuration follows the shapes: {changed}.")
+        if self.packed:
+            sentences.append(f"{self.packed} layers are packed in the GPTQ layout.")
+        sentences.append(f"Read back and compared: largest difference {self.max_difference:.3g}.")
+        return "\n".join([table, *sentences, *self.notes])
+
+
+def size_in_words(size: int) -> str:
+    """Return a number of bytes with its unit.
+
+    Examples:
+        >>> size_in_words(900), size_in_words(1500), size_in_words(2_500_000)
+        ('900 B', '1.5 kB', '2.50 MB')
+    """
+    if size < 1000:
+        return f"{size} B"
+    return f"{size / 1e3:.1f} kB" if size < 1e6 else f"{size / 1e6:.2f} MB"
