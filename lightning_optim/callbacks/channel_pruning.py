@@ -40,6 +40,7 @@ from lightning_optim.structured.goal import Goal, smallest_ratio
 from lightning_optim.structured.groups import outputs_of
 from lightning_optim.structured.optimizers import check_optimizer
 from lightning_optim.structured.removal import ChannelRemoval, apply_removal
+from lightning_optim.structured.renamed import renamed_groups
 from lightning_optim.structured.selection import refuse_shared, select_roots
 from lightning_optim.target import ForwardInputs, Pattern, find_target
 from lightning_optim.window import Window
@@ -215,14 +216,14 @@ class ChannelPruning(CompressionCallback):
         self._statistics.follow(changed, self._prefix)
         if self._dense is None:
             return
-        layers = {name: changed.layer(self._prefix + name) for name in self._dense.channels}
-        if all(new == self._prefix + old for old, new in layers.items()):
+        if all(now == name for name, now in changed.layers.items()):
             return
-        self._dense.channels = {
-            new.removeprefix(self._prefix): self._dense.channels[old] for old, new in layers.items() if new is not None
-        }
+        before, groups = self._dense.channels, {} if self._report is None else self._report.groups
+        names = renamed_groups(before, groups, changed, self._prefix)
         if self._report is not None:
-            self._report = known_groups(self._target, self._called_inputs(), self._dense.channels)
+            self._report = known_groups(self._target, self._called_inputs(), names)
+        present = names if self._report is None else self._report.groups
+        self._dense.channels = {new: before[names[new]] for new in present}
 
     def finish_batch(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Read what was caught, and run the event that is due."""
