@@ -21,7 +21,7 @@ from lightning_optim.depth.check import same_as_skipping
 from lightning_optim.depth.judge import Choice, Judge, Run, block_needs
 from lightning_optim.depth.prune import check_block_ratio
 from lightning_optim.depth.removal import BlockRemoval
-from lightning_optim.depth.stacks import Found, Stack, find_stacks, number_of_blocks
+from lightning_optim.depth.stacks import Found, Stack, check_readers, find_stacks, number_of_blocks
 from lightning_optim.functional.blocks import BLOCK_CRITERIA, BlockCriterion
 from lightning_optim.functional.schedules import SCHEDULES, Schedule
 from lightning_optim.measure.size import SIZES
@@ -198,10 +198,21 @@ class DepthPruning(CompressionCallback):
             self._batches.clear()
         if self.events is None:
             self.window.events = None if self._progress is None else max(self._progress.number, 1)
+        self._check_readers()
         self._inputs.prepare(pl_module, "DepthPruning")
         if self._progress is None and self._inputs.inputs is not None and not is_sharded(pl_module):
             self._find(trainer)
         self.check_peers(trainer)
+
+    def _check_readers(self) -> None:
+        """Refuse features of a distillation that name a block that may be removed."""
+        readers: Any = getattr(type(self._pl_module), "read_layers", None)
+        if readers is None or self.window.closed:
+            return
+        try:
+            check_readers(self._pl_module, readers(self._pl_module), self.module, self.include, self.exclude)
+        except ValueError as error:
+            raise MisconfigurationException(f"DepthPruning: {error}") from error
 
     def register_hooks(self, trainer: pl.Trainer) -> None:
         """Watch the optimizers, and refuse those that cannot follow a removal."""
