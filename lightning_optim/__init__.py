@@ -5,12 +5,14 @@ from lightning_optim._version import __version__
 from lightning_optim.callbacks import (
     ChannelPruning,
     CompressedCheckpoint,
+    DepthPruning,
     PerformanceScore,
     QuantizationAwareTraining,
     ReportCallback,
     WeightPruning,
 )
 from lightning_optim.checkpoint import conform, load_from_checkpoint
+from lightning_optim.depth.prune import prune_depth
 from lightning_optim.distillation import DistillationModule, Feature, IndexedDataset, Ramp, student_only
 from lightning_optim.export import ExportReport, PretrainedReport, export_onnx, export_pretrained
 from lightning_optim.measure import LatencyResult, measure_latency
@@ -24,6 +26,7 @@ __all__ = [
     "ChannelPruning",
     "ComparisonReport",
     "CompressedCheckpoint",
+    "DepthPruning",
     "DistillationModule",
     "ExportReport",
     "Feature",
@@ -44,6 +47,7 @@ __all__ = [
     "load_from_checkpoint",
     "measure_latency",
     "prune_channels",
+    "prune_depth",
     "quantize_post_training",
     "sensitivity",
     "strategies",

@@ -267,6 +267,10 @@ def filled(child: nn.Module, device: torch.device) -> nn.Module:
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.is_meta:
                 module._buffers[name] = torch.zeros_like(buffer, device=device)
+        children = children_of(module)
+        if not any(PLACE in vars(child) for child in children.values()):
+            for name, child in reversed(children.items()):  # the plan may watch them from the time they were there
+                vars(child)[PLACE] = name
     return duplicate
 
 

@@ -44,7 +44,7 @@ class Technique:
         first: The argument of the callback that a bare value in a recipe sets.
         window: The two arguments of the callback that hold start and end of its window; empty if it takes none.
         order: Where several techniques act in the same step, those with a lower order act first. The techniques of the
-            package have 10, 20 and 30.
+            package have 5 (blocks), 10 (channels), 20 (weights) and 30 (integers).
         logs: What the names of the metrics begin with that the callback logs at an event; by default the name and "/".
 
     Raises:
@@ -152,6 +152,15 @@ class Techniques(Mapping[str, Technique]):
 TECHNIQUES = Techniques()
 """Rows in the order in which the techniques act; ``TECHNIQUES.register(Technique(...))`` adds one."""
 
+TECHNIQUES.register(
+    Technique(
+        "depth_pruning",
+        "lightning_optim.callbacks.depth_pruning.DepthPruning",
+        first="pruning_ratio",
+        order=5,
+        logs="depth/",
+    )
+)
 TECHNIQUES.register(
     Technique(
         "channel_pruning",

@@ -7,12 +7,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from helpers.techniques import TRIED
-from lightning_optim import ChannelPruning, PerformanceScore, QuantizationAwareTraining, Recipe, WeightPruning
+from lightning_optim import (
+    ChannelPruning,
+    DepthPruning,
+    PerformanceScore,
+    QuantizationAwareTraining,
+    Recipe,
+    WeightPruning,
+)
 from lightning_optim.techniques import RESERVED, TECHNIQUES, Technique, Techniques, windows
 
 
 def test_the_rows_and_their_order():
     assert [row.callback_class for row in TECHNIQUES.values()] == [
+        DepthPruning,
         ChannelPruning,
         WeightPruning,
         QuantizationAwareTraining,
@@ -34,8 +42,8 @@ def test_a_callback_acts_where_its_row_says():
     class Own(WeightPruning):
         pass
 
-    callbacks = [QuantizationAwareTraining(), Own(0.5), ChannelPruning(0.5)]
-    assert [callback.order for callback in callbacks] == [30, 20, 10]
+    callbacks = [QuantizationAwareTraining(), Own(0.5), ChannelPruning(0.5), DepthPruning(0.5)]
+    assert [callback.order for callback in callbacks] == [30, 20, 10, 5]
     assert TECHNIQUES.of(Own(0.5)) is TECHNIQUES["weight_pruning"]
     assert TECHNIQUES.of(PerformanceScore()) is None
     assert TECHNIQUES.order_of(PerformanceScore()) == 30

@@ -2,6 +2,7 @@
 
 from lightning_optim.callbacks.channel_pruning import ChannelPruning
 from lightning_optim.callbacks.compressed_checkpoint import CompressedCheckpoint
+from lightning_optim.callbacks.depth_pruning import DepthPruning
 from lightning_optim.callbacks.performance_score import PerformanceScore
 from lightning_optim.callbacks.quantization import QuantizationAwareTraining
 from lightning_optim.callbacks.report import ReportCallback
@@ -10,6 +11,7 @@ from lightning_optim.callbacks.weight_pruning import WeightPruning
 __all__ = [
     "ChannelPruning",
     "CompressedCheckpoint",
+    "DepthPruning",
     "PerformanceScore",
     "QuantizationAwareTraining",
     "ReportCallback",

@@ -29,6 +29,7 @@ from lightning_optim.structured.goal import Goal, smallest_ratio
 from lightning_optim.structured.live import Dense, LiveChannels, NothingPrunable
 from lightning_optim.structured.optimizers import check_optimizer
 from lightning_optim.structured.removal import ChannelRemoval
+from lightning_optim.structured.renamed import renamed_groups
 from lightning_optim.structured.selection import refuse_shared, select_roots
 from lightning_optim.target import Pattern, find_target
 from lightning_optim.window import Window
@@ -192,14 +193,15 @@ class ChannelPruning(CompressionCallback):
         self._statistics.follow(changed, self._prefix)
         if self._dense is None:
             return
-        layers = {name: changed.layer(self._prefix + name) for name in self._dense.channels}
-        if all(new == self._prefix + old for old, new in layers.items()):
+        if all(now == name for name, now in changed.layers.items()):
             return
-        self._dense.channels = {
-            new.removeprefix(self._prefix): self._dense.channels[old] for old, new in layers.items() if new is not None
-        }
+        before, groups = self._dense.channels, {} if self._live is None else self._live.report.groups
+        names = renamed_groups(before, groups, changed, self._prefix)
+        self._dense.channels = {new: before[old] for new, old in names.items()}
         if self._live is not None:
-            self._live = LiveChannels.again(self._target, self._prefix, self._live.inputs, self._dense, self.allocation)
+            live = LiveChannels.again(self._target, self._prefix, self._live.inputs, self._dense, self.allocation)
+            self._dense.channels = {new: before[names[new]] for new in live.channels}
+            self._live = live
 
     def finish_batch(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Read what was caught, and run the event that is due."""

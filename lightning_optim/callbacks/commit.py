@@ -44,6 +44,9 @@ def commit(
     with _without_ddp(trainer):
         changed = apply_change(pl_module, change)
         follow(trainer)
+        rename: Any = getattr(type(pl_module), "follow_layers", None)
+        if rename is not None:  # a distillation module names layers of its student
+            rename(pl_module, changed)
         for optimizer in trainer.optimizers:
             for sentence in follow_change(optimizer, changed, reset=reset):
                 (rank_zero_warn if is_flat(optimizer) else rank_zero_info)(f"{who}: {sentence}.")

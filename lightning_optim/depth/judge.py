@@ -137,7 +137,7 @@ class Judge:
             wanted = 1 if self.one_after_the_other else number
             found = lowest({name: choice.score for name, choice in named.items()}, stacks, left, wanted)
             if not found:
-                break
+                raise ValueError("without any further block the loss is infinite or NaN, so that none is removed.")
             for name in found:
                 left[named[name].stack] -= 1
                 chosen.append(named[name])

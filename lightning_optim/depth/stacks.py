@@ -15,10 +15,11 @@ from lightning_optim.structure import children_of
 from lightning_optim.tables import by_reason, render
 from lightning_optim.target import find_target, named_layers
 
-__all__ = ["LEAST", "Found", "Stack", "find_stacks", "number_of_blocks"]
+__all__ = ["LEAST", "Found", "Stack", "check_readers", "find_stacks", "number_of_blocks"]
 
 LEAST = 3
 """Blocks that make a stack."""
+_REPEATED = "it holds the same"
 
 
 @dataclass
@@ -104,7 +105,6 @@ def find_stacks(
     module: str | None = None,
     include: Sequence[Pattern] | None = None,
     exclude: Sequence[Pattern] | None = None,
-    held: Mapping[str, str] | None = None,
 ) -> Found:
     """Find the stacks of a model whose blocks may be removed.
 
@@ -118,7 +118,6 @@ def find_stacks(
         module: Dotted name of the module to look in; default the whole model.
         include: Names, patterns or classes of exactly the stacks or blocks that may be removed.
         exclude: Those that stay.
-        held: Layers that something else reads (features of a distillation) -> by whom; their blocks stay.
 
     Returns:
         The stacks, by their names in ``root``.
@@ -126,17 +125,7 @@ def find_stacks(
     Raises:
         ValueError: If a pattern matches nothing, or ``include`` names what is no stack.
     """
-    prefix, target = find_target(root, module)
-    containers = {
-        name: layer
-        for name, layer in named_layers(target, prefix)
-        if isinstance(layer, (nn.ModuleList, nn.Sequential)) and len(children_of(layer)) > 1
-    }
-    problems = {name: _problem(layer) for name, layer in containers.items()}
-    stacks = {name: Stack(name, len(children_of(layer))) for name, layer in containers.items() if not problems[name]}
-    left_out: dict[str, str] = {}
-    asked = _select(stacks, containers, problems, left_out, prefix, include, exclude)
-    _keep_held(stacks, held or {})
+    containers, stacks, asked, left_out = _candidates(root, module, include, exclude)
     blocks = {f"{name}.{key}": block for name in stacks for key, block in children_of(containers[name]).items()}
     with watching(blocks) as calls:
         call_repeatably(root, call)
@@ -156,6 +145,59 @@ def find_stacks(
     return Found({name: stack for name, stack in stacks.items() if stack.removable}, left_out)
 
 
+def check_readers(
+    root: nn.Module,
+    readers: Mapping[str, str],
+    module: str | None = None,
+    include: Sequence[Pattern] | None = None,
+    exclude: Sequence[Pattern] | None = None,
+) -> None:
+    """Refuse to prune blocks that something beside the model reads, such as the features of a distillation.
+
+    Args:
+        root: The model, which is not called.
+        readers: Name of a layer -> what reads it.
+        module: As for :func:`find_stacks`; so are ``include`` and ``exclude``.
+        include: The stacks or blocks that may be removed.
+        exclude: Those that stay.
+
+    Raises:
+        ValueError: If a layer is in a block that may be removed; the blocks that stay are named.
+    """
+    containers, stacks, _, _ = _candidates(root, module, include, exclude)
+    for layer, reader in readers.items():
+        for name, stack in stacks.items():
+            keys = list(children_of(containers[name]))
+            key = layer.removeprefix(f"{name}.").partition(".")[0]
+            if not layer.startswith(f"{name}.") or key not in keys or keys.index(key) in stack.stay:
+                continue
+            stay = ", ".join(f"{name}.{keys[place]}" for place in stack.stay) or "none for certain"
+            raise ValueError(
+                f"{reader} names {layer}, in a block that may be removed. Keep that block, "
+                f"exclude=['{name}.{key}'], or name one of the blocks of {name} that stay: {stay}."
+            )
+
+
+def _candidates(
+    root: nn.Module,
+    module: str | None,
+    include: Sequence[Pattern] | None,
+    exclude: Sequence[Pattern] | None,
+) -> tuple[dict[str, nn.Module], dict[str, Stack], set[str], dict[str, str]]:
+    """Return what can be told without a call: containers, stacks, those that ``include`` names, and what is left."""
+    prefix, target = find_target(root, module)
+    containers: dict[str, nn.Module] = {
+        name: layer
+        for name, layer in named_layers(target, prefix)
+        if isinstance(layer, (nn.ModuleList, nn.Sequential)) and len(children_of(layer)) > 1
+    }
+    problems = {name: _problem(layer) for name, layer in containers.items()}
+    stacks = {name: Stack(name, len(children_of(layer))) for name, layer in containers.items() if not problems[name]}
+    left_out = {name: problem for name, problem in problems.items() if problem.startswith(_REPEATED)}
+    asked = _select(stacks, containers, problems, left_out, prefix, include, exclude)
+    return containers, stacks, asked, left_out
+
+
 def _problem(container: nn.Module) -> str:
     """Return why a container is no stack, as far as it can be seen without calling it; empty if it may be one."""
     blocks = [without_compiler(block) for block in children_of(container).values()]
@@ -163,7 +205,7 @@ def _problem(container: nn.Module) -> str:
     if len({own_class(block) for block in blocks}) > 1:
         return f"its blocks are of different classes ({', '.join(list(classes)[:3])})"
     if len(set(blocks)) < len(blocks):
-        return f"it holds the same {next(iter(classes))} several times, so that none leaves with its parameters"
+        return f"{_REPEATED} {next(iter(classes))} several times, so that none leaves with its parameters"
     if len(blocks) < LEAST:
         return f"it has {len(blocks)} blocks, and a stack has {LEAST} or more"
     if not any(True for block in blocks for _ in block.parameters()):
@@ -204,14 +246,6 @@ def _select(
     for name in [name for name, stack in stacks.items() if not stack.removable]:
         left_out[name] = stacks.pop(name).stay[0]
     return asked
-
-
-def _keep_held(stacks: Mapping[str, Stack], held: Mapping[str, str]) -> None:
-    for layer, reader in held.items():
-        for name, stack in stacks.items():
-            place, _, _ = layer.removeprefix(f"{name}.").partition(".")
-            if layer.startswith(f"{name}.") and place.isdecimal():
-                stack.stay.setdefault(int(place), reader)
 
 
 def _look_at_calls(stack: Stack, container: nn.Module, calls: Mapping[str, list[Call]]) -> str | None:

@@ -44,11 +44,12 @@ class Checkpoints:
             "asked": self._asked(),
             "batches": self.step.batches,
             "taught_by": dict(self.step.comparison.compared_by),
+            "layers": [feature.student for feature in points.features],
         }
 
     def read(self, file: dict[str, Any]) -> None:
         """Give projectors the sizes in a checkpoint (this needs no teacher), and restore a run that continues."""
-        points = self.step.points
+        points: Any = self.step.points
         for projectors in self.step.matching.all_projectors():
             projectors.conform(file["state_dict"], points.device, points.dtype)
         state = file.get(KEY)
@@ -56,6 +57,9 @@ class Checkpoints:
         load_student(points.student, file, saved or own_hyperparameters(points.student))
         if state is None or points._trainer is None or points._trainer.state.fn != "fit":
             return
+        layers = state.get("layers", [])
+        if len(layers) == len(points.features):  # blocks of the student may have moved since the features were named
+            points.name_features(layers)
         self.step.ramps.load_state_dict(state["windows"])
         self.step.batches = state.get("batches", 0)
         self.step.comparison.compared_by = dict(state.get("taught_by", {}))

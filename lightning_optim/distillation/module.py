@@ -1,6 +1,7 @@
 """DistillationModule: a student trained on its labels and a teacher, inside the Trainer that it has."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_optim import checkpoint
+from lightning_optim.change import Changed
 from lightning_optim.checks import check_path, listed
 from lightning_optim.distillation.arguments import SEVERAL, check_student, classes_of, optimizers_of
 from lightning_optim.distillation.cached import CachedTeacher
@@ -272,6 +274,22 @@ class DistillationModule(StandsForStudent, SubclassPoints):
             ValueError: If the channels of a projected feature cannot be followed.
         """
         return self._matching.follow_removal(target, removal)
+
+    def read_layers(self) -> dict[str, str]:
+        """Return the layers that features read, by their names in this module, and which feature it is."""
+        return {f"student.{feature.student}": f"feature {feature.student!r}" for feature in self.features}
+
+    def follow_layers(self, changed: Changed) -> None:
+        """Rename the layers of features after blocks of the student moved."""
+        names = [changed.layer(f"student.{feature.student}".rstrip(".")) for feature in self.features]
+        self.name_features([name and name.removeprefix("student").removeprefix(".") for name in names])
+
+    def name_features(self, names: Sequence[str | None]) -> None:
+        """Give features the present names of their layers; one whose layer is gone keeps its name."""
+        self.features = [
+            feature if name is None else replace(feature, student=name)
+            for feature, name in zip(self.features, names, strict=True)
+        ]
 
     # Checkpoints and reports.
 

@@ -1,5 +1,6 @@
 """Importance of the blocks of a stack, and which of them are removed."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -139,23 +140,23 @@ def lowest(
         number: How many are wanted, of all stacks together; fewer where the quotas add up to less.
 
     Returns:
-        Names, the lowest score first; equal scores in the order of ``stacks``.
+        Names, the lowest score first; equal scores in the order of ``stacks``. A block whose score is infinite stays.
 
     Raises:
-        ValueError: If a score is not finite.
+        ValueError: If a score is NaN.
 
     Examples:
         >>> lowest({"a": 1.0, "b": 0.0, "c": 0.5}, {"s": ["a", "b"], "t": ["c"]}, {"s": 1, "t": 1}, 2)
         ['b', 'c']
     """
-    wrong = [block for block, score in scores.items() if not torch.isfinite(torch.tensor(score))]
+    wrong = [block for block, score in scores.items() if math.isnan(score)]
     if wrong:
-        raise ValueError(f"the score of {wrong[0]} is {scores[wrong[0]]}; a criterion must return a finite number.")
+        raise ValueError(f"the score of {wrong[0]} is nan; a criterion must return a number.")
     stack_of = {block: stack for stack, blocks in stacks.items() for block in blocks}
     left = dict(quota)
     found: list[str] = []
     for block in sorted(stack_of, key=scores.__getitem__):
-        if len(found) < number and left[stack_of[block]] > 0:
+        if len(found) < number and left[stack_of[block]] > 0 and scores[block] < math.inf:
             left[stack_of[block]] -= 1
             found.append(block)
     return found

@@ -63,6 +63,39 @@ class Quiet(Classifier):
         return F.cross_entropy(self(batch[0]), batch[1])
 
 
+class Residual(nn.Module):
+    """A block that knows its number."""
+
+    def __init__(self, width: int, dropout: float, number: int) -> None:
+        super().__init__()
+        self.number = number
+        self.norm, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, width), nn.Linear(width, width)
+        self.drop = nn.Dropout(dropout)
+
+    def forward(self, x):
+        return x + self.drop(self.down(self.up(self.norm(x)).relu()))
+
+
+class Stacked(Classifier):
+    """The same with a stack of blocks between its layers."""
+
+    def __init__(self, width: int = 16, dropout: float = 0.0, optimizer: str = "adam", blocks: int = 4) -> None:
+        super().__init__(width, dropout, optimizer)
+        net = self.net
+        del self.net  # its last layer stays the last of all
+        self.blocks = nn.ModuleList(Residual(width, dropout, number) for number in range(blocks))
+        self.net = net
+
+    def forward(self, x):
+        for layer in self.net[:4]:
+            x = layer(x)
+        for block in self.blocks:
+            x = block(x)
+        for layer in self.net[4:]:
+            x = layer(x)
+        return x
+
+
 class ConvNet(Classifier):
     """The same with convolutions."""
 

@@ -1,6 +1,7 @@
 """What the tests ask of each technique, and how they see that it was reached: a row for each of ``TECHNIQUES``.
 
-The model is ``helpers.models.Classifier`` of width 16, trained for three epochs of eight steps.
+The model is ``helpers.models.Classifier`` of width 16, or the one that a row names, trained for three epochs of eight
+steps.
 """
 
 from collections.abc import Callable
@@ -9,7 +10,8 @@ from typing import Any
 
 import lightning.pytorch as pl
 
-from lightning_optim import ChannelPruning, QuantizationAwareTraining, WeightPruning
+from helpers.models import Classifier, Stacked
+from lightning_optim import ChannelPruning, DepthPruning, QuantizationAwareTraining, WeightPruning
 from lightning_optim.techniques import TECHNIQUES
 
 
@@ -21,11 +23,17 @@ class Tried:
         make: Makes the callback; takes ``start``, ``end`` and arguments of the callback.
         check: Asserts that a module has what was asked.
         cases: Names of ``integration/sharded_worker.py`` that show that it works under a strategy.
+        model: What it is tried on.
     """
 
     make: Callable[..., Any]
     check: Callable[[pl.LightningModule], None]
     cases: tuple[str, ...]
+    model: type[Classifier] = Classifier
+
+
+def blocks(**arguments):
+    return DepthPruning(0.5, **{"start": 2, "end": 7, **arguments})
 
 
 def weights(**arguments):
@@ -41,11 +49,16 @@ def integers(*, start=2, end=9, **arguments):
 
 
 def hidden(module):
-    return [module.net[place].weight for place in (0, 4)]
+    inside = [layer.weight for block in getattr(module, "blocks", ()) for layer in (block.up, block.down)]
+    return [*(module.net[place].weight for place in (0, 4)), *inside]
+
+
+def half_of_the_blocks(module):
+    assert [block.number for block in module.blocks] == [0, 1]
 
 
 def half_of_the_channels(module):
-    assert [tuple(weight.shape) for weight in hidden(module)] == [(8, 12), (8, 8)]
+    assert [tuple(weight.shape) for weight in hidden(module)][:2] == [(8, 12), (8, 8)]
     assert module.net[6].weight.shape == (3, 8)
 
 
@@ -62,6 +75,7 @@ def rounding(module):
 
 
 TRIED = {
+    "depth_pruning": Tried(blocks, half_of_the_blocks, ("blocks",), Stacked),
     "channel_pruning": Tried(channels, half_of_the_channels, ("channels",)),
     "weight_pruning": Tried(weights, zeros, ("weights", "wanda", "columns", "both", "score", "all")),
     "quantization": Tried(integers, rounding, ("integers", "histogram", "both", "all")),

@@ -11,8 +11,8 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler
 
-from helpers.models import Classifier, Files, data, new, trainer, val_loader
-from lightning_optim import PerformanceScore, QuantizationAwareTraining, WeightPruning
+from helpers.models import Classifier, Files, Stacked, data, new, trainer, val_loader
+from lightning_optim import DepthPruning, PerformanceScore, QuantizationAwareTraining, WeightPruning
 from lightning_optim.callbacks import ChannelPruning
 from lightning_optim.strategies.common import end_group_at_exit
 
@@ -31,6 +31,10 @@ class InDDP(Classifier):
 
     def val_dataloader(self):
         return val_loader()
+
+
+class StackedInDDP(Stacked, InDDP):
+    """It has a stack of blocks."""
 
 
 class ResidualInDDP(InDDP):
@@ -58,7 +62,7 @@ class LateInDDP(InDDP):
         return logits + self.later(logits) if self.current_epoch > 0 and self.global_rank == 1 else logits
 
 
-MODULES = {"residual": ResidualInDDP, "late": LateInDDP}
+MODULES = {"residual": ResidualInDDP, "late": LateInDDP, "stack": StackedInDDP}
 
 
 def callbacks(name: str) -> list:
@@ -72,6 +76,8 @@ def callbacks(name: str) -> list:
         "channels": lambda: [ChannelPruning(0.5, start=2, end=0.8, events=3)],
         "channels-taylor": lambda: [ChannelPruning(0.5, criterion="taylor", start=2, end=0.8, events=3)],
         "both": lambda: [ChannelPruning(0.5, start=2, end=0.8, events=3), WeightPruning(0.8, **words)],
+        "blocks-stack": lambda: [DepthPruning(0.5, start=2, end=0.8)],
+        "blocks-influence-stack": lambda: [DepthPruning(0.5, criterion="influence", start=2, end=0.8)],
         "nofm": lambda: [WeightPruning(granularity="2:4", **words)],
         "integers": lambda: [QuantizationAwareTraining(**bits)],
         "integers-residual": lambda: [QuantizationAwareTraining(**bits)],
@@ -112,7 +118,7 @@ def run(folder: Path, name: str, precision: str, ckpt_path: Path | None = None) 
         "metrics": {
             name: float(value)
             for name, value in fitted.callback_metrics.items()
-            if name.startswith(("P", "pruning", "channels", "quantization"))
+            if name.startswith(("P", "pruning", "channels", "quantization", "depth/parameters", "depth/blocks"))
         },
     }
 

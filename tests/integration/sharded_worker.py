@@ -17,6 +17,7 @@ from integration.matrix import LAUNCHES
 from lightning_optim import (
     ChannelPruning,
     CompressedCheckpoint,
+    DepthPruning,
     DistillationModule,
     Feature,
     PerformanceScore,
@@ -30,6 +31,13 @@ EPOCHS = 2
 WEIGHTS = {"every_n_steps": 3, "start": 2, "end": 0.8}
 BITS = {"weight_bits": 4, "start": 2, "freeze": 0.8}
 CHANNELS = {"start": 2, "end": 6, "events": 2, "include": ["*.fc1"], "round_to": 8}
+
+
+class Deep(Language):
+    """It has blocks to spare."""
+
+    def __init__(self) -> None:
+        super().__init__(layers=4)
 
 
 class Distilled(DistillationModule):
@@ -79,6 +87,7 @@ TECHNIQUES: dict[str, tuple[type, Any]] = {
         ],
     ),
     "channels": (Language, lambda: [ChannelPruning(0.5, **CHANNELS)]),
+    "blocks": (Deep, lambda: [DepthPruning(0.5, start=2, end=6)]),
 }
 """Name -> LightningModule and callbacks."""
 
@@ -126,7 +135,9 @@ def main() -> None:
         name, precision = case.split("/")
         folder = out / case.replace("/", "-")
         first = folder / "files" / "0.ckpt"
-        if name == "channels" and not launch.preset.startswith("optim_ddp"):  # pruned under DDP, then divided
+        if name in ("channels", "blocks") and not launch.preset.startswith(
+            "optim_ddp"
+        ):  # pruned under DDP, then divided
             straight = run(folder / "files", name, precision, build("optim_ddp"), **words)
         else:
             straight = run(folder / "files", name, precision, launch.strategy(), **words)
@@ -191,12 +202,14 @@ def others(folder: Path, devices: int) -> dict[str, Any]:
 
 
 def refused(out: Path, launch: Any, devices: int) -> str:
-    """Channels cannot leave a model that is divided."""
-    try:
-        run(out / "refused", "channels", "32-true", launch.strategy(), devices=devices)
-    except MisconfigurationException as error:
-        return str(error)
-    return ""
+    """Channels and blocks cannot leave a model that is divided."""
+    messages = []
+    for name in ("channels", "blocks"):
+        try:
+            run(out / "refused", name, "32-true", launch.strategy(), devices=devices)
+        except MisconfigurationException as error:
+            messages.append(str(error))
+    return " ".join(messages)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from helpers.ranks import Launches, quick_and_slow
 from lightning_optim import WeightPruning, load_from_checkpoint
 
 WORKER = Path(__file__).with_name("ddp_worker.py")
-QUICK = ("taylor/bf16-mixed", "score/32-true", "both/32-true", "integers/32-true")
+QUICK = ("taylor/bf16-mixed", "score/32-true", "both/32-true", "integers/32-true", "blocks-stack/32-true")
 SLOW = (
     "magnitude/32-true",
     "magnitude/bf16-mixed",
@@ -25,6 +25,8 @@ SLOW = (
     "channels/32-true",
     "channels/bf16-mixed",
     "channels-taylor/32-true",
+    "blocks-stack/bf16-mixed",
+    "blocks-influence-stack/32-true",
     "integers/bf16-mixed",
     "integers-residual/32-true",
     "integers-late/32-true",
@@ -78,7 +80,15 @@ def test_channels_left_on_both_ranks(launched, case):
         assert run["metrics"]["channels/parameters"] < 0.6
 
 
-@pytest.mark.parametrize("case", cases(lambda case: not case.startswith(("channels", "both", "integers"))))
+@pytest.mark.parametrize("case", cases(lambda case: case.startswith("blocks")))
+def test_blocks_left_on_both_ranks(launched, case):
+    for rank in (0, 1):
+        run = results(launched, case, rank)["straight"]
+        assert {name.split(".")[1] for name in run["parameters"] if name.startswith("blocks.")} == {"0", "1"}
+        assert run["metrics"]["depth/blocks"] == 2
+
+
+@pytest.mark.parametrize("case", cases(lambda case: not case.startswith(("channels", "both", "integers", "blocks"))))
 def test_what_is_asked_is_reached(launched, case):
     run = results(launched, case, 0)["straight"]
     asked = 0.5 if case.startswith("nofm") else 0.8

@@ -21,6 +21,7 @@ from helpers.models import (
     Files,
     ResumableLoader,
     SeededByStep,
+    Stacked,
     Stream,
     assert_same_state,
     fit,
@@ -29,7 +30,7 @@ from helpers.models import (
     trainer,
     val_loader,
 )
-from helpers.techniques import TRIED, assert_reached, channels, integers, weights
+from helpers.techniques import TRIED, assert_reached, blocks, channels, integers, weights
 from lightning_optim import ChannelPruning, CompressedCheckpoint, PerformanceScore, load_from_checkpoint
 
 
@@ -47,15 +48,35 @@ CALLBACKS = {
     "weights and integers": lambda **arguments: [weights(**arguments), integers(**arguments)],
     "all": lambda **arguments: [integers(**arguments), channels(**arguments), weights(**arguments)],
 }
-every_callback = pytest.mark.parametrize("make", CALLBACKS.values(), ids=CALLBACKS)
+STACKED = {
+    "blocks, influence": lambda **arguments: [blocks(criterion="influence", **arguments)],
+    "blocks, channels, weights and integers": lambda **arguments: [
+        weights(**arguments),
+        integers(**arguments),
+        channels(**arguments),
+        blocks(**arguments),
+    ],
+}
+"""The same on a model with a stack."""
+MODELS = {name: TRIED[name].model if name in TRIED else Classifier for name in CALLBACKS} | dict.fromkeys(
+    STACKED, Stacked
+)
+CALLBACKS |= STACKED
+every_callback = pytest.mark.parametrize(
+    ("make", "model"),
+    [
+        pytest.param(CALLBACKS[name], MODELS[name], marks=[pytest.mark.slow] if name in STACKED else (), id=name)
+        for name in CALLBACKS
+    ],
+)
 
 
 # 1. Nothing of the user's code changes.
 
 
 @every_callback
-def test_the_module_is_what_it_was_but_for_its_weights(tmp_path, make):
-    module, callbacks = new(), make()
+def test_the_module_is_what_it_was_but_for_its_weights(tmp_path, make, model):
+    module, callbacks = new(model), make()
     optimizers = []
 
     class Looks(pl.Callback):
@@ -64,9 +85,12 @@ def test_the_module_is_what_it_was_but_for_its_weights(tmp_path, make):
 
     fit(tmp_path, module, *callbacks, Looks())
     assert_reached(module, callbacks)
-    assert type(module) is Classifier
-    assert [name for name, _ in module.named_parameters()] == [name for name, _ in new().named_parameters()]
-    assert module.hparams == new().hparams
+    assert type(module) is model
+    fewer = {"blocks": len(module.blocks)} if model is Stacked else {}
+    assert [name for name, _ in module.named_parameters()] == [
+        name for name, _ in new(model, **fewer).named_parameters()
+    ]
+    assert module.hparams == new(model).hparams
     for layer in module.modules():
         assert not layer._forward_pre_hooks
         assert not layer._forward_hooks
@@ -76,8 +100,8 @@ def test_the_module_is_what_it_was_but_for_its_weights(tmp_path, make):
 
 
 @every_callback
-def test_nothing_happens_before_the_window_opens(tmp_path, make):
-    plain, module = new(dropout=0.3), new(dropout=0.3)
+def test_nothing_happens_before_the_window_opens(tmp_path, make, model):
+    plain, module = new(model, dropout=0.3), new(model, dropout=0.3)
     fit(tmp_path, plain, max_epochs=2)
     with pytest.warns(UserWarning, match="will not close"):
         fit(tmp_path, module, *make(start=17, end=30), max_epochs=2)
@@ -89,18 +113,18 @@ def test_nothing_happens_before_the_window_opens(tmp_path, make):
 
 
 @every_callback
-def test_resumed_at_every_epoch_equals_uninterrupted(tmp_path, make):
-    module = new(dropout=0.3)
+def test_resumed_at_every_epoch_equals_uninterrupted(tmp_path, make, model):
+    module = new(model, dropout=0.3)
     fit(tmp_path, module, *make(), SeededByStep(), Files(tmp_path / "files"))
     for epoch in range(2):
-        again = new(dropout=0.3)
+        again = new(model, dropout=0.3)
         fit(tmp_path, again, *make(), SeededByStep(), ckpt_path=tmp_path / "files" / f"{epoch}.ckpt")
         assert_same_state(module, again)
 
 
 @every_callback
 @pytest.mark.parametrize("first", [True, False], ids=["saved before ours", "saved after ours"])
-def test_resumed_at_every_step_equals_uninterrupted(tmp_path, make, first):
+def test_resumed_at_every_step_equals_uninterrupted(tmp_path, make, model, first):
     files = tmp_path / "files"
 
     def run(module, ckpt_path=None):
@@ -119,10 +143,10 @@ def test_resumed_at_every_step_equals_uninterrupted(tmp_path, make, first):
         callbacks = [Saves(), *ours] if first else [*ours, Saves()]
         trainer(tmp_path, *callbacks, max_epochs=2).fit(module, ResumableLoader(), val_loader(), ckpt_path=ckpt_path)
 
-    module = new()
+    module = new(model)
     run(module)
     for step in (1, 2, 3, 5, 6, 7, 9, 12):
-        again = new()
+        again = new(model)
         run(again, files / f"{step}.ckpt")
         assert_same_state(module, again)
 
@@ -133,30 +157,30 @@ def test_resumed_at_every_step_equals_uninterrupted(tmp_path, make, first):
 @every_callback
 @pytest.mark.parametrize("when", ["in fit", "after fit"])
 @pytest.mark.parametrize("weights_only", [False, True])
-def test_the_four_ways_of_saving_reload_in_three(tmp_path, make, when, weights_only):
+def test_the_four_ways_of_saving_reload_in_three(tmp_path, make, model, when, weights_only):
     class Saves(pl.callbacks.Checkpoint):
         def on_train_epoch_end(self, trainer, pl_module):
             trainer.save_checkpoint(tmp_path / "file.ckpt", weights_only)
 
-    module, saves = new(), Saves()
+    module, saves = new(model), Saves()
     run = fit(tmp_path, module, *make(), *([saves] if when == "in fit" else []))
     if when == "after fit":
         run.save_checkpoint(tmp_path / "file.ckpt", weights_only)
     path = tmp_path / "file.ckpt"
     torch.load(path, weights_only=True)
-    assert_same_state(module, load_from_checkpoint(Classifier, path))
-    assert_same_state(module, load_from_checkpoint(new(), path))
-    fresh = new()
+    assert_same_state(module, load_from_checkpoint(model, path))
+    assert_same_state(module, load_from_checkpoint(new(model), path))
+    fresh = new(model)
     expected = run.test(module, val_loader(), verbose=False)
     assert trainer(tmp_path, *make()).test(fresh, val_loader(), path, verbose=False) == expected
     assert_same_state(module, fresh)
-    predicted = torch.cat(trainer(tmp_path, *make()).predict(new(), val_loader(), ckpt_path=path))
+    predicted = torch.cat(trainer(tmp_path, *make()).predict(new(model), val_loader(), ckpt_path=path))
     assert torch.equal(predicted, torch.cat(run.predict(module, val_loader())))
 
 
 @every_callback
 @pytest.mark.parametrize("monitor", ["val_loss", "P"])
-def test_the_kept_file_scores_again_what_was_monitored(tmp_path, make, monitor):
+def test_the_kept_file_scores_again_what_was_monitored(tmp_path, make, model, monitor):
     best = CompressedCheckpoint(tmp_path / "best", monitor=monitor)
     accuracies = {}
 
@@ -164,10 +188,10 @@ def test_the_kept_file_scores_again_what_was_monitored(tmp_path, make, monitor):
         def on_train_epoch_end(self, trainer, pl_module):
             accuracies[trainer.global_step] = float(trainer.callback_metrics["val_loss"])
 
-    fit(tmp_path, new(), *make(), PerformanceScore(), Notes(), best, max_epochs=5)
+    fit(tmp_path, new(model), *make(), PerformanceScore(), Notes(), best, max_epochs=5)
     step = torch.load(best.best_model_path, weights_only=True)["global_step"]
     again = trainer(tmp_path, *make(), PerformanceScore(), best)
-    metrics = again.validate(new(), val_loader(), best.best_model_path, verbose=False)
+    metrics = again.validate(new(model), val_loader(), best.best_model_path, verbose=False)
     assert metrics[0]["val_loss"] == pytest.approx(accuracies[step], rel=1e-6)
 
 
@@ -193,51 +217,53 @@ def test_the_kept_file_scores_again_what_was_monitored(tmp_path, make, monitor):
 )
 @pytest.mark.filterwarnings("ignore:You requested to overfit:UserWarning")
 @pytest.mark.filterwarnings("ignore:.*barebones.*:UserWarning")
-def test_trainers_of_all_kinds(tmp_path, make, options):
-    module, callbacks = new(), make()
+def test_trainers_of_all_kinds(tmp_path, make, model, options):
+    module, callbacks = new(model), make()
     fit(tmp_path, module, *callbacks, **options)
     assert_reached(module, callbacks)
 
 
 @every_callback
-def test_fast_dev_run_reaches_the_target(tmp_path, make):
-    module, callbacks = new(), make(start=100, end=2000)
+def test_fast_dev_run_reaches_the_target(tmp_path, make, model):
+    module, callbacks = new(model), make(start=100, end=2000)
     fit(tmp_path, module, *callbacks, fast_dev_run=1)
     assert_reached(module, callbacks)
 
 
 @every_callback
-def test_a_loader_without_length_and_int_windows(tmp_path, make):
-    module, callbacks = new(), make()
+def test_a_loader_without_length_and_int_windows(tmp_path, make, model):
+    module, callbacks = new(model), make()
     trainer(tmp_path, *callbacks, max_epochs=2).fit(module, DataLoader(Stream(), 8), val_loader())
     assert_reached(module, callbacks)
 
 
 @every_callback
-def test_the_learning_rate_finders(tmp_path, make):
-    module, callbacks = new(), make()
+def test_the_learning_rate_finders(tmp_path, make, model):
+    module, callbacks = new(model), make()
     module.learning_rate = 1e-2
     run = trainer(tmp_path, *callbacks)
     Tuner(run).lr_find(module, train_loader(), val_loader(), num_training=5)
     run.fit(module, train_loader(), val_loader())
     assert_reached(module, callbacks)
-    module, callbacks = new(), make()
+    module, callbacks = new(model), make()
     module.learning_rate = 1e-2
     fit(tmp_path, module, LearningRateFinder(num_training_steps=5), *callbacks)
     assert_reached(module, callbacks)
 
 
 @every_callback
-def test_layers_built_in_configure_model(tmp_path, make):
-    class Late(Classifier):
+def test_layers_built_in_configure_model(tmp_path, make, model):
+    class Late(model):
         def __init__(self):
             super().__init__()
-            self.net = None
+            for name, _ in list(self.named_children()):
+                setattr(self, name, None)
 
         def configure_model(self):
             if self.net is None:
                 torch.manual_seed(3)
-                self.net = Classifier().net
+                for name, layer in model().named_children():
+                    setattr(self, name, layer)
 
     module, callbacks = new(Late), make()
     fit(tmp_path, module, *callbacks, Files(tmp_path / "files"))
@@ -249,17 +275,17 @@ def test_layers_built_in_configure_model(tmp_path, make):
 
 
 @every_callback
-def test_an_early_stop_says_what_was_reached(tmp_path, make, caplog):
+def test_an_early_stop_says_what_was_reached(tmp_path, make, model, caplog):
     caplog.set_level(logging.INFO)
     stop = EarlyStopping("P", patience=1, divergence_threshold=0.0)  # stops at once
-    fit(tmp_path, new(), *make(start=2, end=20), PerformanceScore(), stop)
+    fit(tmp_path, new(model), *make(start=2, end=20), PerformanceScore(), stop)
     lines = [record.message for record in caplog.records if "the run ended at step 8" in record.message]
     assert len(lines) == len(make())
 
 
 @every_callback
 @pytest.mark.filterwarnings("ignore:.*Detected KeyboardInterrupt.*")
-def test_an_interrupt_leaves_a_loadable_file_and_no_hooks(tmp_path, make):
+def test_an_interrupt_leaves_a_loadable_file_and_no_hooks(tmp_path, make, model):
     class Interrupts(pl.Callback):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
             if trainer.global_step == 8:
@@ -268,37 +294,38 @@ def test_an_interrupt_leaves_a_loadable_file_and_no_hooks(tmp_path, make):
         def on_exception(self, trainer, pl_module, exception):
             trainer.save_checkpoint(tmp_path / "interrupted.ckpt")
 
-    module, callbacks = new(), make()
+    module, callbacks = new(model), make()
     with pytest.raises(SystemExit):
         fit(tmp_path, module, *callbacks, Interrupts())
     assert not any(callback._handles for callback in callbacks)
-    assert_same_state(module, load_from_checkpoint(Classifier, tmp_path / "interrupted.ckpt"))
+    assert_same_state(module, load_from_checkpoint(model, tmp_path / "interrupted.ckpt"))
 
 
 @every_callback
-def test_a_second_fit_by_the_same_trainer_and_with_a_new_model(tmp_path, make):
-    module, callbacks = new(), make()
+def test_a_second_fit_by_the_same_trainer_and_with_a_new_model(tmp_path, make, model):
+    module, callbacks = new(model), make()
     run = fit(tmp_path, module, *callbacks, max_epochs=2)
     run.fit_loop.max_epochs = 3
     run.fit(module, train_loader(), val_loader())
     assert_reached(module, callbacks)
-    other = new()
+    other = new(model)
     run.fit_loop.max_epochs = 6
     run.fit(other, train_loader(), val_loader())
     assert_reached(other, callbacks)
 
 
 @every_callback
-def test_pytorch_lightning_imports(tmp_path, make):
+def test_pytorch_lightning_imports(tmp_path, make, model):
     other = pytest.importorskip("pytorch_lightning")
 
     class Other(other.LightningModule):
         def __init__(self):
             super().__init__()
-            self.net = copy.deepcopy(new().net)
+            for name, layer in new(model).named_children():
+                setattr(self, name, copy.deepcopy(layer))
 
         def forward(self, x):
-            return self.net(x)
+            return model.forward(self, x)
 
         def training_step(self, batch, batch_idx):
             return F.cross_entropy(self(batch[0]), batch[1])
@@ -328,10 +355,10 @@ def test_pytorch_lightning_imports(tmp_path, make):
 
 @every_callback
 @pytest.mark.parametrize(("name", "base"), [("FSDPStrategy", ParallelStrategy), ("DeepSpeedStrategy", DDPStrategy)])
-def test_a_strategy_that_is_not_known_to_work_is_refused_by_name(tmp_path, make, name, base):
+def test_a_strategy_that_is_not_known_to_work_is_refused_by_name(tmp_path, make, model, name, base):
     """DeepSpeed's is a DDPStrategy too."""
     run = trainer(tmp_path)
     run.strategy.__class__ = type(name, (base,), {})
     for callback in make():
         with pytest.raises(MisconfigurationException, match=rf"not supported under {name}\. Take .*'optim_ddp'"):
-            callback.setup(run, new(), "fit")
+            callback.setup(run, new(model), "fit")
