@@ -72,9 +72,9 @@ class ChannelPruning(CompressionCallback):
             batches, instead of trailing behind by their momentum; 0: they are left to it.
         warmup_steps: After an event the learning rates rise again from 0 over this many steps; 0: they do not.
         reduction: How the layers of a group decide together: ``"mean"``, ``"sum"`` or ``"max"``.
-        check: Try each group once, and every event, on copies of the model: removing must equal setting to zero, norms
-            taken over the channels that stay. Costs three copies (two in float64) and at most seven forward passes of
-            the example inputs per event (one of each without). Without it channels are removed unchecked.
+        check: Try each group once, and every event, on copies: removing must equal setting to zero, norms taken over
+            the channels that stay. Each group is tried in the part of the model that holds its layers, with a copy in
+            float64 and at most seven forward passes. Without it channels are removed unchecked.
         module: Dotted name of the module to prune; default the whole model.
         include: Exactly the layers whose outputs may leave (names, glob patterns, layer classes), instead of the
             default: all but embeddings and the last Linear/Conv.
@@ -83,13 +83,15 @@ class ChannelPruning(CompressionCallback):
     Logged at every event: ``channels/parameters`` (fraction of the dense model's), and with a goal in them
     ``channels/macs`` or ``channels/latency``.
 
-    State: the window, the channels of the dense model, and for ``taylor`` one float32 per selected weight. A resumed
+    State: the window, the channels of the dense model, and what the criterion collects (``taylor``: one float32 per
+    weight; ``activation``: one per input of a layer). A resumed
     run continues bit for bit. Strategies: a single device and DDP (the model is wrapped anew after each event). Those
     that divide the model go on with one whose window is over, and refuse any other before the first step.
 
-    Hand-written attention with separate Linear layers for queries, keys, values and output loses whole heads. What
-    cannot be treated (fused projections, ``nn.MultiheadAttention``, recurrent layers, the outputs, whatever fails the
-    check) is left alone, with its reason in the table.
+    Attention loses whole heads, a mixture's experts the same inner channels; the residual width is removed where its
+    table is in ``include``. The numbers of a Hugging Face configuration follow at the end of the window, on a copy.
+    What cannot be treated (``nn.MultiheadAttention``, recurrent layers, the outputs, whatever fails the check) is left
+    alone, with its reason in the table.
 
     References:
         Fang et al. 2023, "DepGraph: Towards Any Structural Pruning".
