@@ -155,8 +155,8 @@ def report(rows: dict[str, dict[str, Any]]) -> str:
     lines = [
         "# Channels of transformers",
         "",
-        f"{time.strftime('%Y-%m-%d')}, {platform.machine()}, one thread, CPU time; torch {torch.__version__}; lightning "
-        f"{lightning.__version__}; torch-pruning {torch_pruning.__version__}; transformers {transformers.__version__}.",
+        f"{time.strftime('%Y-%m-%d')}, {platform.machine()}, one thread, CPU time; "
+        f"torch {torch.__version__}; lightning {lightning.__version__}; torch-pruning {torch_pruning.__version__}; transformers {transformers.__version__}.",
         "`python benchmarks/channels_transformers.py --output " + OUTPUT + "`",
         "",
         (__doc__ or "").split("\n\n")[1].replace("\n", " "),
