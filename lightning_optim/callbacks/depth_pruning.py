@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -21,7 +21,7 @@ from lightning_optim.depth.check import same_as_skipping
 from lightning_optim.depth.judge import Choice, Judge, Run, block_needs
 from lightning_optim.depth.prune import check_block_ratio
 from lightning_optim.depth.removal import BlockRemoval
-from lightning_optim.depth.stacks import Found, Stack, check_readers, find_stacks, number_of_blocks
+from lightning_optim.depth.stacks import Stack, check_readers, find_stacks, number_of_blocks
 from lightning_optim.functional.blocks import BLOCK_CRITERIA, BlockCriterion
 from lightning_optim.functional.schedules import SCHEDULES, Schedule
 from lightning_optim.measure.size import SIZES
@@ -81,6 +81,19 @@ class _Progress:
     @property
     def gone(self) -> int:
         return sum(stack.blocks - len(stack.left) for stack in self.stacks.values())
+
+    def due(self, schedule: Schedule, progress: float) -> int:
+        """Return how many blocks are to be gone at a point of the window."""
+        if not self.blocks:  # another technique removed the stacks
+            return 0
+        return int(schedule(progress, 0.0, self.number / self.blocks) * self.blocks + 0.5)
+
+    def note(self, chosen: Sequence[Choice]) -> None:
+        """Note that blocks are gone."""
+        self.removed += [f"{choice.stack}.{self.stacks[choice.stack].left[choice.place]}" for choice in chosen]
+        for name, places in _by_stack(chosen).items():
+            stack = self.stacks[name]
+            stack.left = [place for now, place in enumerate(stack.left) if now not in places]
 
 
 class DepthPruning(CompressionCallback):
@@ -281,20 +294,13 @@ class DepthPruning(CompressionCallback):
         if self._progress is None:
             return
         began = time.perf_counter()
-        due = self._due(progress) - self._progress.gone
+        due = self._progress.due(self.schedule, progress) - self._progress.gone
         chosen = self._choose(trainer, pl_module, due) if due > 0 else []
         if chosen:
             self.commit(trainer, pl_module, BlockRemoval(_by_stack(chosen)))
-            self._note(chosen)
+            self._progress.note(chosen)
         self._batches.clear()
         self._say(trainer, pl_module, chosen, time.perf_counter() - began)
-
-    def _due(self, progress: float) -> int:
-        """Return how many blocks are to be gone at a point of the window."""
-        known = self._known()
-        if not known.blocks:
-            return 0
-        return int(self.schedule(progress, 0.0, known.number / known.blocks) * known.blocks + 0.5)
 
     def _known(self) -> _Progress:
         if self._progress is None:
@@ -357,16 +363,8 @@ class DepthPruning(CompressionCallback):
         self._progress = _Progress(SIZES["parameters"](self._target), stacks)
         if self.events is None:
             self.window.events = self._progress.number
-        rank_zero_info(self._table(found, numbers))
-
-    def _note(self, chosen: Sequence[Choice]) -> None:
-        """Note that blocks are gone."""
-        known = self._known()
-        for choice in chosen:
-            known.removed.append(f"{choice.stack}.{known.stacks[choice.stack].left[choice.place]}")
-        for name, places in _by_stack(chosen).items():
-            stack = known.stacks[name]
-            stack.left = [place for now, place in enumerate(stack.left) if now not in places]
+        title = f"{self.label}: steps {self.window.start_step} to {self.window.end_step}"
+        rank_zero_info(found.table(title, numbers))
 
     # State.
 
@@ -441,9 +439,6 @@ class DepthPruning(CompressionCallback):
             "depth/seconds": seconds,
         }
         self.log_event(trainer, pl_module, metrics)
-
-    def _table(self, found: Found, numbers: Mapping[str, int]) -> str:
-        return found.table(f"{self.label}: steps {self.window.start_step} to {self.window.end_step}", numbers)
 
 
 def _shrinking(stack: Stack, number: int) -> _Shrinking:

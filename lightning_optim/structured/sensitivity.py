@@ -1,10 +1,10 @@
-"""Sensitivity: what the model loses when channels of one group at a time are removed."""
+"""Sensitivity: what the model loses when channels of one group at a time, or one block, are removed."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from lightning.pytorch.utilities import rank_zero_only
@@ -12,6 +12,8 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from lightning_optim.calls import try_forward
+from lightning_optim.checks import check_choice
+from lightning_optim.depth.sensitivity import BlockSensitivityReport, block_sensitivity
 from lightning_optim.functional.channels import ChannelCriterion
 from lightning_optim.modules import copy_module
 from lightning_optim.structured.allocation import Allocation
@@ -24,6 +26,8 @@ from lightning_optim.target import ForwardInputs, Pattern, as_forward_calls, fin
 __all__ = ["SensitivityReport", "sensitivity"]
 
 
+RATIOS = (0.1, 0.3, 0.5, 0.7)
+"""Shares of channels that are tried."""
 _ADVICE = (
     "a tensor, a tuple of arguments or a dict of keyword arguments is expected: of a loader's (images, labels), "
     "example_inputs=images."
@@ -118,44 +122,93 @@ class SensitivityReport:
         return found
 
 
+@overload
 def sensitivity(
     model: nn.Module,
     /,
     evaluate: Callable[[nn.Module], float],
     example_inputs: Any,
     *,
-    ratios: Sequence[float] = (0.1, 0.3, 0.5, 0.7),
+    what: Literal["channels"] = "channels",
+    ratios: Sequence[float] = ...,
+    criterion: str | ChannelCriterion = ...,
+    module: str | None = None,
+    include: Sequence[Pattern] | None = None,
+    exclude: Sequence[Pattern] | None = None,
+    progress: bool = True,
+) -> SensitivityReport: ...
+
+
+@overload
+def sensitivity(
+    model: nn.Module,
+    /,
+    evaluate: Callable[[nn.Module], float],
+    example_inputs: Any,
+    *,
+    what: Literal["blocks"],
+    module: str | None = None,
+    include: Sequence[Pattern] | None = None,
+    exclude: Sequence[Pattern] | None = None,
+    progress: bool = True,
+) -> BlockSensitivityReport: ...
+
+
+def sensitivity(
+    model: nn.Module,
+    /,
+    evaluate: Callable[[nn.Module], float],
+    example_inputs: Any,
+    *,
+    what: Literal["channels", "blocks"] = "channels",
+    ratios: Sequence[float] = RATIOS,
     criterion: str | ChannelCriterion = "magnitude",
     module: str | None = None,
     include: Sequence[Pattern] | None = None,
     exclude: Sequence[Pattern] | None = None,
     progress: bool = True,
-) -> SensitivityReport:
-    """Measure what each group of coupled layers costs when a share of its channels is removed, all others left whole.
+) -> SensitivityReport | BlockSensitivityReport:
+    """Measure what each group of coupled layers costs when a share of its channels is removed, or each block.
 
-    Calls ``evaluate`` once for the model as it is, and once for every group and ratio, each time on a copy in eval mode
-    and without gradients; the model itself is not touched. Costs one more copy of the model at a time.
+    Calls ``evaluate`` once for the model as it is, and once for every group and ratio, or for every block, each time on
+    a copy in eval mode and without gradients, all others left whole; the model itself is not touched. Costs one more
+    copy of the model at a time (none for blocks: their copy shares the weights).
 
     Args:
         model: Any module.
         evaluate: Takes a copy of ``model`` and returns the metric, higher is better.
         example_inputs: What the forward of the pruned module receives: a tensor, a tuple, or a dict of keywords; a list
             of these where one call does not reach all layers.
-        ratios: Shares to remove, in (0, 1).
+        what: ``"channels"``, or ``"blocks"``: the metric without each block that ``DepthPruning`` could remove.
+        ratios: Shares of channels to remove, in (0, 1).
         criterion: Name in ``functional.channels.CHANNEL_CRITERIA`` or a callable. ``"taylor"`` reads the gradients
             that the parameters hold.
         module: Dotted name of the module to prune; default the whole model.
-        include: Exactly the layers whose outputs may leave, instead of all but embeddings and the last Linear/Conv.
-        exclude: Layers whose outputs stay.
+        include: Exactly the layers whose outputs may leave, instead of all but embeddings and the last Linear/Conv;
+            the stacks or blocks that may leave.
+        exclude: Layers whose outputs stay; stacks or blocks that stay.
         progress: Show a progress bar (on rank zero).
 
     Returns:
-        The metric of every group at every ratio.
+        The metric of every group at every ratio, or without every block.
 
     Raises:
         ValueError: If forward fails with ``example_inputs``, nothing can be removed, a ratio is out of range, or the
             metric is not finite.
     """
+    check_choice("what", what, ("channels", "blocks"))
+    if what == "blocks":
+        if tuple(ratios) != RATIOS or criterion != "magnitude":
+            raise ValueError("`ratios` and `criterion` are those of channels; a block is removed as a whole.")
+        return block_sensitivity(
+            model,
+            lambda copied: _metric(evaluate, copied),
+            example_inputs,
+            module=module,
+            include=include,
+            exclude=exclude,
+            progress=progress,
+        )
     if not ratios:
         raise ValueError("`ratios` must have at least one fraction in (0, 1), got none.")
     rising = tuple(sorted(float(check_ratio(ratio)) for ratio in ratios))  # type: ignore[arg-type]

@@ -24,6 +24,7 @@ from lightning_optim import IndexedDataset, Recipe, WeightPruning
 from lightning_optim.cli import main
 from lightning_optim.cli.main import COMMANDS
 from lightning_optim.export.runtimes import RUNTIMES
+from lightning_optim.functional.blocks import BLOCK_CRITERIA
 from lightning_optim.functional.channels import CHANNEL_CRITERIA
 from lightning_optim.functional.criteria import CRITERIA, STATISTICS
 from lightning_optim.functional.losses import FEATURE_LOSSES, LOSSES
@@ -34,7 +35,17 @@ from lightning_optim.techniques import TECHNIQUES
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^(?P<indent> *)```(?P<language>\w+)[^\n]*\n(?P<code>.*?)^ *```$", re.MULTILINE | re.DOTALL)
-REGISTRIES = (CHANNEL_CRITERIA, CRITERIA, FEATURE_LOSSES, LOSSES, OBSERVERS, RUNTIMES, SCHEDULES, STATISTICS)
+REGISTRIES = (
+    BLOCK_CRITERIA,
+    CHANNEL_CRITERIA,
+    CRITERIA,
+    FEATURE_LOSSES,
+    LOSSES,
+    OBSERVERS,
+    RUNTIMES,
+    SCHEDULES,
+    STATISTICS,
+)
 MOST_EPOCHS = 4
 LONG = ("index.md", "report.md")
 """Pages whose blocks compare several models in several engines."""
