@@ -156,7 +156,8 @@ def report(rows: dict[str, dict[str, Any]]) -> str:
         "# Channels of transformers",
         "",
         f"{time.strftime('%Y-%m-%d')}, {platform.machine()}, one thread, CPU time; "
-        f"torch {torch.__version__}; lightning {lightning.__version__}; torch-pruning {torch_pruning.__version__}; transformers {transformers.__version__}.",
+        f"torch {torch.__version__}; lightning {lightning.__version__}; "
+        f"torch-pruning {torch_pruning.__version__}; transformers {transformers.__version__}.",
         "`python benchmarks/channels_transformers.py --output " + OUTPUT + "`",
         "",
         (__doc__ or "").split("\n\n")[1].replace("\n", " "),
