@@ -283,7 +283,7 @@ def test_loggers_get_table_and_figures_where_they_have_a_place(tmp_path, caplog)
     assert {args[0] for args, _ in mlflow.recorder.named("log_figure")} == {"run"}
 
     assert csv.recorder.calls == []
-    assert "Fake has no place for tables and figures" in caplog.text
+    assert "Fake cannot show tables and figures" in caplog.text
 
 
 def test_log_false_gives_loggers_nothing(tmp_path):
@@ -393,7 +393,9 @@ def test_a_file_from_before_the_key_held_the_folder_is_resumed(tmp_path):
 def test_a_logger_that_raises_is_named_and_the_others_get_theirs(tmp_path):
     broken, board = fake(TensorBoardLogger), fake(TensorBoardLogger)
     broken.recorder.add_text = lambda *args: 1 / 0
-    with pytest.warns(UserWarning, match=r"Fake did not take the report \(ZeroDivisionError: division by zero\)\. Its"):
+    with pytest.warns(
+        UserWarning, match=r"Fake did not accept the report \(ZeroDivisionError: division by zero\)\. The"
+    ):
         fit(tmp_path, new(), ReportCallback(tmp_path / "report"), logger=[broken, board], max_epochs=1)
     assert (tmp_path / "report" / "report.json").is_file()
     assert board.recorder.named("add_text")

@@ -287,12 +287,12 @@ MISTAKES = [
     (["fit", *MODEL, *DATA, *QUIET, "--trainer.strategy", "fsdp2"], "Did you mean 'optim_fsdp'?"),
     (["fit", *MODEL, *DATA, *QUIET, "--trainer.strategy", "lightning_optim.strategies.OptimDDP"], "{class_path: "),
     (["fit", *MODEL, *DATA, *QUIET, "--trainer.precision", "int8"], "`trainer.precision` must be one of "),
-    (["fit", *MODEL, *DATA, *QUIET, "--optimizer", "Addam"], "`optimizer`: there is no class 'Addam'. Give its import"),
-    (["fit", *MODEL, *DATA, *QUIET, "--wrong", "1"], "`lightning-optim fit --help` lists what it takes"),
+    (["fit", *MODEL, *DATA, *QUIET, "--optimizer", "Addam"], "`optimizer`: there is no class 'Addam'. Pass its import"),
+    (["fit", *MODEL, *DATA, *QUIET, "--wrong", "1"], "`lightning-optim fit --help` lists its arguments"),
     (["fit", "--model", "nowhere.Net", *DATA], "`model`: there is no class 'nowhere.Net' (No module named 'nowhere')"),
     (["fit", "--model", DATA[1], *DATA], f"`model`: {DATA[1]} is no LightningModule"),
     (["fit", "--model", "lightning_optim.demo.DigitNet"], "Did you mean 'lightning_optim.demo.DigitsNet'?"),
-    (["fit", *MODEL, "--model.widht", "3", *DATA], f"{MODEL[1]} takes no argument 'widht'. Did you mean 'width'?"),
+    (["fit", *MODEL, "--model.widht", "3", *DATA], f"{MODEL[1]} has no argument 'widht'. Did you mean 'width'?"),
     (["fit", *MODEL, "--model.width", "three", *DATA], "`model.width`: Expected a int. Got value: three"),
     (
         ["fit", *MODEL, *DATA, *QUIET, "--trainer.callbacks", "lightning_optim.WeightPrunning"],
@@ -354,7 +354,7 @@ def test_more_mistakes_with_files(runs, capsys, tmp_path):
         (["compare", files[0], *files, "--accuracy", "val_acc"], "two checkpoints are called 'teacher'"),
         (["compare", *files, "--accuracy", "f1"], "--accuracy f1: validate logged val_acc, val_loss"),
         (["compare", *files, "--engines", "tensorrt"], "tensorrt"),
-        (["compare", files[0], *MODEL], "no inputs are known: give --data"),
+        (["compare", files[0], *MODEL], "there are no inputs: pass --data"),
         (["export", files[0], str(tmp_path / "n.onnx"), *files[1:], "--prepare", "nowhere.f"], "--prepare must name"),
     ):
         assert main(arguments) == 1, arguments
@@ -377,7 +377,7 @@ def test_a_refusal_at_fit_start_is_one_sentence(capsys, tmp_path):
 
 
 def test_a_configuration_that_is_no_yaml_is_one_sentence(capsys, tmp_path):
-    for text, says in (("model: [1, 2\n", "line 1, column 8"), ("hello\n", "no YAML mapping: hello")):
+    for text, says in (("model: [1, 2\n", "line 1, column 8"), ("hello\n", "not a YAML mapping: hello")):
         (tmp_path / "broken.yaml").write_text(text)
         assert main(["fit", "--config", str(tmp_path / "broken.yaml")]) == 1
         (written,) = capsys.readouterr().err.splitlines()

@@ -47,4 +47,4 @@ def test_a_recipe_that_distils_without_a_teacher_is_told_which_arguments_are_mis
     monkeypatch.chdir(tmp_path)
     model = ["--model", "lightning_optim.demo.DigitsNet", "--data", "lightning_optim.demo.DigitsData"]
     assert main(["fit", *model, *OFF, "--recipe", "{distillation: true}"]) == 1
-    assert "there is no teacher. Give --teacher CLASS" in capsys.readouterr().err
+    assert "there is no teacher. Pass --teacher CLASS" in capsys.readouterr().err

@@ -166,7 +166,7 @@ def quick(nets=None, example=None, **words):
 def test_without_an_accuracy_there_is_no_p_unless_it_has_no_weight():
     report = quick()
     assert report["b"]["P"] is None
-    assert "P has an accuracy in it: pass `evaluate`, or weights without accuracy." in report.notes
+    assert "P includes accuracy: pass `evaluate`, or weights without accuracy." in report.notes
     row = quick(weights={"size": 1.0})["b"]
     assert row["P"] == row["size_ratio"]
 
@@ -221,8 +221,12 @@ def test_the_file_is_weighed_also_where_only_torch_is_timed():
         ({"weights": {"speed": 1.0}}, ValueError, "has no 'speed'; known: size"),
         ({"weights": {"size": -1.0}}, ValueError, "non-negative numbers, got size=-1.0"),
         ({"evaluate": lambda module: 95.0}, ValueError, r"accuracy of a is 95, .* Divide percent by 100"),
-        ({"evaluate": lambda module: {"top1": 0.5}}, ValueError, "returned top1, and P takes its accuracy from"),
-        ({"evaluate": lambda module: {"accuracy": 0.5, "P": 1}}, ValueError, "returned 'P', a name of the report's"),
+        ({"evaluate": lambda module: {"top1": 0.5}}, ValueError, "returned top1, but P needs the metric"),
+        (
+            {"evaluate": lambda module: {"accuracy": 0.5, "P": 1}},
+            ValueError,
+            "returned 'P', which is a column of the report",
+        ),
         ({"nets": {"a": 3}}, TypeError, "must be name -> nn.Module, got int for 'a'"),
         ({"size": "weight"}, ValueError, "unknown size 'weight'"),
         ({"batch_size": 0}, ValueError, "`batch_size` must be a whole number >= 1, got 0"),

@@ -112,7 +112,9 @@ def test_a_given_plan():
 
 
 def test_a_pattern_that_matches_nothing():
-    with pytest.raises(ValueError, match=r"tensor_plan: '\*\.inner' matches no Linear layer. There are gate_proj, "):
+    with pytest.raises(
+        ValueError, match=r"tensor_plan: '\*\.inner' matches no Linear layer. Linear layers: gate_proj, "
+    ):
         given_pairs(Gated(), {"*.inner": "col"}, 2)
 
 
