@@ -376,7 +376,7 @@ def test_a_refusal_at_fit_start_is_one_sentence(capsys, tmp_path):
     assert "include: 'nothing' matches no layer" in capsys.readouterr().err
 
 
-def test_a_configuration_that_is_no_yaml_is_one_sentence(capsys, tmp_path):
+def test_an_invalid_yaml_configuration_is_one_sentence(capsys, tmp_path):
     for text, says in (("model: [1, 2\n", "line 1, column 8"), ("hello\n", "not a YAML mapping: hello")):
         (tmp_path / "broken.yaml").write_text(text)
         assert main(["fit", "--config", str(tmp_path / "broken.yaml")]) == 1
@@ -409,7 +409,7 @@ def test_without_jsonargparse_the_extra_is_named(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("command", [name for name in COMMANDS if name not in ("fit", "validate", "test", "predict")])
-def test_every_command_says_what_it_takes(command, capsys):
+def test_every_command_lists_its_arguments(command, capsys):
     with pytest.raises(SystemExit) as ended:
         main([command, "--help"])
     assert ended.value.code == 0

@@ -57,6 +57,6 @@ KNOWN = words_of_the_package()
 
 
 @pytest.mark.parametrize(("cell", "message"), quoted(), ids=lambda text: text[:40])
-def test_the_package_still_says_it(cell, message):
+def test_the_quoted_message_is_in_the_package(cell, message):
     missing = [" ".join(run) for run in runs(message) if run not in KNOWN]
     assert not missing, cell

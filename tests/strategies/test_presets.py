@@ -107,7 +107,7 @@ def test_sizes_that_do_not_fit_raise_with_the_trainer(strategy, words, sentence)
         new_trainer(strategy=strategy, **words)
 
 
-def test_a_notebook_is_told_what_to_take(monkeypatch):
+def test_a_notebook_raises_with_the_notebook_preset(monkeypatch):
     monkeypatch.setattr(_upstream, "is_interactive", lambda: True)
     with pytest.raises(MisconfigurationException, match="'optim_ddp_notebook'"):
         new_trainer(strategy="optim_fsdp")

@@ -256,7 +256,7 @@ def test_bytes_of_optimizers(optimizer, expected):
     assert asked(optimizer=optimizer).question.optimizer == expected
 
 
-def test_an_instance_says_its_options_and_its_parameters():
+def test_an_instance_shows_its_options_and_parameters():
     net = nn.Linear(9, 1, bias=False)
     momentum = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9)
     assert asked(net, optimizer=momentum).question.optimizer == 4
