@@ -278,7 +278,7 @@ MISTAKES = [
     (["compare", "a.ckpt"], "`model` is missing: `compare` takes --config FILE, or --model CLASS"),
     (["compare", "=a.ckpt", *MODEL, *DATA], "'=a.ckpt' has no name before `=`"),
     (["recommend", "--devices", "2", "--batch_size", "2"], "`model` is missing: `recommend` takes --config FILE"),
-    (["test", *MODEL, *DATA, *QUIET, "--ckpt_path", "best"], "--ckpt_path best: `test` is a run of its own"),
+    (["test", *MODEL, *DATA, *QUIET, "--ckpt_path", "best"], "--ckpt_path best: `test` is a separate run"),
     (["test", *MODEL, *DATA, *QUIET, "--ckpt_path", "."], "there is no checkpoint file '.'"),
     (
         ["fit", *MODEL, *DATA, *QUIET, "--trainer.strategy", "optim_fdsp"],

@@ -39,7 +39,7 @@ def test_show_gives_the_number_of_distilled_batches(tmp_path, capsys):
 
 def test_show_does_not_claim_a_distillation_that_never_ran(tmp_path, capsys):
     fit(tmp_path, distilled(new(), alpha=0.0), Files(tmp_path), max_epochs=1)
-    assert "distillation: asked, and no batch was taught" in shown(tmp_path / "0.ckpt", capsys)
+    assert "distillation: requested, but no batch was distilled" in shown(tmp_path / "0.ckpt", capsys)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # jsonargparse's, of what LightningCLI calls

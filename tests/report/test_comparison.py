@@ -135,7 +135,7 @@ def test_a_reference_that_cannot_be_exported_leaves_no_times_in_engines():
     report = quick(nets, engines=["torch", "onnxruntime"], export={})
     assert report["a"]["onnx_bytes"] > 0
     assert "onnxruntime_ms" not in report["a"]
-    assert report.notes[-1].endswith("Nor can the others be compared in engines.")
+    assert report.notes[-1].endswith("The others cannot be compared in engines either.")
 
 
 def test_an_engine_that_refuses_a_file_is_in_the_notes(monkeypatch):
@@ -217,7 +217,7 @@ def test_the_file_is_weighed_also_where_only_torch_is_timed():
         ({"engines": "torch"}, TypeError, "`engines` must be a list"),
         ({"engines": []}, ValueError, "`engines` is empty"),
         ({"engines": ["openvino"]}, ValueError, "export=False writes none"),
-        ({"weights": {"train_time": 1.0}}, ValueError, "compare trains nothing"),
+        ({"weights": {"train_time": 1.0}}, ValueError, "compare does not train"),
         ({"weights": {"speed": 1.0}}, ValueError, "has no 'speed'; known: size"),
         ({"weights": {"size": -1.0}}, ValueError, "non-negative numbers, got size=-1.0"),
         ({"evaluate": lambda module: 95.0}, ValueError, r"accuracy of a is 95, .* Divide percent by 100"),
@@ -235,8 +235,8 @@ def test_the_file_is_weighed_also_where_only_torch_is_timed():
         ({"controls": [1]}, TypeError, r"`controls` must be a list of names of models, got \[1\]"),
         ({"nets": [net()]}, TypeError, "`models` must be a mapping of name -> nn.Module"),
         ({"nets": {3: net()}}, TypeError, "`models` must be name -> nn.Module, got the name 3"),
-        ({"nets": {"a": nn.Flatten()}}, ValueError, "must be a model with a size above 0, .* got 0 for 'a'"),
-        ({"size": lambda module: 0.0}, ValueError, "must be a model with a size above 0"),
+        ({"nets": {"a": nn.Flatten()}}, ValueError, "size of the reference must be above 0, .* got 0 for 'a'"),
+        ({"size": lambda module: 0.0}, ValueError, "size of the reference must be above 0"),
         ({"export": {"opset": 17}}, ValueError, "`export` has no 'opset'; known: dynamic_batch, dynamic_dims, verify"),
         ({"export": "onnx"}, TypeError, "`export` must be a mapping of options of export_onnx, a bool or None"),
     ],
