@@ -356,7 +356,7 @@ def restructure(
 
 
 def _precision(buffer: torch.Tensor | None, written: torch.dtype) -> torch.dtype:
-    """Return a buffer's dtype: the module's precision, as for parameters, whatever precision the file was trained in."""
+    """Return a buffer's dtype: the module's precision, as for parameters, not the file's."""
     both_float = buffer is not None and buffer.is_floating_point() and written.is_floating_point
     return buffer.dtype if buffer is not None and both_float else written
 

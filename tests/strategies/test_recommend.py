@@ -145,7 +145,7 @@ def test_hybrid_sharding_is_for_several_nodes():
     assert "optim_hsdp" in asked().left_out
     assert asked(replicate=2).row("optim_hsdp").options == {"replicate": 2}
     assert asked(nodes=4).row("optim_hsdp").options == {"replicate": 4}
-    assert "no 3 groups" in asked(replicate=3).left_out["optim_hsdp"]
+    assert "cannot form 3 groups" in asked(replicate=3).left_out["optim_hsdp"]
     assert "no 2 groups" in asked(devices=1, nodes=2).left_out["optim_hsdp"]
 
 

@@ -187,7 +187,7 @@ def test_a_string_is_not_a_list_of_names():
 
 
 def test_a_model_without_parameters():
-    with pytest.raises(ValueError, match=r"ReLU has no parameters, so there is nothing to shard or to train"):
+    with pytest.raises(ValueError, match=r"ReLU has no parameters, so there is nothing to shard or train"):
         find_units(nn.ReLU())
 
 
