@@ -211,7 +211,7 @@ def test_the_file_is_weighed_also_where_only_torch_is_timed():
 @pytest.mark.parametrize(
     ("words", "error", "text"),
     [
-        ({"reference": "c"}, ValueError, "`reference` names 'c', which is no model; the models are a, b"),
+        ({"reference": "c"}, ValueError, "`reference` names 'c', which is not a model; the models are a, b"),
         ({"controls": ["c"]}, ValueError, "`controls` names 'c'"),
         ({"engines": ["tensorrt"]}, ValueError, "unknown engine 'tensorrt'; known: torch, onnxruntime, openvino"),
         ({"engines": "torch"}, TypeError, "`engines` must be a list"),
