@@ -282,7 +282,7 @@ MISTAKES = [
     (["test", *MODEL, *DATA, *QUIET, "--ckpt_path", "."], "there is no checkpoint file '.'"),
     (
         ["fit", *MODEL, *DATA, *QUIET, "--trainer.strategy", "optim_fdsp"],
-        "Did you mean 'optim_fsdp'? Those of lightning",
+        "Did you mean 'optim_fsdp'? Presets of lightning",
     ),
     (["fit", *MODEL, *DATA, *QUIET, "--trainer.strategy", "fsdp2"], "Did you mean 'optim_fsdp'?"),
     (["fit", *MODEL, *DATA, *QUIET, "--trainer.strategy", "lightning_optim.strategies.OptimDDP"], "{class_path: "),

@@ -146,7 +146,7 @@ def test_hybrid_sharding_is_for_several_nodes():
     assert asked(replicate=2).row("optim_hsdp").options == {"replicate": 2}
     assert asked(nodes=4).row("optim_hsdp").options == {"replicate": 4}
     assert "cannot form 3 groups" in asked(replicate=3).left_out["optim_hsdp"]
-    assert "no 2 groups" in asked(devices=1, nodes=2).left_out["optim_hsdp"]
+    assert "cannot form 2 groups" in asked(devices=1, nodes=2).left_out["optim_hsdp"]
 
 
 def test_layers_are_split_within_a_node():
