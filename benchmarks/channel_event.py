@@ -1,4 +1,4 @@
-"""What one ChannelPruning event costs, in steps' worth of time, for models of 1, 10 and 100 M parameters.
+"""Cost of one ChannelPruning event, in training steps, for models of 1, 10 and 100 M parameters.
 
 Plain and residual nets, Adam, batch 32, one thread. Each case trains in a process of its own: a few dense steps, then
 one event that removes half of the channels. Finding the groups happens once, when the training starts.
@@ -229,7 +229,7 @@ def report() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, help="a file for what is printed at the end")
+    parser.add_argument("--output", type=Path, help="file for the table; default the terminal")
     parser.add_argument("--case", choices=CASES, help=argparse.SUPPRESS)
     words = parser.parse_args()
     warnings.simplefilter("ignore")

@@ -1,4 +1,4 @@
-"""What half of the channels cost and save in well-known architectures, beside plain torch-pruning on the same models.
+"""Removing half of the channels of well-known architectures: gain and cost, compared with plain torch-pruning.
 
 python benchmarks/channel_zoo.py > benchmarks/channel_zoo_cpu_2026-11-24.md
 

@@ -1,4 +1,4 @@
-"""Accuracy and speed of digit readers that lose half of their channels: gradually, at once, at random, over seeds.
+"""Accuracy and speed of digit classifiers without half of their channels: removed gradually, at once, at random.
 
 The net and the data of ``lightning_optim.demo``: every row is trained from scratch in the same way. Needs the extra
 ``onnx``.
@@ -118,7 +118,7 @@ def introduction(seeds: int) -> str:
 `python benchmarks/channels_digits.py --seeds {seeds}`
 
 A residual conv net, {EPOCHS} epochs of 958 scans, tested on 719 (one is 0.14 points). Test accuracy in percent, mean ±
-standard deviation over {seeds} seeds. Differences below 1 point say nothing. Times are ratios to the dense net of the
+standard deviation over {seeds} seeds. Differences below 1 point are noise. Times are ratios to the dense net of the
 same seed, calls in turns, in CPU time (mean and range over the seeds); multiply-accumulates (MACs) are those of one
 image and no promise of speed. "Of each layer" is `scope="layer"`; the other rows rank the channels of all layers
 together. "At random" draws by the layers' names, so the same channels for every seed.
@@ -131,7 +131,7 @@ Measured elsewhere, with another training set and 400 steps: dense 99.35 ± 0.16
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--output", type=Path, help="a file for what is printed at the end")
+    parser.add_argument("--output", type=Path, help="file for the table; default the terminal")
     words = parser.parse_args()
     prepare(threads=THREADS)
     columns = ["", "parameters", "MACs", "test accuracy", "each seed"]

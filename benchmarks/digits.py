@@ -1,4 +1,4 @@
-"""Accuracy of pruned digit readers: schedules, scopes and the random control, over seeds.
+"""Accuracy of pruned digit classifiers: schedules, scopes and the random control, over seeds.
 
 The net and the data of ``lightning_optim.demo``: every row is trained from scratch in the same way.
 
@@ -50,7 +50,7 @@ def main() -> None:
 `python benchmarks/digits.py --seeds {words.seeds} --output {words.output.name}`
 
 A residual conv net of about 20 k weights, {EPOCHS} epochs of 958 scans, tested on 719 (one is 0.14 points). Test
-accuracy in percent, mean ± standard deviation over {words.seeds} seeds. Differences below 1 point say nothing.
+accuracy in percent, mean ± standard deviation over {words.seeds} seeds. Differences below 1 point are noise.
 """,
         "| | test accuracy | each seed |\n|---|---|---|",
     ]

@@ -1,4 +1,4 @@
-"""What the benchmarks on scanned digits share: one training of the demo's net with one callback."""
+"""Shared by the benchmarks on digits: training the demo's net with one callback."""
 
 import tempfile
 from collections.abc import Callable

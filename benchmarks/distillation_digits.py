@@ -1,4 +1,4 @@
-"""Does a teacher help a small digit reader? With all labels, and with 100 labels and the rest of the images unlabelled.
+"""Does a teacher help a small digit classifier? With all labels, and with 100 labels and the other images unlabeled.
 
 The student is the net of ``examples/digits.py`` with 3 channels, the teacher the same with 26. Every row trains the
 student for as many steps from the same weights; the controls are cross-entropy and label smoothing without a teacher.

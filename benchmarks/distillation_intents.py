@@ -1,4 +1,4 @@
-"""Does MiniLM teach a small intents net? Banking77, with all labels, and with ten an intent and the rest without.
+"""Does MiniLM help to train a small intents net? Banking77, with all labels, and with ten labels per intent.
 
 The net and the teacher of ``examples/intents.py``, not compressed: every student takes as many steps from the same
 weights. The controls are cross-entropy and label smoothing, which see the messages with a label only. Nothing is tuned.

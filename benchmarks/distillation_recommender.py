@@ -1,4 +1,4 @@
-"""Does the large two-tower recommender teach the small one? Online Retail, next basket, over seeds.
+"""Does the large two-tower recommender help to train the small one? Online Retail, next basket, over seeds.
 
 The task and the training of ``examples/recommender.py``, up to the test cut; of the recipe the teacher alone. The
 control is the small tower from scratch: as many epochs, the same weights at the start, the same batches.

@@ -1,4 +1,4 @@
-"""What a teacher adds to a training step: live, of two sizes, and with its logits cached; and what the cache costs.
+"""Cost of a teacher in a training step: live, in two sizes, and with cached logits; and cost of the cache.
 
 A student MLP and teachers of about 5 and 20 times its parameters, 77 classes, batch 64, one thread. Every variant
 trains in a Trainer of its own; the variants take turns, and each one's figure is the mean of its faster steps (the 5th

@@ -1,4 +1,4 @@
-"""How long ``import lightning_optim`` takes beside ``import lightning.pytorch``, which it includes.
+"""Time of ``import lightning_optim``, compared with ``import lightning.pytorch``, which it includes.
 
     python benchmarks/import_time.py --output benchmarks/import_time_cpu_2026-11-29.md
 

@@ -1,4 +1,4 @@
-"""Accuracy of a digit reader at 8, 4 and 3 bits: rounded after training, trained with rounding, over seeds.
+"""Accuracy of a digit classifier at 8, 4 and 3 bits: post-training and quantization-aware, over seeds.
 
 The task and the training of ``examples/digits.py``. Rows of one seed begin at the same weights and see the same data in
 the same order. "float" is the control of "QAT": as many epochs, without rounding. The second table goes on from the

@@ -71,10 +71,10 @@ def find_folder(path: str | Path | None = None) -> Path:
 
 
 def read_messages(folder: str | Path) -> tuple[Messages, Messages]:
-    """Read the publisher's messages to train on, and those to test with.
+    """Read the publisher's training and test messages.
 
     Raises:
-        ValueError: If a file has other columns, or the test an intent that is not among those to train on.
+        ValueError: If a file has other columns, or the test has an intent that the training messages lack.
     """
     train, test = (_read(Path(folder) / name) for name in FILE_NAMES)
     intents = sorted(train["category"].unique())
@@ -104,7 +104,7 @@ def _messages(rows: pd.DataFrame, intents: list[str]) -> Messages:
 
 
 def keep_intents(messages: Messages, kept: Sequence[int]) -> Messages:
-    """Return the messages of some intents, which are numbered anew in the given order."""
+    """Return the messages of some intents, renumbered in the given order."""
     position = np.full(len(messages.intents), -1)
     position[list(kept)] = np.arange(len(kept))
     chosen = messages[np.flatnonzero(position[messages.labels] >= 0)]
@@ -112,7 +112,7 @@ def keep_intents(messages: Messages, kept: Sequence[int]) -> Messages:
 
 
 def hold_out(messages: Messages, share: float, seed: int = 0) -> tuple[Messages, Messages]:
-    """Split off a share of the messages of every intent, always the same one for a seed."""
+    """Split off a fraction of the messages of every intent, the same for the same seed."""
     rows = np.arange(len(messages))
     rest, held_out = train_test_split(rows, test_size=share, random_state=seed, stratify=messages.labels)
     return messages[np.sort(rest)], messages[np.sort(held_out)]

@@ -1,4 +1,4 @@
-"""Shared by the examples: the stages of a recipe, its random control, and the check of the targets."""
+"""Shared by the examples: stages of a recipe, its random control, and the check of targets."""
 
 import dataclasses
 import logging
@@ -23,7 +23,7 @@ ROUNDS = 5  # on a busy machine one takes half as long again as another
 
 
 def prepare(*, threads: int, verbose: bool) -> None:
-    """Fix the number of threads, so that runs repeat, and hide the lines of the Trainer and callbacks unless asked."""
+    """Fix the number of threads for reproducible runs, and hide logs of Trainer and callbacks unless verbose."""
     torch.set_num_threads(threads)
     logging.getLogger("lightning.pytorch").setLevel(logging.INFO if verbose else logging.WARNING)
 
@@ -50,10 +50,10 @@ class Target:
     """Targets of the deployed file relative to the dense model's.
 
     Attributes:
-        smaller: How many times fewer bytes.
-        faster: How many times shorter a call of one row in ONNX Runtime.
-        drop: How much of the metric it may lose.
-        metric: Its name in a row.
+        smaller: Factor in bytes.
+        faster: Factor in latency of a call of one row in ONNX Runtime.
+        drop: Largest loss of the metric.
+        metric: Name of the metric in a row.
     """
 
     smaller: float
@@ -66,24 +66,24 @@ def target_notes(report: ComparisonReport, deployed: str, target: Target, times:
     """Compare each target with the measured value.
 
     Args:
-        report: Of the comparison.
-        deployed: Name of the row that is deployed.
-        target: What is asked.
+        report: Report of the comparison.
+        deployed: Name of the deployed row.
+        target: The targets.
         times: Milliseconds of a call of the deployed file and of the reference's, see ``times_alone``.
     """
     row, dense = report[deployed], report[report.reference]
     smaller, faster = dense["onnx_bytes"] / row["onnx_bytes"], times[1] / times[0]
     change = row[target.metric] - dense[target.metric]
     reached: Mapping[str, bool] = {
-        f"{smaller:.1f} times smaller (asked {target.smaller:g})": smaller >= target.smaller,
-        f"{faster:.1f} times faster (asked {target.faster:g})": faster >= target.faster,
-        f"{target.metric} {change:+.4f} (asked {-target.drop:+g} at least)": change >= -target.drop,
+        f"{smaller:.1f} times smaller (required: {target.smaller:g})": smaller >= target.smaller,
+        f"{faster:.1f} times faster (required: {target.faster:g})": faster >= target.faster,
+        f"{target.metric} {change:+.4f} (required: at least {-target.drop:+g})": change >= -target.drop,
     }
     words = "; ".join(f"{text}: {'reached' if is_reached else 'MISSED'}" for text, is_reached in reached.items())
     return [
         f"The deployed file ({deployed}, {row['onnx_bytes']:,.0f} bytes) against {report.reference}: {words}.",
-        f"That is the time of each file by itself, {times[0]:.3f} and {times[1]:.3f} ms, as it is deployed. In the "
-        "table calls take turns and tensors are converted, and a small file finds the cache full of the large one: it "
+        f"Each file is timed alone, as it is deployed: {times[0]:.3f} and {times[1]:.3f} ms. In the table, calls "
+        "alternate and tensors are converted, and the large file evicts the small one from the cache: it "
         f"is {1 / row[f'{DEPLOYED}_ratio']:.1f} times faster there.",
     ]
 

@@ -110,14 +110,14 @@ def describe(report: ComparisonReport, data: DigitsData) -> None:
         f"{sizes['test']} for the accuracy. Every row is trained in the same number of steps."
     )
     report.notes += [
-        "Rows from 'distilled' on are one student, taught by the large net and trained by one recipe with one more "
-        "technique each, in the windows of the whole. 'Drawn at random' is all of it, with channels and weights chosen "
-        "by lot.",
-        f"One test image is {1 / sizes['test']:.4f}: with a single seed, differences below 0.01 say nothing. All "
-        "labels are known, so the teacher adds nothing that can be measured here, and so small a net from scratch does "
-        "as well.",
-        "In so small a net one row's products are too few for integers to win back what rounding the inputs takes; see "
-        "32 rows, and the larger models in the benchmarks.",
+        "Rows from 'distilled' on are one student, distilled from the large net and trained by one recipe with one "
+        "more technique each, in the windows of the whole recipe. 'Drawn at random' is the whole recipe with random "
+        "channels and weights.",
+        f"One test image is {1 / sizes['test']:.4f}: with a single seed, differences below 0.01 are noise. All "
+        "labels are known, so the teacher adds nothing measurable here, and a small net trained from scratch matches "
+        "it.",
+        "In such a small net, one row has too few products for integers to pay for rounding the inputs; see 32 rows, "
+        "and the larger models in the benchmarks.",
     ]
 
 
@@ -126,7 +126,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=1, help="train every row with this many seeds")
     parser.add_argument("--fast", action="store_true", help="about half of the epochs")
     parser.add_argument("--report", default="reports/digits", metavar="DIR", help="where report and file go")
-    parser.add_argument("--verbose", action="store_true", help="print what the Trainer and the callbacks say")
+    parser.add_argument("--verbose", action="store_true", help="print the logs of the Trainer and the callbacks")
     return parser.parse_args(argv)
 
 

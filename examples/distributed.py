@@ -6,8 +6,8 @@ The same script runs on two processes of a CPU and on the GPUs of a machine:
     torchrun --nproc-per-node 2 examples/distributed.py --strategy optim_fsdp --devices 2
     python examples/distributed.py --recommend --devices 2
 
-It trains the small tower twice, dense and with four fifths of its weights set to zero, and prints for both what they
-recall, what each rank held, and whether the ranks ended with the same model.
+It trains the small tower twice, dense and with 80 % of its weights pruned, and prints the recall of both, the memory of
+each rank, and whether the ranks ended with the same model.
 """
 
 import argparse
@@ -53,7 +53,7 @@ class Tower(TwoTower):
 class Counts(pl.Callback):
     """Logs the bytes of weights, gradients and optimizer on the rank that holds most, and whether the ranks agree.
 
-    They are logged, and not kept here, since the callbacks of processes that were forked stay in them.
+    They are logged instead of stored, since callbacks of forked processes stay in those processes.
     """
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
@@ -159,9 +159,9 @@ def build_report(rows: list[Row], words: str, arguments: argparse.Namespace) -> 
         ],
         rows=rows,
         notes=[
-            "Bytes are counted on the rank that holds most: the parts that it has of weights, gradients and optimizer "
-            "states. Ranks agree when the checksum of the whole weights is the same on each.",
-            "A validation set that the ranks do not divide evenly counts some customers twice.",
+            "Bytes are those of the rank that holds most: its shards of weights, gradients and optimizer states. Ranks "
+            "agree if the checksum of the whole weights is the same on each.",
+            "A validation set that does not divide evenly over the ranks counts some customers twice.",
         ],
     )
 
@@ -173,16 +173,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         default="optim_ddp",
         choices=PRESETS,
         metavar="NAME",
-        help=f"one of {', '.join(PRESETS)}. optim_single takes --devices 1, optim_hsdp several nodes, and optim_tp and "
-        "optim_2d refuse this model: there is a Dropout between its Linear layers, so no pair can be divided",
+        help=f"one of {', '.join(PRESETS)}. optim_single needs --devices 1, optim_hsdp several nodes; optim_tp and "
+        "optim_2d reject this model: a Dropout between its Linear layers leaves no pair to split",
     )
     parser.add_argument("--devices", type=int, default=2, help="processes on a CPU, or GPUs (default 2)")
-    parser.add_argument("--recommend", action="store_true", help="print recommend()'s table and take its strategy")
+    parser.add_argument("--recommend", action="store_true", help="print recommend()'s table and use its strategy")
     parser.add_argument("--data", metavar="PATH", help="the Online Retail file (.xlsx, .csv, .csv.gz), or its folder")
-    parser.add_argument("--synthetic", action="store_true", help="a generated shop in place of the file")
+    parser.add_argument("--synthetic", action="store_true", help="a generated shop instead of the file")
     parser.add_argument("--fast", action="store_true", help=f"fewer customers, {FAST_EPOCHS} epoch")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--verbose", action="store_true", help="print what the Trainer and the callbacks say")
+    parser.add_argument("--verbose", action="store_true", help="print the logs of the Trainer and the callbacks")
     arguments = parser.parse_args(argv)
     if arguments.synthetic and arguments.data:
         parser.error("--data and --synthetic exclude each other")
@@ -207,10 +207,12 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
         say(found)
         strategies = [found.strategy(), found.strategy()]  # an object belongs to one Trainer
         name, arguments.devices = found.rows[0].preset, found.rows[0].layout.devices
-        say(f"\ntaking {name} on {arguments.devices}\n")
+        say(f"\nusing {name} on {arguments.devices}\n")
     started = int(os.environ.get("LOCAL_WORLD_SIZE", arguments.devices))
     if started != arguments.devices:
-        raise ValueError(f"torchrun started {started} processes, and {name} takes {arguments.devices}: start as many.")
+        raise ValueError(
+            f"torchrun started {started} processes, but {name} runs on {arguments.devices}: start as many."
+        )
     rows = [
         fit("dense", task, [score(task)], strategies[0], arguments),
         fit(f"{SPARSITY:.0%} zeros", task, [zeros(), score(task)], strategies[1], arguments),

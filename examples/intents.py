@@ -1,6 +1,6 @@
 """Compress an intent classifier for customer-service messages with one recipe, from teacher to verified int8 file.
 
-77 intents; the teacher is MiniLM where it is installed, else a larger net of the same kind; every stage is measured.
+77 intents; the teacher is MiniLM if it is installed, else a larger net of the same kind; every stage is measured.
 Run it with ``python examples/intents.py --data PATH``, or with ``--synthetic`` where the Banking77 files are missing.
 The last stage alone, from YAML: ``--prepare --files checkpoints/intents``, then ``intents.yaml``.
 """
@@ -71,14 +71,14 @@ SYNTHETIC = Job(Widths(96, 96, 96), Widths(192, 192, 192), epochs=9, batch_size=
 
 @dataclass(frozen=True)
 class Material:
-    """What students learn from besides the messages.
+    """Training material of the students besides the messages.
 
     Attributes:
-        name: Of the teacher.
-        teacher: Itself, to be measured.
-        accuracy: Of the teacher, on the messages held out.
-        logits: File of what it says about the messages to train on.
-        vectors: File of what the embedding begins with; None: random numbers.
+        name: Name of the teacher.
+        teacher: The teacher, to be measured.
+        accuracy: Its accuracy on the held-out messages.
+        logits: File of its logits of the training messages.
+        vectors: File of the initial embedding; None: random numbers.
     """
 
     name: str
@@ -89,7 +89,7 @@ class Material:
 
 
 def prepare_material(data: IntentsData, job: Job, folder: Path) -> Material:
-    """Make the teacher, and write down what it says and what the students begin with."""
+    """Build the teacher, and write its logits and the students' initial vectors."""
     task, logits, vectors = data.task, folder / "teacher_logits.bin", None
     if task.vocabulary.vectors is not None:
         vectors = folder / "vectors.pt"
@@ -229,38 +229,36 @@ def describe(report: ComparisonReport, data: IntentsData, job: Job, material: Ma
     gain = report["distilled"]["accuracy"] - report[SCRATCH]["accuracy"]
     report.title = f"Customer-service messages ({source}) by intent: from {material.name} to a small int8 file"
     report.summary = (
-        f"{task.intents} intents; {len(task.train):,} messages to train on, {len(task.held_out):,} ({held_out}) to "
-        f"judge by. {len(task.vocabulary):,} {task.vocabulary.name}. {job.epochs} epochs in every row, of which the "
-        "last weights count."
+        f"{task.intents} intents; {len(task.train):,} training messages, {len(task.held_out):,} ({held_out}) for "
+        f"the accuracy. {len(task.vocabulary):,} {task.vocabulary.name}. {job.epochs} epochs in every row; the last "
+        "weights count."
     )
     report.notes += [
-        f"Two standard errors of one accuracy are {noise:.3f}; of a difference between rows less, since all are asked "
-        "the same messages.",
-        f"The teacher's share of that: {gain:+.4f} for the student that learns from {material.name}'s cached logits "
-        "too, against the one from the labels alone, of the same weights at the start.",
-        f"Rows from 'distilled' on are one student, trained by the recipe {RECIPE!r} with one technique more each. "
-        "'Drawn at random' is the whole recipe with channels and weights chosen by lot.",
-        "Zeros are in the file like other numbers. Word vectors are most of a small reader: without them in int8 the "
-        "file would hardly shrink.",
-        "The net of the final shape begins with the first principal components of MiniLM's vectors, others with all.",
+        f"Two standard errors of one accuracy are {noise:.3f}; of a difference between rows it is less, since all "
+        "answer the same messages.",
+        f"The teacher adds {gain:+.4f}: the student that also learns from {material.name}'s cached logits, compared "
+        "with one that learns from labels alone and starts with the same weights.",
+        f"Rows from 'distilled' on are one student, trained by the recipe {RECIPE!r} with one more technique each. "
+        "'Drawn at random' is the whole recipe with random channels and weights.",
+        "Zeros take as much of the file as other numbers. Word vectors are most of a small text model: without them in "
+        "int8, the file would hardly shrink.",
+        "The net of the final shape starts with the first principal components of MiniLM's vectors, others with all.",
     ]
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", metavar="PATH", help="the folder with Banking77's train.csv and test.csv")
-    parser.add_argument("--synthetic", action="store_true", help="generated messages in place of the files")
+    parser.add_argument("--synthetic", action="store_true", help="generated messages instead of the files")
     parser.add_argument("--fast", action="store_true", help=f"only the ten intents about a {FAST_TOPIC}")
     parser.add_argument("--held-out", choices=HELD_OUT, default="test", help="validation: for choosing")
     parser.add_argument("--recipe", default=RECIPE, help="a recipe's name, or its YAML file")
     parser.add_argument("--seeds", type=int, default=1, help="train every row with this many seeds")
-    parser.add_argument("--no-minilm", action="store_true", help="own word pieces, also where MiniLM is installed")
-    parser.add_argument("--prepare", action="store_true", help="only make what intents.yaml reads, and stop")
-    parser.add_argument(
-        "--files", metavar="DIR", help="where vectors and the teacher's logits go; default the report's"
-    )
+    parser.add_argument("--no-minilm", action="store_true", help="own word pieces, even if MiniLM is installed")
+    parser.add_argument("--prepare", action="store_true", help="only create the files that intents.yaml reads")
+    parser.add_argument("--files", metavar="DIR", help="folder of vectors and teacher logits; default the report's")
     parser.add_argument("--report", default="reports/intents", metavar="DIR", help="where report and file go")
-    parser.add_argument("--verbose", action="store_true", help="print what the Trainer and the callbacks say")
+    parser.add_argument("--verbose", action="store_true", help="print the logs of the Trainer and the callbacks")
     arguments = parser.parse_args(argv)
     if arguments.synthetic and arguments.data:
         parser.error("--data and --synthetic exclude each other")

@@ -27,11 +27,11 @@ class IntentsTask:
     """Training and evaluation messages.
 
     Attributes:
-        train: Messages to train on.
-        held_out: Messages to judge by.
-        vocabulary: Pieces that occur in those to train on.
-        train_pieces: The messages to train on as numbers.
-        held_out_pieces: The others.
+        train: Training messages.
+        held_out: Held-out messages.
+        vocabulary: Pieces that occur in the training messages.
+        train_pieces: The training messages as numbers.
+        held_out_pieces: The held-out messages as numbers.
     """
 
     train: Messages
@@ -59,7 +59,7 @@ class IntentsTask:
 
 @cache
 def load_task(path: str | None, held_out: str, synthetic: bool, fast: bool, minilm: bool) -> IntentsTask:
-    """Return the task; what was read once is kept."""
+    """Return the task; files are read once."""
     train, test = generate_messages() if synthetic else read_messages(find_folder(path))
     if fast and not synthetic:
         kept = [place for place, intent in enumerate(train.intents) if FAST_TOPIC in intent]
@@ -73,7 +73,7 @@ def load_task(path: str | None, held_out: str, synthetic: bool, fast: bool, mini
 
 
 def numbered(batches: DataLoader) -> DataLoader:
-    """Return a loader of the same batches that say which messages they hold, so that cached logits are found."""
+    """Return a loader of the same batches with the indices of their messages, for cached logits."""
     return DataLoader(
         IndexedDataset(batches.dataset),
         batch_sampler=batches.batch_sampler,
@@ -82,18 +82,17 @@ def numbered(batches: DataLoader) -> DataLoader:
 
 
 class IntentsData(pl.LightningDataModule):
-    """Messages to train on and messages held out.
+    """Training and held-out messages.
 
     Args:
         path: The folder with Banking77's files; ``None`` is where ``find_folder`` looks.
-        held_out: "test", the publisher's; or "validation", a tenth of his messages to train on, for whatever is to be
-            chosen.
-        synthetic: Take generated messages in place of the files.
-        fast: Take only the intents about a transfer.
-        minilm: Take MiniLM's pieces where its package is installed; else they are learned from the messages.
-        indexed: Say which messages a batch holds: a student that reads cached logits needs it, no other can take it.
+        held_out: "test", the publisher's; or "validation", a tenth of the training messages, for choosing settings.
+        synthetic: Use generated messages instead of the files.
+        fast: Use only the intents about a transfer.
+        minilm: Use MiniLM's pieces if its package is installed; otherwise they are learned from the messages.
+        indexed: Add the indices of the messages to batches; only for a student that reads cached logits.
         batch_size: Messages in a batch.
-        seed: Of shuffling, which has a generator of its own.
+        seed: Seed of shuffling, which has a generator of its own.
     """
 
     def __init__(
@@ -126,7 +125,7 @@ class IntentsData(pl.LightningDataModule):
         load_task(*self.source)
 
     def train_dataloader(self) -> DataLoader:
-        """Return the messages to train on, shuffled in the same way for the same seed."""
+        """Return the training messages, shuffled by the seed."""
         batches = loader(self.task.train_pieces, batch_size=self.batch_size, shuffle_seed=self.seed)
         return numbered(batches) if self.indexed else batches
 

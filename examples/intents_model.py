@@ -32,15 +32,15 @@ class IntentsNet(pl.LightningModule):
         pieces: Size of the vocabulary.
         intents: Number of intents.
         width: Length of an embedding vector.
-        channels: Of the convolution.
-        hidden: Width of the layer before the last.
-        dropout: Of the embedding vectors, after the maximum and after the hidden layer.
-        word_dropout: Share of the pieces that are unknown while training.
+        channels: Channels of the convolution.
+        hidden: Width of the second-last layer.
+        dropout: Dropout of the embedding vectors, after the maximum and after the hidden layer.
+        word_dropout: Fraction of the pieces that are replaced by unknown in training.
         label_smoothing: Probability that the loss spreads evenly over all intents.
-        learning_rate: Of AdamW.
-        embedding_rate: How much faster the embedding learns; one that begins at random needs it.
-        vectors: File of a tensor ``[pieces, any width]`` that the embedding begins with (its first principal components
-            where it is wider). Not a hyperparameter: a checkpoint loads without it.
+        learning_rate: Learning rate of AdamW.
+        embedding_rate: Factor of the embedding's learning rate; a random embedding needs more than 1.
+        vectors: File of a tensor ``[pieces, any width]`` that initializes the embedding (its first principal components
+            if it is wider). Not a hyperparameter: a checkpoint loads without it.
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class IntentsNet(pl.LightningModule):
 
 
 class MessagePieces(Dataset):
-    """Makes whole batches at once: ``__getitems__`` is what a plain ``DataLoader`` calls with a batch of indices.
+    """Makes whole batches at once: a ``DataLoader`` calls ``__getitems__`` with a batch of indices.
 
     Args:
         rows: Numbers of each message's pieces.
@@ -151,9 +151,9 @@ class SimilarLengths(Sampler[list[int]]):
     shuffled; else they are sorted by length once.
 
     Args:
-        lengths: Of all messages.
-        batch_size: Messages in a batch; the last one may be smaller.
-        generator: Shuffles anew in every epoch; ``None`` does not shuffle.
+        lengths: Lengths of all messages.
+        batch_size: Messages in a batch; the last batch may be smaller.
+        generator: Shuffles in every epoch; ``None`` does not shuffle.
     """
 
     def __init__(self, lengths: np.ndarray, batch_size: int, generator: np.random.Generator | None = None) -> None:
@@ -178,12 +178,12 @@ class SimilarLengths(Sampler[list[int]]):
 
 
 def _as_made(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Collate nothing: ``MessagePieces`` has made the batch."""
+    """Collate nothing: ``MessagePieces`` has already made the batch."""
     return batch
 
 
 def loader(messages: MessagePieces, *, batch_size: int, shuffle_seed: int | None = None) -> DataLoader:
-    """Return a loader of whole batches of similar length, shuffled where a seed is given."""
+    """Return a loader of batches of similar length, shuffled if a seed is given."""
     generator = None if shuffle_seed is None else np.random.default_rng(shuffle_seed)
     sampler = SimilarLengths(messages.lengths, batch_size, generator)
     return DataLoader(messages, batch_sampler=sampler, collate_fn=_as_made)

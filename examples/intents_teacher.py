@@ -1,7 +1,7 @@
 """The intents net's teacher: all-MiniLM-L6-v2, frozen, with a linear head fitted to the labels.
 
-What it says about the messages to train on follows from one vector of each, computed once, and goes into a file of
-cached logits. So no training run needs the teacher itself.
+Its logits of the training messages are computed from one vector per message, once, and written to a file of cached
+logits. So no training run needs the teacher itself.
 """
 
 import importlib.util
@@ -29,18 +29,18 @@ HEAD_C = 30  # of the logistic regression, by the validation part
 
 
 def find_teacher() -> Path | None:
-    """Return the encoder's folder; None where one of the two optional packages is missing."""
+    """Return the encoder's folder; None if one of the two optional packages is missing."""
     return find_minilm() if importlib.util.find_spec("transformers") is not None else None
 
 
 class SentenceTeacher(nn.Module):
-    """MiniLM's mean vector of a message, normalised, and a linear head.
+    """MiniLM's mean vector of a message, normalized, and a linear head.
 
-    It reads what the student reads: the student's pieces are its own, numbered anew.
+    Its inputs are the student's: the student's pieces are MiniLM's, renumbered.
 
     Args:
         encoder: MiniLM, a transformers model.
-        numbers: Of MiniLM's pieces ``[CLS]`` and ``[SEP]``, and then of each of the student's.
+        numbers: MiniLM's numbers of ``[CLS]`` and ``[SEP]``, and then of each of the student's pieces.
         intents: Number of intents.
     """
 
@@ -52,7 +52,7 @@ class SentenceTeacher(nn.Module):
         self.head = nn.Linear(encoder.config.hidden_size, intents)
 
     def vectors(self, pieces: Tensor) -> Tensor:
-        """Return one vector of length 1 a message, ``[messages, width]``."""
+        """Return one vector of length 1 per message, ``[messages, width]``."""
         lengths = (pieces != PADDING).sum(1, keepdim=True)
         tokens = F.pad(self.known[pieces], (1, 1))
         tokens[:, 0] = self.first
@@ -79,7 +79,7 @@ class SentenceTeacher(nn.Module):
 
 
 def load_teacher(folder: Path, vocabulary: Vocabulary, intents: int) -> SentenceTeacher:
-    """Load MiniLM from its folder, for the student's pieces; the head is still to be fitted."""
+    """Load MiniLM from its folder, for the student's pieces; the head is not fitted yet."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before the import: all files are here
     from transformers import AutoModel
     from transformers.utils import logging
@@ -108,6 +108,6 @@ def encode(teacher: SentenceTeacher, messages: MessagePieces) -> Tensor:
 
 
 def write_cache(path: Path, teacher: nn.Module, answers: Tensor) -> None:
-    """Write what the teacher says about every message to train on, ``[messages, intents]``."""
+    """Write the teacher's logits of every training message, ``[messages, intents]``."""
     indexed = [(torch.arange(len(answers)), answers)]
     LogitCache.build(path, indexed, teacher=Teacher.of(teacher).checksum(), rows=len(answers), progress=False)

@@ -1,4 +1,4 @@
-"""The Online Retail transactions: finding the file, reading it, keeping what a customer really bought.
+"""The Online Retail transactions: finds and reads the file, and keeps real purchases.
 
 The data set (every transaction of a British online gift shop, 2010-12-01 to 2011-12-09) belongs to its publisher and
 is no part of this repository. Chen, Sain, Guo 2012, "Data mining for the online retail industry",

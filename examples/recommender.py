@@ -161,15 +161,15 @@ def describe(report: ComparisonReport, data: RetailData, source: str) -> None:
         "those of the first 20; 'new' leaves out what the customer had bought before."
     )
     report.notes += [
-        f"{again:.0%} of the items asked for had been bought before by the same customer, so buying again is hard to "
-        "beat over all items; what a net has lost shows among the new ones.",
-        f"Rows from 'distilled' on are one student, taught by the large tower and trained by the recipe {RECIPE!r}, "
-        "with one technique more each; every row takes as many steps. 'Drawn at random' is the whole recipe with "
-        "channels and weights chosen by lot.",
+        f"{again:.0%} of the target items had been bought before by the same customer, so repeat purchases are a "
+        "strong baseline over all items; a net's loss shows among the new ones.",
+        "Rows from 'distilled' on are one student, distilled from the large tower and trained by the recipe "
+        f"{RECIPE!r}, with one more technique each, in the same number of steps. 'Drawn at random' is the whole recipe "
+        "with random channels and weights.",
         "A smaller tower from scratch is the control of the teacher: on this data bigger is not better, so the large "
-        "one is an honest teacher and no honest baseline.",
-        "Exported towers take customers padded to one length, since engines know no ragged bags. Zeros are in the file "
-        "like other numbers.",
+        "tower is a fair teacher but not a fair baseline.",
+        "Exported towers take customers padded to one length, since engines have no ragged bags. Zeros take as much of "
+        "the file as other numbers.",
     ]
 
 
@@ -182,7 +182,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--recipe", default=RECIPE, help="a recipe's name, or its YAML file")
     parser.add_argument("--seeds", type=int, default=1, help="train every row with this many seeds")
     parser.add_argument("--report", default="reports/recommender", metavar="DIR", help="where report and file go")
-    parser.add_argument("--verbose", action="store_true", help="print what the Trainer and the callbacks say")
+    parser.add_argument("--verbose", action="store_true", help="print the logs of the Trainer and the callbacks")
     arguments = parser.parse_args(argv)
     if arguments.synthetic and arguments.data:
         parser.error("--data and --synthetic exclude each other")

@@ -1,7 +1,7 @@
-"""A small task that needs no download: a residual net reads scikit-learn's handwritten digits.
+"""A small task without downloads: a residual net classifies scikit-learn's handwritten digits.
 
-The classes are what ``lightning-optim demo`` and ``examples/digits.py`` train; they serve for trying the command line
-too: ``lightning-optim fit --model lightning_optim.demo.DigitsNet --data lightning_optim.demo.DigitsData``.
+``lightning-optim demo`` and ``examples/digits.py`` train these classes. They are also useful to try the command line:
+``lightning-optim fit --model lightning_optim.demo.DigitsNet --data lightning_optim.demo.DigitsData``.
 """
 
 from functools import cached_property
@@ -20,7 +20,7 @@ VALIDATION_IMAGES = 120
 
 
 class Residual(nn.Module):
-    """Two 3x3 convolutions beside a shortcut."""
+    """Two 3x3 convolutions with a shortcut."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -41,8 +41,8 @@ class DigitsNet(pl.LightningModule):
     """A small residual net for 8x8 images; an ordinary LightningModule that knows nothing of compression.
 
     Args:
-        width: Channels of the first half; the second has twice as many.
-        learning_rate: Highest of the one-cycle schedule.
+        width: Channels of the first half; the second half has twice as many.
+        learning_rate: Peak of the one-cycle schedule.
     """
 
     def __init__(self, width: int = 13, learning_rate: float = 1e-2) -> None:
@@ -64,7 +64,7 @@ class DigitsNet(pl.LightningModule):
         )
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return scores ``[images, 10]`` of scans ``[images, 1, 8, 8]`` with values in [0, 1]."""
+        """Return logits ``[images, 10]`` of scans ``[images, 1, 8, 8]`` with values in [0, 1]."""
         scores: Tensor = self.net(images)
         return scores
 
@@ -98,14 +98,14 @@ class DigitsNet(pl.LightningModule):
 
 
 class DigitsData(pl.LightningDataModule):
-    """The 1,797 scans of scikit-learn, always split in the same way: 958 to train on, 120 to validate, 719 to test.
+    """The 1,797 scans of scikit-learn in a fixed split: 958 for training, 120 for validation, 719 for testing.
 
     Args:
-        batch_size: In training.
-        seed: Of the shuffling.
+        batch_size: Batch size in training.
+        seed: Seed of the shuffling.
 
     Raises:
-        ImportError: If scikit-learn is not installed; the text names the extra.
+        ImportError: If scikit-learn is not installed; the message names the extra.
     """
 
     name = "scikit-learn's digits"
@@ -134,19 +134,19 @@ class DigitsData(pl.LightningDataModule):
         return {name: TensorDataset(*(tensor[rows] for tensor in tensors)) for name, rows in parts.items()}
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """Return the scans to train on, shuffled by a generator of their own."""
+        """Return the training scans, shuffled by a generator of their own."""
         shuffled = torch.Generator().manual_seed(self.seed)
         return DataLoader(self.splits["train"], self.batch_size, shuffle=True, generator=shuffled)
 
     def val_dataloader(self) -> DataLoader[Any]:
-        """Return the scans to validate on, in one batch."""
+        """Return the validation scans, in one batch."""
         return DataLoader(self.splits["validation"], VALIDATION_IMAGES)
 
     def test_dataloader(self) -> DataLoader[Any]:
-        """Return the scans to test on, in one batch."""
+        """Return the test scans, in one batch."""
         return DataLoader(self.splits["test"], TEST_IMAGES)
 
     def predict_dataloader(self) -> DataLoader[Any]:
-        """Return the scans to test on without their labels, in one batch."""
+        """Return the test scans without their labels, in one batch."""
         images: Any = self.splits["test"].tensors[0]
         return DataLoader(images, batch_size=TEST_IMAGES)

@@ -1,11 +1,11 @@
 """The plan: how a module's structure differs from its class, as plain types, and how a fresh module is conformed to it.
 
-A technique calls :meth:`Plan.track` before it changes a layer, and then changes it; that is all. Whatever differs from
-the user's class by the time a file is written is in the plan: the layer's class, attributes that the technique named,
+A technique calls :meth:`Plan.track` before it changes a layer, and then changes it; that is all. Every difference from
+the user's class at the time of saving is in the plan: the layer's class, attributes that the technique named,
 parameters and buffers that changed shape, were added or removed, and children that were added or removed.
 
-Names in a plan are those of the changed module. Where blocks of a stack are removed, the others move up, as if the
-stack had been built with fewer of them; the plan says which place of the original each child had.
+Names in a plan are those of the changed module. If blocks of a stack are removed, the others move up, as if the stack
+had been built with fewer blocks; the plan records the original place of each child.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -34,13 +34,13 @@ KEY = "lightning_optim"
 """The checkpoint's top-level key."""
 
 VERSION = 2
-"""Version of the plan's layout; a newer one is refused. Version 1 had no added or removed parameters and children."""
+"""Version of the plan's layout; newer ones are rejected. Version 1 had no added or removed parameters and children."""
 
 EMPTY: Mapping[str, Any] = {"version": VERSION, "modules": {}, "entries": {}}
 
 
 class Contributor(Protocol):
-    """A technique's callback, as the plan knows it."""
+    """The interface of a technique's callback to the plan."""
 
     @property
     def state_key(self) -> str:
@@ -56,7 +56,7 @@ def _nobody(trainer: Any) -> Sequence[Contributor]:
 
 @dataclass(frozen=True)
 class _Step:
-    """What is to be done to one layer."""
+    """The change of one layer."""
 
     layer: nn.Module
     own: str | None
@@ -67,14 +67,14 @@ class _Step:
 
 @dataclass
 class Plan:
-    """What techniques changed in one module, kept on that module by its save hook.
+    """The changes of techniques in one module, kept on that module by its save hook.
 
     Attributes:
-        module: The module whose names the plan speaks.
-        entries: What each technique contributes besides, by ``state_key``: plain types only.
-        provenance: Where the module's weights come from; a file that is loaded and saved again keeps it.
-        contributors: Returns the contributors among a Trainer's callbacks; registered by whoever attaches the plan. A
-            function of the module level, since the plan is copied and pickled with its module.
+        module: The module that the plan's names refer to.
+        entries: Further entry of each technique, by ``state_key``: plain types only.
+        provenance: Provenance of the module's weights; a file that is loaded and saved again keeps it.
+        contributors: Function of a Trainer that returns the contributors among its callbacks; set by the code that
+            attaches the plan. Defined at module level, since the plan is copied and pickled with its module.
     """
 
     module: nn.Module
@@ -82,7 +82,7 @@ class Plan:
     provenance: dict[str, Any] = field(default_factory=dict)
     contributors: Callable[[Any], Sequence[Contributor]] = _nobody
     _base: dict[str, Structure] = field(default_factory=dict)
-    """What the user's class makes of each watched layer, by the name that the layer has there."""
+    """Structure of each watched layer in the user's class, by the layer's name there."""
 
     def track(self, name: str, *attributes: str) -> None:
         """Watch one layer: call it before the layer is changed for the first time.
@@ -104,11 +104,11 @@ class Plan:
         self._remember(own, layer, attributes)
 
     def _place(self, parent: str, name: str, child: nn.Module) -> str | None:
-        """Return a child's name in the user's class, where its parent is ``parent``; None if a technique added it."""
+        """Return a child's name in the user's class, below ``parent``; None if a technique added it."""
         return vars(child).get(PLACE) if parent in self._base else name
 
     def _remember(self, own: str, layer: nn.Module, attributes: Iterable[str]) -> None:
-        """Keep what the user's class makes of a layer."""
+        """Record a layer's structure in the user's class."""
         if own not in self._base:
             for name, child in reversed(children_of(layer).items()):  # one that has several names keeps the first
                 vars(child)[PLACE] = name
@@ -119,7 +119,7 @@ class Plan:
         base.attributes = {**now.attributes, **base.attributes}
 
     def _differing(self) -> Iterator[tuple[str, Structure, Structure | None]]:
-        """Yield name, present and original structure of what differs; what was added has no original."""
+        """Yield name, present and original structure of layers that differ; added layers have no original."""
 
         def visit(layer: nn.Module, name: str, own: str) -> Iterator[tuple[str, Structure, Structure | None]]:
             base = self._base.get(own)
@@ -188,7 +188,7 @@ class Plan:
     def _steps(
         self, described: Mapping[str, Mapping[str, Any]], like: torch.Tensor | None
     ) -> Iterator[tuple[str, _Step]]:
-        """Yield by name what is to be done to each layer, outer layers first; nothing is changed here."""
+        """Yield the change of each layer by name, outer layers first; nothing is changed here."""
 
         def visit(layer: nn.Module, name: str, own: str | None) -> Iterator[tuple[str, _Step]]:
             base = None if own is None else self._base.get(own)
@@ -227,7 +227,7 @@ class Plan:
         described: Mapping[str, Mapping[str, Any]],
         like: torch.Tensor | None,
     ) -> nn.Module:
-        """Return a layer's child of some place in the user's class, made again if it was removed, or an added one."""
+        """Return a layer's child by its place in the user's class, rebuilt if it was removed, or an added child."""
         key = name.rpartition(".")[2]
         if place is None:
             present = layer._modules.get(key)
@@ -262,7 +262,7 @@ def _join(parent: str, name: str) -> str:
 
 
 def check_version(plain: Mapping[str, Any]) -> None:
-    """Refuse a plan of a newer layout, naming the version that wrote it."""
+    """Reject a plan of a newer layout, naming the version that wrote it."""
     version = plain.get("version")
     if not isinstance(version, int) or version > VERSION:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Where a checkpoint comes from: model, data, versions, recipe and metrics, as plain types."""
+"""Provenance of a checkpoint: model, data, versions, recipe and metrics, as plain types."""
 
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -19,15 +19,15 @@ _PACKAGES = ("torch", "lightning", "torch-pruning")
 
 
 def provenance(module: nn.Module, trainer: Any, callbacks: Iterable[Any] = ()) -> dict[str, Any]:
-    """Return what a reader of a checkpoint wants to know of the run that wrote it.
+    """Describe the run that writes a checkpoint.
 
     Args:
         module: The LightningModule that is saved.
-        trainer: Its Trainer; None where the file is written without one.
-        callbacks: The compression callbacks, for the recipe they were made from.
+        trainer: Its Trainer; None if the file is written without one.
+        callbacks: The compression callbacks, for the recipe they come from.
 
     Returns:
-        ``model`` (class), ``versions``, and of a run ``data`` (name or class, and number of training samples),
+        ``model`` (class), ``versions``, and for a run ``data`` (name or class, and number of training samples),
         ``recipe``, ``run`` (strategy, precision, processes, planned length) and ``metrics``: plain types.
     """
     about: dict[str, Any] = {"model": _name_of(module), "versions": dict(_versions())}
@@ -43,7 +43,7 @@ def provenance(module: nn.Module, trainer: Any, callbacks: Iterable[Any] = ()) -
 
 
 def _recipes(sources: Iterable[Any]) -> list[dict[str, Any]]:
-    """Return the recipes of a run, each with the arguments of its techniques that took part."""
+    """Return the recipes of a run, each with the arguments of the techniques that were used."""
     recipes: list[dict[str, Any]] = []
     for source in sources:
         words = getattr(source, "recipe", None)
@@ -71,7 +71,7 @@ def _versions() -> Mapping[str, str]:
 
 
 def _data(trainer: Any) -> dict[str, Any]:
-    """Name the data: the DataModule or else the dataset, and how many samples it trains on where that is known."""
+    """Describe the data: the DataModule or else the dataset, and the number of training samples if it is known."""
     dataset = getattr(getattr(trainer, "train_dataloader", None), "dataset", None)
     found: dict[str, Any] = {}
     source = trainer.datamodule if trainer.datamodule is not None else dataset
@@ -96,7 +96,7 @@ def _run(trainer: Any) -> dict[str, Any]:
 
 
 def _metrics(trainer: Any) -> dict[str, float]:
-    """Return what was logged last, as numbers."""
+    """Return the last logged values, as numbers."""
     logged = trainer.callback_metrics
     return {name: float(value) for name, value in logged.items() if isinstance(value, (Tensor, int, float))}
 
@@ -116,7 +116,7 @@ def as_plain(value: Any) -> Any:
 
 
 def _builtin(value: Any) -> Any:
-    """Return a number or text of exactly a built-in type: ``weights_only=True`` reads no NumPy scalar and no enum."""
+    """Return a number or string of a built-in type: ``weights_only=True`` reads no NumPy scalars and no enums."""
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, Enum):

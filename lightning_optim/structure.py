@@ -1,4 +1,4 @@
-"""The structure of single layers, as plain types: read, compared, and given to another layer.
+"""The structure of single layers, as plain types: reads it, compares it, and gives it to another layer.
 
 :class:`lightning_optim.plan.Plan` puts the layers of a module together.
 """
@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 PLACE = "_lightning_optim_place"
-"""Attribute of a watched module's child: the name it has in the user's class. It survives copying and pickling."""
+"""Attribute of a watched module's child: its name in the user's class. It survives copying and pickling."""
 
 _CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
 
@@ -43,16 +43,16 @@ T = TypeVar("T", bound=type[nn.Module])
 
 
 def layer_class(cls: T) -> T:
-    """Class decorator: a layer class that techniques swap in by ``__class__`` and that plans may therefore name.
+    """Class decorator: registers a layer class that techniques set as ``__class__``, so that plans can name it.
 
-    Only such classes are swapped in when a file is loaded; a plan never imports anything.
+    Only registered classes are set when a file is loaded; a plan never imports anything.
     """
     _LAYER_CLASSES[_path_of(cls)] = cls
     return cls
 
 
 def is_layer_class(cls: type) -> bool:
-    """Whether a technique swaps the class in."""
+    """Whether a technique sets the class."""
     registered = _LAYER_CLASSES.get(_path_of(cls))
     return registered is not None and issubclass(cls, registered)
 
@@ -62,7 +62,7 @@ def _path_of(cls: type) -> str:
 
 
 class _Absent:
-    """Stands for an attribute that the user's class does not have; a class is copied and pickled as itself."""
+    """Marks an attribute that the user's class does not have; a class is copied and pickled as itself."""
 
 
 @dataclass
@@ -76,8 +76,8 @@ class Structure:
         buffers: Shapes and dtypes by name.
         children: Name -> the child's name in the user's class, in registration order; None for a child that a
             technique added.
-        emptied: The container's children as the user's class makes them, without memory for their weights: those that
-            were removed are made again from these.
+        emptied: The container's children as the user's class builds them, without memory for their weights: removed
+            children are rebuilt from these.
     """
 
     layer_class: type[nn.Module]
@@ -100,10 +100,10 @@ class Structure:
 
     @classmethod
     def of_added(cls, layer: nn.Module, name: str) -> "Structure":
-        """Read the structure of a layer that the user's class does not have: all of its attributes belong to it.
+        """Read the structure of a layer that the user's class does not have, with all of its attributes.
 
         Raises:
-            ValueError: If an attribute is not of a plain type, so that no file could describe the layer.
+            ValueError: If an attribute is not of a plain type, so no file can describe the layer.
         """
         structure = cls.of(layer, [key for key in vars(layer) if key not in _OF_EVERY_MODULE and key != PLACE])
         odd = [key for key, value in structure.attributes.items() if not _is_plain(value)]
@@ -121,12 +121,12 @@ class Structure:
 
         Args:
             plain: The description.
-            layer: The layer that is to be given this structure.
-            base: What the user's class makes of it, where that differs from what it is now.
+            layer: The layer that will get this structure.
+            base: Its structure in the user's class, if it differs from the present one.
 
         Returns:
-            The structure, with the attributes and children of ``base`` where the plan names none; None if it does not
-            fit: the class is unknown, or parameters come and go without a technique's layer class.
+            The structure, with the attributes and children of ``base`` where the plan has none; None if it does not
+            fit: the class is unknown, or parameters are added or removed without a technique's layer class.
         """
         if base is None:
             base = cls.of(layer, ())
@@ -148,14 +148,14 @@ class Structure:
         )
 
     def differs(self, base: "Structure") -> bool:
-        """Whether this is not the structure that the user's class makes; order counts, since optimizers count on it."""
+        """Whether the structure differs from the user's class, also in order, which optimizers rely on."""
         return self != base or any(
             list(own) != list(others)
             for own, others in ((self.parameters, base.parameters), (self.children, base.children))
         )
 
     def as_plain(self, base: "Structure | None") -> dict[str, Any]:
-        """Return it as plain types, with the children where they are not those of ``base``."""
+        """Return it as plain types, with the children if they differ from those of ``base``."""
         plain = {
             "class": _path_of(self.layer_class),
             "attributes": {name: value for name, value in self.attributes.items() if value is not _Absent},
@@ -232,14 +232,14 @@ def _same(left: Any, right: Any) -> bool:
 
 
 def children_of(layer: nn.Module) -> dict[str, nn.Module]:
-    """Return a module's children under all of their names, where ``named_children`` gives each child once."""
+    """Return a module's children under all of their names; ``named_children`` gives each child only once."""
     return {name: child for name, child in layer._modules.items() if child is not None}
 
 
 def emptied(layer: nn.Module) -> dict[str, nn.Module]:
-    """Return copies of a container's children without memory for their weights; of other modules none.
+    """Return copies of a container's children without memory for their weights; for other modules none.
 
-    Buffers that no checkpoint holds keep their values.
+    Non-persistent buffers keep their values.
     """
     if not isinstance(layer, _CONTAINERS):
         return {}
@@ -275,14 +275,14 @@ def filled(child: nn.Module, device: torch.device) -> nn.Module:
 
 
 def made(plain: Mapping[str, Any], like: torch.Tensor | None) -> nn.Module | None:
-    """Make a layer that a technique added, without calling its class; its children are not made.
+    """Build a layer that a technique added, without calling its class; its children are not built.
 
     Args:
         plain: Its description in a plan.
-        like: A tensor of the device and dtype that the parameters are to have.
+        like: A tensor with the device and dtype for the parameters.
 
     Returns:
-        The layer, or None where its class is neither of torch.nn nor one of a technique.
+        The layer, or None if its class is neither in torch.nn nor registered by a technique.
     """
     of_torch = getattr(nn, plain["class"].rpartition(".")[2], None)
     cls = _LAYER_CLASSES.get(plain["class"], of_torch)
@@ -297,7 +297,7 @@ def made(plain: Mapping[str, Any], like: torch.Tensor | None) -> nn.Module | Non
 
 
 Replaced = dict[int, tuple[nn.Parameter, nn.Parameter]]
-"""Old and new parameter by the old one's id; the old one is kept so that its id is not given to another."""
+"""Old and new parameter by the old one's id; the old one is kept so that its id is not reused."""
 
 
 def restructure(
@@ -310,11 +310,11 @@ def restructure(
     """Give a layer a structure.
 
     Args:
-        layer: What changes.
-        wanted: What it becomes.
+        layer: The layer; changed in place.
+        wanted: Its new structure.
         children: Its children, by name and in order.
-        replaced: Takes the parameters that are replaced by others of another shape.
-        like: A tensor of the device and dtype of the module's parameters, for a layer that has none.
+        replaced: Collects the parameters that are replaced by others of another shape.
+        like: A tensor with the device and dtype of the module's parameters, for a layer without any.
     """
     technique = is_layer_class(own_class(layer)) or is_layer_class(wanted.layer_class)
     if own_class(layer) is not wanted.layer_class:
@@ -356,20 +356,20 @@ def restructure(
 
 
 def _precision(buffer: torch.Tensor | None, written: torch.dtype) -> torch.dtype:
-    """Return a buffer's dtype: precision is the module's, as it is for parameters, whatever the file was trained in."""
+    """Return a buffer's dtype: the module's precision, as for parameters, not the file's."""
     both_float = buffer is not None and buffer.is_floating_point() and written.is_floating_point
     return buffer.dtype if buffer is not None and both_float else written
 
 
 def _refill(held: dict[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Make a module's dictionary hold something else, in its order, without another dictionary taking its place."""
+    """Replace the contents of a module's dictionary in place, in the order of ``wanted``."""
     if list(held) != list(wanted) or any(held[name] is not wanted[name] for name in wanted):
         held.clear()
         held.update(wanted)
 
 
 def _resized(old: nn.Parameter | None, shape: tuple[int, ...] | None, replaced: Replaced) -> nn.Parameter | None:
-    """Return the parameter itself where it has the shape, else the one that takes its place wherever it is used."""
+    """Return the parameter itself if it has the shape, else the one that replaces it wherever it is used."""
     if old is None or shape is None or tuple(old.shape) == tuple(shape):
         return old
     new = inherit(nn.Parameter(_zeros_like(old, tuple(shape)), old.requires_grad), old)
@@ -390,7 +390,7 @@ def _zeros_like(parameter: nn.Parameter, shape: tuple[int, ...]) -> torch.Tensor
 
 
 def inherit(new: nn.Parameter, old: nn.Parameter) -> nn.Parameter:
-    """Hand a parameter the Python attributes and hooks of the one it takes the place of."""
+    """Give a parameter the Python attributes and hooks of the one it replaces."""
     new.__dict__.update(old.__dict__)
     new._backward_hooks = old._backward_hooks
     hooks = getattr(old, "_post_accumulate_grad_hooks", None)

@@ -1,4 +1,4 @@
-"""Tables for logs: rich draws them, the logger prints them."""
+"""Tables for logs, drawn by rich."""
 
 import io
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,16 +10,16 @@ from rich.table import Table
 __all__ = ["by_reason", "by_stack", "render"]
 
 SHORTEST_RUN = 3
-"""Equal rows of a stack that are written as one."""
+"""Smallest number of equal rows of a stack that are merged into one."""
 
 
 def render(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Return a table as plain text.
 
     Args:
-        title: Printed above it.
+        title: Title above the table.
         columns: Column names.
-        rows: Cells, as many as columns.
+        rows: Cells of each row, one per column.
     """
     table = Table(*columns, title=title, title_justify="left")
     for row in rows:
@@ -30,15 +30,15 @@ def render(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) ->
 
 
 def by_stack(rows: Iterable[Sequence[Any]]) -> list[tuple[Any, ...]]:
-    """Write equal rows of consecutive blocks of a stack as one row.
+    """Merge equal rows of consecutive blocks of a stack into one row.
 
     Args:
-        rows: Cells; the first is the dotted name of a layer or a parameter. Rows are equal when all others are, where
-            the names of other layers of the same block count as equal.
+        rows: Cells of each row; the first is the dotted name of a layer or parameter. Rows are equal if all other cells
+            are; names of other layers count as equal if they differ only in the same block number.
 
     Returns:
-        The rows, a run of three or more at the place of its first. Numbers at several places of a name (experts of
-        blocks) are gathered one place after the other.
+        The rows; a run of three or more is merged at the place of its first row. Names with several numbers (experts in
+        blocks) are merged one number after the other.
 
     Examples:
         >>> by_stack([("blocks.0.up", "64"), ("blocks.1.up", "64"), ("blocks.2.up", "64"), ("head", "64")])
@@ -52,7 +52,7 @@ def by_stack(rows: Iterable[Sequence[Any]]) -> list[tuple[Any, ...]]:
 
 
 def _runs_at(place: int, rows: Sequence[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
-    """Gather the rows whose names differ in one component only, which counts on."""
+    """Merge rows whose names differ only in one component, with consecutive numbers."""
     runs: dict[tuple[Any, ...], list[list[tuple[Any, ...]]]] = {}
     ordered: list[list[tuple[Any, ...]]] = []
     for row in rows:
@@ -75,7 +75,7 @@ def _as_one(place: int, run: Sequence[tuple[Any, ...]]) -> tuple[Any, ...]:
 
 
 def _renamed(row: tuple[Any, ...], place: int, number: str) -> tuple[Any, ...]:
-    """Return a row with another block's number, in its name and in the names of other layers of its block."""
+    """Replace a row's block number, in its name and in the names of other layers of its block."""
     parts = row[0].split(".")
     own, other = (".".join([*parts[:place], written]) + "." for written in (parts[place], number))
     others = [cell.replace(own, other) if isinstance(cell, str) else cell for cell in row[1:]]
@@ -83,14 +83,14 @@ def _renamed(row: tuple[Any, ...], place: int, number: str) -> tuple[Any, ...]:
 
 
 def by_reason(left_out: Mapping[str, str], shown: int = 3) -> list[tuple[str, str]]:
-    """Gather names that were left out for the same reason, blocks of a stack as one.
+    """Group names that were left out for the same reason; blocks of a stack are merged.
 
     Args:
         left_out: Name -> reason.
-        shown: How many names of a reason are written out.
+        shown: Number of names that are written out per reason.
 
     Returns:
-        ``(names, reason)``, in the order in which the reasons first appear.
+        ``(names, reason)``, in order of each reason's first appearance.
 
     Examples:
         >>> by_reason({"a": "norm", "b": "last layer", "c": "norm", "d": "norm"}, shown=2)

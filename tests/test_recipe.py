@@ -318,7 +318,7 @@ def test_what_is_no_recipe_is_said(source):
         Recipe.load(source)
 
 
-def test_a_file_that_is_no_text_is_named(tmp_path):
+def test_a_binary_file_is_named_in_the_error(tmp_path):
     (tmp_path / "bin.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match=r"bin\.yaml' is not UTF-8 text"):
         Recipe.load(tmp_path / "bin.yaml")

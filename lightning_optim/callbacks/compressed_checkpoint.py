@@ -1,4 +1,4 @@
-"""CompressedCheckpoint: a ModelCheckpoint that never keeps a model that is not compressed yet."""
+"""CompressedCheckpoint: a ModelCheckpoint that only keeps compressed models."""
 
 from typing import Any
 
@@ -18,14 +18,14 @@ __all__ = ["CompressedCheckpoint"]
 
 
 class CompressedCheckpoint(ModelCheckpoint):
-    """ModelCheckpoint whose top-k counts only once every compression callback has reached its end.
+    """ModelCheckpoint that fills its top-k only after every compression callback has finished.
 
-    A plain ModelCheckpoint that monitors accuracy keeps the best of the dense epochs. This one takes the same
-    arguments, writes ``last.ckpt`` as usual (so a killed run resumes), and leaves the top-k alone until the model is
-    as compressed as was asked. Without a compression callback in the Trainer every epoch counts.
+    A plain ModelCheckpoint that monitors accuracy would keep the best dense epoch. This one has the same arguments,
+    writes ``last.ckpt`` as usual (so a killed run resumes), and does not touch the top-k until the model is fully
+    compressed. Without a compression callback in the Trainer, every epoch counts.
 
-    A model is never kept for a value of the monitored metric that belongs to an earlier one: the metric must have been
-    logged in this epoch, since the last time that a model could be kept, and must not be NaN. A warning says so once.
+    A model is never kept for a metric value of an earlier model: the metric must have been logged in this epoch, after
+    the last time a model could be kept, and must not be NaN. Otherwise one warning says so.
 
     Raises:
         ValueError: For ``save_last="link"``: before the end there is no top-k file to link to.
@@ -47,7 +47,7 @@ class CompressedCheckpoint(ModelCheckpoint):
         self._passed_over = False
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Refuse a Trainer that would not treat it as a checkpoint callback, or that logs nothing to monitor."""
+        """Reject a Trainer that would not treat it as a checkpoint callback, or that logs nothing to monitor."""
         if type(trainer).__module__.startswith("pytorch_lightning"):
             raise MisconfigurationException(
                 "CompressedCheckpoint is a ModelCheckpoint of `lightning`, which a Trainer of `pytorch_lightning` does "
@@ -58,7 +58,7 @@ class CompressedCheckpoint(ModelCheckpoint):
         super().setup(trainer, pl_module, stage)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """From here on a metric must be logged anew."""
+        """Require that the metric is logged again from here on."""
         super().on_train_epoch_start(trainer, pl_module)
         self._logged.begin(trainer)
 
@@ -77,7 +77,7 @@ class CompressedCheckpoint(ModelCheckpoint):
             self._last_global_step_saved = trainer.global_step  # ModelCheckpoint writes "last" only beside a save
 
     def _problem(self, trainer: pl.Trainer, candidates: dict[str, Tensor]) -> str | None:
-        """Return why the monitored value says nothing about this model, None where it does."""
+        """Return why the monitored value does not belong to this model; None if it does."""
         if self.monitor is None or self.monitor not in candidates:  # ModelCheckpoint raises for an unknown name
             return None
         if self.monitor in trainer.callback_metrics and self.monitor not in self._logged.read(trainer):
@@ -85,7 +85,7 @@ class CompressedCheckpoint(ModelCheckpoint):
         return "is NaN" if bool(torch.isnan(torch.as_tensor(candidates[self.monitor])).any()) else None
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Warn when the run kept no model."""
+        """Warn if the run kept no model."""
         super().on_train_end(trainer, pl_module)
         if self.save_top_k == 0 or getattr(trainer, "fast_dev_run", False):
             return

@@ -1,4 +1,4 @@
-"""ReportCallback: one page that says what a run asked of its model, and what it got."""
+"""ReportCallback: a page with the targets and results of a run."""
 
 import logging
 import weakref
@@ -46,35 +46,35 @@ NOTE = (
 
 
 class ReportCallback(pl.Callback):
-    """Write ``report.html``, ``report.md`` and ``report.json`` at the end of a fit, and hand them to the loggers.
+    """Write ``report.html``, ``report.md`` and ``report.json`` at the end of a fit, and pass them to the loggers.
 
-    They say what each compression callback was asked and what it reached, what is left of every layer against the
-    model at fit start (width, zeros, bits), how P, its terms and the other metrics went over the epochs, and when the
-    events were. Works beside any callbacks, in any order, and alone.
+    The report shows the target and the achieved value of each compression callback, each layer compared with the model
+    at fit start (width, zeros, bits), P, its terms and the other metrics over the epochs, and when the events happened.
+    Works with any callbacks, in any order, and alone.
 
     Args:
         dirpath: The folder; files of the same names are replaced.
-        title: Of the report; default the class of the module.
-        log: Whether table and figures go to the Trainer's loggers too (TensorBoard, Weights & Biases, MLflow; others
-            have no place for them).
+        title: Title of the report; default the class of the module.
+        log: Whether table and figures also go to the Trainer's loggers (TensorBoard, Weights & Biases, MLflow; other
+            loggers cannot show them).
 
-    State: the metrics of every epoch, the events and the facts of the first fit start, so a resumed run's report is
-    that of the whole run. An epoch has the metrics that it logged itself; what a compression callback logged at its
-    last event describes the model until the next one. Rank zero writes; under a strategy that divides the model, all
-    ranks count. Nothing is written by ``fast_dev_run`` or after an exception. The state is
-    kept under the folder, so several instances with folders of their own can run together; a run that is resumed into
-    another folder takes the state of the file's one report (Lightning warns that the file's callback is missing).
+    State: the metrics of every epoch, the events and the facts at the first fit start, so the report of a resumed run
+    covers the whole run. An epoch has only the metrics that it logged; values that a compression callback logged at
+    its last event describe the model until the next one. Rank zero writes; if a strategy shards the model, all ranks
+    count. Nothing is written by ``fast_dev_run`` or after an exception. The state key holds the folder, so several
+    instances with different folders can run together; a run that is resumed into another folder takes over the state of
+    the file's one report (Lightning warns that the file's callback is missing).
 
-    A logger that raises when it is given table and figures does not end the fit: by then the report is written, and a
+    A logger that raises when it receives table and figures does not end the fit: the report is already written, and a
     warning names the logger and its error.
 
-    It costs a pass over the weights at the start and at the end; in a training step it only asks the compression
-    callbacks whether an event has happened.
+    Costs a pass over the weights at the start and at the end; in a training step it only checks whether an event
+    happened.
 
     Raises:
-        ImportError: In ``setup``, if matplotlib is missing; the text names the extra.
-        OSError: In ``setup`` of a fit, if ``dirpath`` cannot be written to: it is a file or below one
-            (NotADirectoryError), or the system refuses.
+        ImportError: In ``setup``, if matplotlib is missing; the message names the extra.
+        OSError: In ``setup`` of a fit, if ``dirpath`` is not writable: it is a file or below one (NotADirectoryError),
+            or the system refuses.
     """
 
     def __init__(self, dirpath: str | Path, *, title: str | None = None, log: bool = True) -> None:
@@ -101,7 +101,7 @@ class ReportCallback(pl.Callback):
         self._open = False
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Say now what would be missing at the end."""
+        """Check early what the end of the fit needs."""
         if stage != "fit":
             return
         if find_spec("matplotlib") is None:
@@ -110,7 +110,7 @@ class ReportCallback(pl.Callback):
             check_folder("dirpath", self.dirpath)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Note the model as it is, unless the run goes on."""
+        """Record the model as it is, unless this fit continues a run."""
         goes_on = self._fitted is not None and (self._fitted[0]() is trainer and self._fitted[1]() is pl_module)
         if not self._restored and not goes_on:
             self._forget()
@@ -123,16 +123,16 @@ class ReportCallback(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Note an event of the batch before: now all callbacks have logged theirs, whatever their order."""
+        """Record events of the previous batch: now all callbacks have logged theirs, whatever their order."""
         self._note_events(trainer)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Complete the epoch before by what callbacks behind this one logged at its end, and begin a new one."""
+        """Complete the previous epoch with what later callbacks logged at its end, and begin a new one."""
         self._close_epoch(trainer)
         self._logged.begin(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Note the metrics of the epoch."""
+        """Record the metrics of the epoch."""
         self._open = True
         if not self._epochs or self._epochs[-1]["epoch"] != trainer.current_epoch:
             self._epochs.append({"epoch": trainer.current_epoch})
@@ -173,7 +173,7 @@ class ReportCallback(pl.Callback):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Take the state of a run that wrote into another folder, where there is one report on either side."""
+        """Take over the state of a run with another folder, if there is one report on either side."""
         states = checkpoint["callbacks"]
         saved = [key for key in states if str(key).partition("{")[0] == type(self).__qualname__]
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
@@ -182,7 +182,7 @@ class ReportCallback(pl.Callback):
             states[self.state_key] = states[saved[0]]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what was collected as plain types; a file saved at an epoch's end has all of that epoch."""
+        """Return the collected facts as plain types; a file saved at the end of an epoch has all of that epoch."""
         trainer = None if self._trainer is None else self._trainer()
         if trainer is not None:
             self._refresh(trainer)
@@ -206,7 +206,7 @@ class ReportCallback(pl.Callback):
         self._release()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Let go of the Trainer: Lightning calls no ``teardown`` after an exception."""
+        """Release the Trainer: Lightning calls no ``teardown`` after an exception."""
         self._release()
 
     def _release(self) -> None:
@@ -218,7 +218,7 @@ class ReportCallback(pl.Callback):
     # What is written.
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Write the report and hand it to the loggers."""
+        """Write the report and pass it to the loggers."""
         end = _facts(pl_module)  # on every rank: a divided model is counted together
         if not trainer.is_global_zero:
             return
@@ -260,14 +260,14 @@ class ReportCallback(pl.Callback):
 
 
 def _mark(callback: CompressionCallback) -> str:
-    """Return what changes at an event: the step, and for quantization, which acts at every step, the phase."""
+    """Return what changes at an event: the step; for quantization, which acts at every step, the phase."""
     if callback.window.last_event < 0:
         return UNBEGUN
     return str(getattr(callback, "phase", callback.window.last_event))
 
 
 def _facts(pl_module: pl.LightningModule) -> dict[str, Any]:
-    """Return sizes and layers of what is compressed."""
+    """Return sizes and layers of the compressed module."""
     target: nn.Module = find_target(pl_module)[1]
     return {**{name: SIZES[name](target) for name in COUNTED}, "layers": layer_facts(target)}
 
@@ -300,7 +300,7 @@ def _figures(rows: Sequence[Row], epochs: list[dict[str, Any]], events: list[dic
         if {"pruning/asked", "pruning/sparsity"} <= event.keys()
     ]
     if series:
-        caption = "Zeros asked (line) and reached (marks) at each event."
+        caption = "Target (line) and achieved (marks) sparsity at each event."
         drawn.append(("sparsity", caption, sparsity_figure(rows, {END: series})))
     return drawn
 
@@ -332,26 +332,26 @@ def _logged_sections(epochs: Sequence[Mapping[str, Any]], events: Sequence[Mappi
 Handler = Callable[[Any, Report, int], None]
 
 HANDLERS: Registry[Handler] = Registry("logger")
-"""Name of a logger's class -> what gives it the report; a subclass is handled like its base."""
+"""Name of a logger's class -> function that passes it the report; a subclass is handled like its base."""
 
 
 def hand_over(logger: Any, report: Report, step: int) -> None:
-    """Give table and figures to a logger that has a place for them; say at debug level where one has none."""
+    """Pass table and figures to a logger that can show them; others are named at debug level."""
     name = next((cls.__name__ for cls in type(logger).__mro__ if cls.__name__ in HANDLERS), None)
     if name is None:
-        _log.debug("ReportCallback: %s has no place for tables and figures.", type(logger).__name__)
+        _log.debug("ReportCallback: %s cannot show tables and figures.", type(logger).__name__)
         return
     HANDLERS[name](logger, report, step)
 
 
 def _try_hand_over(logger: Any, report: Report, step: int) -> None:
-    """Hand over; a logger that raises is named in a warning, since the report is written and the fit is done."""
+    """Pass the report on; a logger that raises is named in a warning, since the report is already written."""
     try:
         hand_over(logger, report, step)
     except Exception as error:  # noqa: BLE001 - loggers raise what they like
         rank_zero_warn(
-            f"ReportCallback: {type(logger).__name__} did not take the report ({type(error).__name__}: {error}). Its "
-            "files are written; log=False hands loggers nothing."
+            f"ReportCallback: {type(logger).__name__} did not accept the report ({type(error).__name__}: {error}). The "
+            "files are written; log=False turns logging off."
         )
 
 

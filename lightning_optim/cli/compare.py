@@ -25,17 +25,21 @@ def run(arguments: Sequence[str]) -> int:
     """Compare, print and write."""
     parser = objects_parser(
         "compare",
-        "Measure the models of checkpoints against the first: size, operations, time of a call in each engine, "
-        "accuracy on the validation (or test) data, the score P.",
+        "Compare the models of checkpoints with the first one: size, operations, latency in each engine, accuracy on "
+        "the validation (or test) data, the score P.",
     )
     parser.add_argument("checkpoints", nargs="+", metavar="[NAME=]CHECKPOINT", help="the first is the reference")
-    parser.add_argument("--accuracy", metavar="METRIC", help="name of a logged metric in [0, 1]; without it no P")
+    parser.add_argument(
+        "--accuracy", metavar="METRIC", help="name of a logged metric in [0, 1]; without it there is no P"
+    )
     parser.add_argument("--on", choices=("validate", "test"), default="validate", help="which data it is logged on")
     parser.add_argument(
-        "--batch_size", type=int, default=32, help="rows of the larger call; 0 takes inputs as they are"
+        "--batch_size", type=int, default=32, help="rows of the larger call; 0 keeps inputs as they are"
     )
-    parser.add_argument("--engines", nargs="+", help="of torch, onnxruntime, openvino; default all that are installed")
-    parser.add_argument("--size", default="parameters", help="what S in P is: parameters, nonzero or bits")
+    parser.add_argument(
+        "--engines", nargs="+", help="any of torch, onnxruntime, openvino; default all that are installed"
+    )
+    parser.add_argument("--size", default="parameters", help="S in P: parameters, nonzero or bits")
     parser.add_argument("--dynamic_dims", type=dims, metavar="YAML", help="free dimensions: '{text: {1: \"length\"}}'")
     parser.add_argument("--prepare", metavar="FUNCTION", help=PREPARE_HELP)
     parser.add_argument("--report", metavar="DIR", help="write report.html, report.md and report.json there")
@@ -74,7 +78,7 @@ def _named(given: Sequence[str]) -> dict[str, Path]:
         if not separator or Path(each).exists():  # Lightning's own file names have "=" in them
             name, path = Path(each).stem, each
         if not name:
-            raise UserError(f"{each!r} has no name before `=`. Leave `=` out, or write NAME={path}.")
+            raise UserError(f"{each!r} has no name before `=`. Remove `=`, or write NAME={path}.")
         if name in files:
             raise UserError(f"two checkpoints are called {name!r}. Name them: first=a.ckpt second=b.ckpt.")
         files[name] = Path(path)

@@ -1,4 +1,4 @@
-"""``lightning-optim consolidate``: one checkpoint file of a sharded one."""
+"""``lightning-optim consolidate``: merges a sharded checkpoint into one file."""
 
 from collections.abc import Sequence
 
@@ -12,11 +12,11 @@ def run(arguments: Sequence[str]) -> int:
     """Run the command."""
     parser = command_parser(
         "consolidate",
-        "Make one checkpoint file of a folder that OptimFSDP2(checkpoint='sharded') wrote. Needs no GPU, and memory "
+        "Merge a folder that OptimFSDP2(checkpoint='sharded') wrote into one checkpoint file. Needs no GPU, but memory "
         "for the whole checkpoint.",
     )
-    parser.add_argument("folder", metavar="FOLDER", help="the folder of shards; it is left as it is")
-    parser.add_argument("file", metavar="FILE", help="the file to write; one that exists is replaced")
+    parser.add_argument("folder", metavar="FOLDER", help="the folder of shards; it stays unchanged")
+    parser.add_argument("file", metavar="FILE", help="the file to write; an existing file is replaced")
     parser.add_argument("--no-progress", action="store_true", help="show no progress bar")
     given = parser.parse_args(arguments)
     with said_plainly():
@@ -24,4 +24,4 @@ def run(arguments: Sequence[str]) -> int:
     return 0
 
 
-COMMAND = Command("consolidate", "make one checkpoint file of a folder that sharded training wrote", run)
+COMMAND = Command("consolidate", "merge the folder of a sharded checkpoint into one file", run)

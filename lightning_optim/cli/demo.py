@@ -33,15 +33,15 @@ NEEDED = {"sklearn": "examples", "onnxruntime": "onnx", "onnx": "onnx", "onnxscr
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Train a large net, let it teach a small one that is pruned and rounded at the same time, and compare."""
+    """Train a large net, distill it into a small one that is pruned and quantized in the same run, and compare."""
     parser = command_parser(
         "demo",
-        "Scanned digits (they come with scikit-learn): a large net is trained, then teaches a small one that loses "
-        "channels and weights and is rounded to 8 bits in the same run; both, and the small one from scratch, are "
-        "exported, verified and measured. Takes less than a minute on two cores.",
+        "Scanned digits (from scikit-learn): trains a large net and distills it into a small one, which is pruned and "
+        "quantized to 8 bits in the same run; both, and the small net trained from scratch, are exported, verified and "
+        "measured. Takes less than a minute on two cores.",
     )
     parser.add_argument(
-        "--report", default="reports/demo", metavar="DIR", help="where the pages go; default %(default)s"
+        "--report", default="reports/demo", metavar="DIR", help="folder of the pages; default %(default)s"
     )
     given = parser.parse_args(arguments)
     _check_packages()
@@ -61,7 +61,7 @@ def _check_packages() -> None:
     missing = sorted({extra for module, extra in NEEDED.items() if find_spec(module) is None})
     if missing:
         raise UserError(
-            "the demo trains, exports and draws. Install what it needs with: "
+            "the demo needs packages that are not installed. Install them with: "
             f'python -m pip install "lightning-optim[{",".join(missing)}]"'
         )
 
@@ -70,9 +70,9 @@ def _run(shown: Console, folder: Path) -> None:
     data = DigitsData()
     shown.print(f"1/4 a net of {TEACHER_WIDTH} channels, {EPOCHS} epochs")
     dense = _train(DigitsNet(TEACHER_WIDTH), data)
-    shown.print("2/4 half as wide, from scratch: the control")
+    shown.print("2/4 half as wide, trained from scratch: the control")
     control = _train(DigitsNet(), data)
-    shown.print("3/4 half as wide, taught, pruned and rounded in one run, by this recipe:")
+    shown.print("3/4 half as wide, distilled, pruned and quantized in one run, by this recipe:")
     shown.print(str(RECIPE), style="dim", highlight=False, markup=False)
     compressed = _train(DigitsNet(), data, RECIPE, dense, [ReportCallback(folder / "run", title="The run of the demo")])
     shown.print("4/4 exporting, verifying and measuring")

@@ -21,12 +21,12 @@ def run(arguments: Sequence[str]) -> int:
     """Export, verify and report."""
     parser = objects_parser(
         "export",
-        "Write the model of a checkpoint as an ONNX file (int8 where it was quantized) once it has given the model's "
-        "answers in the engine, or as a Hugging Face folder. Of a distillation's checkpoint the student is exported.",
+        "Write the model of a checkpoint as an ONNX file (int8 where it was quantized) after verifying its outputs in "
+        "the engine, or as a Hugging Face folder. From a checkpoint with distillation, the student is exported.",
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="compressed or not")
     parser.add_argument(
-        "file", metavar="FILE", help="the ONNX file or the folder to write; one that exists is replaced"
+        "file", metavar="FILE", help="the ONNX file or the folder to write; an existing one is replaced"
     )
     parser.add_argument(
         "--format",
@@ -34,7 +34,7 @@ def run(arguments: Sequence[str]) -> int:
         choices=("onnx", "pretrained"),
         help="onnx, or pretrained: a folder that from_pretrained reads, of a model of transformers",
     )
-    parser.add_argument("--runtime", help="onnxruntime (default) or openvino: where the ONNX file is verified")
+    parser.add_argument("--runtime", help="onnxruntime (default) or openvino: the engine that verifies the ONNX file")
     parser.add_argument("--dynamic_dims", type=dims, metavar="YAML", help="free dimensions: '{text: {1: \"length\"}}'")
     parser.add_argument("--prepare", metavar="FUNCTION", help=PREPARE_HELP)
     parser.add_argument("--tokenizer", metavar="FOLDER", help="pretrained: folder whose tokenizer files come along")

@@ -24,26 +24,26 @@ from lightning_optim.recipe import Recipe
 __all__ = ["ObjectsCLI", "OptimCLI", "SaveConfigBesideLogs"]
 
 SPECIAL_PATHS = ("last", "best", "hpc", "registry")
-"""What Lightning takes for a checkpoint besides a path."""
+"""Values of Lightning's ``ckpt_path`` that are not a path."""
 
 
 _LOADERS = {"fit": "train", "validate": "val", "test": "test", "predict": "predict"}
 
 
 class SaveConfigBesideLogs(SaveConfigCallback):
-    """Lightning's, which without a logger would write (or find) ``config.yaml`` in the working directory."""
+    """Lightning's callback, which without a logger would write ``config.yaml`` to the working directory."""
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Save the configuration where there is a folder for the logs of this run."""
+        """Save the configuration if this run has a log folder."""
         if trainer.logger is not None:
             super().setup(trainer, pl_module, stage)
 
 
 class OptimCLI(LightningCLI):
-    """LightningCLI whose Trainer compresses by ``recipe``, taught by ``teacher`` where the recipe distils.
+    """LightningCLI that compresses by ``recipe``, with ``teacher`` if the recipe distills.
 
-    A class path can be any LightningModule, and the recipe's callbacks stand beside those of the configuration. For
-    ``validate``, ``test`` and ``predict`` they restore what a checkpoint's model was made into.
+    A class path can be any LightningModule; the recipe's callbacks are added to those of the configuration. For
+    ``validate``, ``test`` and ``predict`` they restore the structure of a checkpoint's model.
     """
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -52,22 +52,22 @@ class OptimCLI(LightningCLI):
             "--recipe",
             type=str | dict[str, Any] | None,
             default=None,
-            help="how to compress: a recipe's name, a YAML file, or its words",
+            help="how to compress: a recipe's name, a YAML file, or its arguments",
         )
         parser.add_subclass_arguments(
-            nn.Module, "teacher", required=False, instantiate=False, help="who teaches, where the recipe distils"
+            nn.Module, "teacher", required=False, instantiate=False, help="the teacher, if the recipe distills"
         )
         parser.add_argument(
             "--teacher_ckpt", type=str | None, default=None, help="the teacher's checkpoint, compressed or not"
         )
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        """Let mistakes be raised, so that they can be said in one sentence."""
+        """Let the parser raise, so that an error becomes one sentence."""
         _upstream.check(type(self))
         return super().init_parser(**{"exit_on_error": False, **kwargs})
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse; what is wrong with the arguments or a configuration file is said in one sentence."""
+        """Parse; an error in the arguments or a configuration file becomes one sentence."""
         try:
             super().parse_arguments(parser, args)
         except argparse.ArgumentError as error:
@@ -77,9 +77,9 @@ class OptimCLI(LightningCLI):
         return next((each for each in sys.argv[1:] if each in self.subcommands()), "fit")
 
     def _parse_ckpt_path(self) -> None:
-        """Take the model from the configuration alone.
+        """Read the model from the configuration alone.
 
-        Lightning 2.6 would put a checkpoint's arguments in its place, and cannot where the file was not written by a
+        Lightning 2.6 would replace it by the arguments in the checkpoint, and fails if the file was not written by a
         LightningCLI of the same form.
         """
 
@@ -96,7 +96,7 @@ class OptimCLI(LightningCLI):
                 self.model = self._as_saved()
 
     def _check_data(self) -> None:
-        """Refuse a run without data, before anything else is made for it."""
+        """Reject a run without data, before anything else is built."""
         loader = f"{_LOADERS[str(self.subcommand)]}_dataloader"
         if self.datamodule is None and not is_overridden(loader, self.model):
             raise UserError(
@@ -105,28 +105,28 @@ class OptimCLI(LightningCLI):
             )
 
     def _wrapped(self, teacher: nn.Module | None) -> Any:
-        """Return what is fitted; a recipe that distils without a teacher is refused in the words of the command."""
+        """Return the module to fit; a recipe that distills without a teacher is an error."""
         wrapped = self.recipe.wrap(self.model, teacher)
         if isinstance(wrapped, DistillationModule) and wrapped.lacks_teacher:
             raise UserError(
-                "the recipe distils, and there is no teacher. Give --teacher CLASS with --teacher_ckpt FILE, or take "
-                "`distillation` out of the recipe."
+                "the recipe distills, but there is no teacher. Pass --teacher CLASS with --teacher_ckpt FILE, or "
+                "remove `distillation` from the recipe."
             )
         return wrapped
 
     def _check_file(self) -> dict[str, Any] | None:
-        """Read the checkpoint that is asked for, so that what is wrong with it is said before anything runs."""
+        """Read the requested checkpoint, so that its errors are reported before anything runs."""
         path = self._word("ckpt_path")
         if path == "best" and self.subcommand != "fit":
             raise UserError(
-                f"--ckpt_path best: `{self.subcommand}` is a run of its own, which has trained nothing. Give the file."
+                f"--ckpt_path best: `{self.subcommand}` is a separate run that has not trained. Pass the file."
             )
         if path is None or path in SPECIAL_PATHS or str(path).startswith("registry") or is_sharded_folder(path):
             return None
         return read_checkpoint(path)
 
     def _as_saved(self) -> pl.LightningModule:
-        """Return the model with what the checkpoint's needs: its structure, and the module around a student."""
+        """Return the model with the structure of the checkpoint's, inside a DistillationModule if needed."""
         file = self._check_file()
         distils = is_distilled(file) if file is not None else self.recipe.distillation is not None
         model: pl.LightningModule = DistillationModule(self.model) if distils else self.model
@@ -134,7 +134,7 @@ class OptimCLI(LightningCLI):
         return model
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
-        """Make the Trainer, with the recipe's callbacks."""
+        """Create the Trainer, with the recipe's callbacks."""
         own = self._get(self.config_init, "trainer", default={}).get("callbacks") or []
         callbacks = [*(own if isinstance(own, list) else [own]), *self.recipe.callbacks()]
         check_strategy(self._get(self.config_init, "trainer", default={}).get("strategy"))
@@ -146,11 +146,11 @@ class OptimCLI(LightningCLI):
         return found.as_dict() if isinstance(found, Namespace) else found
 
     def _teacher(self) -> nn.Module | None:
-        """Make the teacher without moving the random numbers of the run."""
+        """Create the teacher without advancing the random numbers of the run."""
         words, file = self._word("teacher"), self._word("teacher_ckpt")
         if words is None:
             if file is not None:
-                raise UserError("`teacher_ckpt` needs `teacher`: the class (and arguments) that the file is of.")
+                raise UserError("`teacher_ckpt` needs `teacher`: the class (and arguments) of the file.")
             return None
         with isolate_rng():
             return cast("nn.Module", build(words) if file is None else load(words, file))

@@ -1,4 +1,4 @@
-"""Models of checkpoints and inputs of data, for the commands that deploy and compare."""
+"""Loads models of checkpoints and inputs of data for the commands that deploy and compare."""
 
 import argparse
 import importlib
@@ -28,11 +28,11 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Objects:
-    """What a configuration describes.
+    """The objects of a configuration.
 
     Attributes:
-        model: As the class makes it: not trained.
-        data: None where there is none.
+        model: As the class creates it, untrained.
+        data: The data; None without.
         words: Class path and arguments of the model.
     """
 
@@ -42,8 +42,8 @@ class Objects:
 
 
 PREPARE_HELP = (
-    "package.function of (model, batch) that returns the module to deploy and its inputs, where that is not the model "
-    "with what its step passes to it"
+    "package.function of (model, batch) that returns the module to deploy and its inputs, if it is not the model with "
+    "the inputs that its step passes"
 )
 
 
@@ -66,7 +66,9 @@ def dims(text: str) -> dict[str, dict[int, str]]:
     if not isinstance(given, dict) or not all(isinstance(each, dict) for each in given.values()):
         raise argparse.ArgumentTypeError(f"expected a mapping such as '{{text: {{1: length}}}}', got {text!r}")
     if not all(type(place) is int for each in given.values() for place in each):
-        raise argparse.ArgumentTypeError(f"dimensions are whole numbers, as in '{{text: {{1: length}}}}', got {text!r}")
+        raise argparse.ArgumentTypeError(
+            f"dimensions must be whole numbers, as in '{{text: {{1: length}}}}', got {text!r}"
+        )
     return {str(name): {place: str(word) for place, word in each.items()} for name, each in given.items()}
 
 
@@ -74,8 +76,8 @@ def model_and_data(command: str, arguments: Sequence[str]) -> Objects:
     """Build model and data from the arguments of ``fit``: ``--config``, ``--model``, ``--data``.
 
     Args:
-        command: Which is running, for its help text.
-        arguments: Those that the command does not know itself.
+        command: The running command, for its help text.
+        arguments: Arguments that the command itself does not know.
     """
     need_jsonargparse()
     from lightning_optim.cli.lightning_cli import ObjectsCLI
@@ -95,10 +97,10 @@ def prepared(objects: Objects, model: pl.LightningModule, prepare: str | None) -
     """Return what is deployed of a model, and inputs of its forward.
 
     Args:
-        objects: Whose data gives a batch.
+        objects: The configuration's objects, whose data gives a batch.
         model: The trained model.
         prepare: ``package.function`` of ``(model, batch)`` that returns both, where what is deployed is not the
-            model's forward on what its step passes to it.
+            model's forward with the inputs that its step passes.
     """
     if prepare is not None:
         return cast("tuple[nn.Module, Any]", _function(prepare)(model, _batch(objects)))
@@ -118,7 +120,7 @@ def _function(path: str) -> Callable[..., Any]:
 
 
 def _batch(objects: Objects) -> Any:
-    """Return the first batch to validate on."""
+    """Return the first validation batch."""
     data = _needed(objects.data)
     data.prepare_data()
     data.setup("validate")
@@ -127,7 +129,7 @@ def _batch(objects: Objects) -> Any:
 
 
 def _caught(objects: Objects, model: pl.LightningModule) -> tuple[nn.Module, Any]:
-    """Return the module that the model's own validation step calls, and with what, in the first batch."""
+    """Return the module that the model's own validation step calls in the first batch, and its inputs."""
     with catch_forward_inputs(model) as caught:
         quiet_trainer(limit_val_batches=1).validate(model, datamodule=_needed(objects.data), verbose=False)
     called, inputs = caught.result()
@@ -137,13 +139,13 @@ def _caught(objects: Objects, model: pl.LightningModule) -> tuple[nn.Module, Any
 def _needed(data: pl.LightningDataModule | None) -> pl.LightningDataModule:
     if data is None:
         raise UserError(
-            "no inputs are known: give --data (or a --config with `data`), or an `example_input_array` to the model."
+            "there are no inputs: pass --data (or a --config with `data`), or an `example_input_array` to the model."
         )
     return data
 
 
 def quiet_trainer(**words: Any) -> pl.Trainer:
-    """Return a Trainer that writes nothing and says nothing."""
+    """Return a Trainer without files and output."""
     return pl.Trainer(
         accelerator="cpu",
         devices=1,

@@ -1,4 +1,4 @@
-"""Which command was asked, and what its mistakes look like: one line, no traceback."""
+"""CLI entry point: finds the command, and reports user errors in one line without a traceback."""
 
 import argparse
 import os
@@ -36,11 +36,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Args:
-        arguments: What stands after ``lightning-optim``; default that of this process.
+        arguments: Arguments after ``lightning-optim``; default those of this process.
 
     Returns:
-        The exit code: 0; 1 with one line on stderr for what cannot be done as it was asked; argparse exits with 2 for
-        words that are no command or option.
+        The exit code: 0, or 1 with one line on stderr for a user error; argparse exits with 2 for unknown commands and
+        options.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     parser = _parser()
@@ -65,7 +65,7 @@ _LIGHTNING = Path(pl.__file__).parents[1]
 
 
 def _is_lightnings(error: Exception) -> bool:
-    """Whether an error is Lightning's answer to what was asked: no code of the user's was running."""
+    """Whether an error is Lightning's about the arguments: none of the user's code was running."""
     return _is_raised_in(error, _LIGHTNING) and not is_users(error)
 
 
@@ -85,8 +85,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="lightning-optim",
         usage="lightning-optim COMMAND ...",
-        description="Make a model smaller, faster and cheaper inside the Trainer, and see what that gained.",
-        epilog=f"commands:\n{listed}\n\n`lightning-optim COMMAND --help` says what a command takes.",
+        description="Make a model smaller, faster and cheaper inside the Trainer, and measure the gain.",
+        epilog=f"commands:\n{listed}\n\n`lightning-optim COMMAND --help` lists the arguments of a command.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("command", metavar="COMMAND", choices=COMMANDS, help="what to do")
@@ -95,6 +95,6 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _import_from_here() -> None:
-    """Let class paths name modules of the working directory, as ``python -m`` does."""
+    """Let class paths refer to modules in the working directory, as with ``python -m``."""
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())

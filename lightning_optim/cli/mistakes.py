@@ -1,4 +1,4 @@
-"""What is wrong with a command's arguments, in one sentence each, instead of jsonargparse's and Lightning's texts."""
+"""Turns error messages of jsonargparse and Lightning about a command's arguments into one sentence."""
 
 import importlib
 import inspect
@@ -14,11 +14,11 @@ __all__ = ["check_strategy", "parse_mistake"]
 
 
 def parse_mistake(message: str, command: str) -> str:
-    """Return a sentence for what jsonargparse says of arguments or a configuration file.
+    """Return one sentence for an error of jsonargparse about arguments or a configuration file.
 
     Args:
-        message: Its text, of up to a dozen lines.
-        command: Which command was called, for the hint.
+        message: Its message, up to a dozen lines.
+        command: The command, for the hint.
     """
     key, given = _first(r'Parser key "([^"]+)"', message), _first(r"Given value: (.*)", message)
     missing = _first(r"File does not exist: '?([^'\n]+)'?", message) or _first(
@@ -34,12 +34,12 @@ def parse_mistake(message: str, command: str) -> str:
         takes = f"`{command}` takes --config FILE, or {_options(names)} (see `lightning-optim {command} --help`)"
         return f"{_listed(names)} missing: {takes}."
     if "Problems parsing config" in message or message.startswith("Unexpected config"):
-        return f"a configuration is no YAML mapping: {_one_line(message.partition(':')[2])}."
+        return f"a configuration is not a YAML mapping: {_one_line(message.partition(':')[2])}."
     if key:
         reason = _class_mistake(key, message) or _choice_mistake(key, message, given)
         if reason:
             return reason
-    return f"{_one_line(message)}. `lightning-optim {command} --help` lists what it takes."
+    return f"{_one_line(message)}. `lightning-optim {command} --help` lists its arguments."
 
 
 def _first(pattern: str, text: str) -> str | None:
@@ -60,13 +60,13 @@ def _options(names: Iterable[str]) -> str:
 
 
 def _class_mistake(key: str, message: str) -> str | None:
-    """Say what is wrong with a class path or an argument of the class."""
+    """Explain an error in a class path or an argument of the class."""
     problem = re.search(r"Problem with given class_path '([^']+)':\s*\n\s*(.*)(?:\n\s*(.*))?", message)
     if problem:
         path, reason, more = problem.group(1), problem.group(2).strip(), (problem.group(3) or "").strip()
         option = _first(r"(?:Option|Key) '([^']+)' is not (?:accepted|expected)", reason)
         if option:
-            return f"`{key}`: {path} takes no argument {option!r}.{_suggested(option, _arguments(path))}"
+            return f"`{key}`: {path} has no argument {option!r}.{_suggested(option, _arguments(path))}"
         inner = _first(r'Parser key "([^"]+)":', reason)
         if inner:
             return f"`{key}.{inner}`: {_one_line(more)}."
@@ -77,7 +77,7 @@ def _class_mistake(key: str, message: str) -> str | None:
     if base:
         return f"`{key}`: {given} is no {base}."
     if "Expected a dot import path string" in message:
-        return f"`{key}`: there is no class {given!r}. Give its import path, package.module.Class."
+        return f"`{key}`: there is no class {given!r}. Pass its import path, package.module.Class."
     return None
 
 
@@ -111,10 +111,10 @@ def _suggested(name: str, known: Iterable[str], module: str = "") -> str:
 
 
 def check_strategy(name: Any) -> None:
-    """Refuse a strategy's name that is registered nowhere.
+    """Reject a strategy name that is not registered.
 
     Args:
-        name: What ``Trainer(strategy=...)`` is to get; objects pass.
+        name: The argument of ``Trainer(strategy=...)``; objects pass.
 
     Raises:
         UserError: With the nearest name, and those of this package.
@@ -125,13 +125,13 @@ def check_strategy(name: Any) -> None:
         return
     if "." in name:
         raise UserError(
-            f"there is no strategy called {name!r}. A class is given as a mapping: {{class_path: "
+            f"there is no strategy called {name!r}. Pass a class as a mapping: {{class_path: "
             "lightning_optim.strategies.OptimFSDP2, init_args: {units: [Block]}}."
         )
     plain = {preset.removeprefix("optim_"): preset for preset in PRESETS}
     close = get_close_matches(name.lower().removeprefix("optim_"), plain, n=1, cutoff=0.5)
     meant = f" Did you mean {plain[close[0]]!r}?" if close else ""
     raise UserError(
-        f"there is no strategy {name!r}.{meant} Those of lightning_optim are {', '.join(PRESETS)}; Lightning's own "
-        "(auto, ddp, fsdp, ...) can be named too."
+        f"there is no strategy {name!r}.{meant} Presets of lightning_optim: {', '.join(PRESETS)}. Lightning's own "
+        "names (auto, ddp, fsdp, ...) work too."
     )

@@ -1,4 +1,4 @@
-"""``lightning-optim recipes``: which come with the package, and what one says."""
+"""``lightning-optim recipes``: lists the recipes of the package, and prints one."""
 
 import sys
 from collections.abc import Sequence
@@ -13,8 +13,8 @@ __all__ = ["COMMAND"]
 
 def run(arguments: Sequence[str]) -> int:
     """List the recipes, or print one as YAML."""
-    parser = command_parser("recipes", "List the recipes that come with the package, or print one as YAML to edit.")
-    parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="a name or a file: check it and print its words")
+    parser = command_parser("recipes", "List the recipes of the package, or print one as YAML to edit.")
+    parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="a name or a file to check and print")
     given = parser.parse_args(arguments)
     if given.recipe is not None:
         with said_plainly():
@@ -28,4 +28,4 @@ def run(arguments: Sequence[str]) -> int:
     return 0
 
 
-COMMAND = Command("recipes", "list the recipes that come with the package, or print one", run)
+COMMAND = Command("recipes", "list the recipes of the package, or print one", run)

@@ -1,4 +1,4 @@
-"""``lightning-optim recommend``: which strategy a model needs on which devices, by arithmetic."""
+"""``lightning-optim recommend``: ranks strategies for a model and a set of devices, by arithmetic."""
 
 import argparse
 import sys
@@ -32,24 +32,30 @@ def run(arguments: Sequence[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = command_parser(
         "recommend",
-        "Rank the strategy presets for a model and a set of devices: what each holds, sends and takes. "
-        "The model is that of a configuration (--config FILE, or --model CLASS as in `fit`), or just a number.",
+        "Rank the strategy presets for a model and a set of devices by memory, traffic and time. The model is that of "
+        "a configuration (--config FILE, or --model CLASS as in `fit`), or just a number of parameters.",
         epilog="`lightning-optim recommend --parameters 8e9 --devices 8 --memory_gb 80 --batch_size 2 "
         "--tokens_per_sample 8192`",
     )
-    parser.add_argument("--parameters", type=_count, help="how many the model has, instead of a model")
+    parser.add_argument("--parameters", type=_count, help="number of parameters, instead of a model")
     parser.add_argument("--devices", type=int, required=True, help="per node, as in the Trainer")
     parser.add_argument("--batch_size", type=int, required=True, help="samples per device and step")
     parser.add_argument("--nodes", type=int, help="default 1")
-    parser.add_argument("--memory_gb", type=float, help="of one device, in 1e9 bytes; default that of the GPU here")
-    parser.add_argument("--device", help="a name of a GPU, for its speed; default the one here, else an H100")
-    parser.add_argument("--precision", help="the Trainer's; default bf16-mixed")
-    parser.add_argument("--optimizer", help="adam, sgd, ...; default what the model configures")
-    parser.add_argument("--tokens_per_sample", type=int, help="rows of a sample that a layer sees: the sequence length")
-    parser.add_argument("--step_seconds", type=float, help="of one device for batch_size samples, where measured")
-    parser.add_argument("--activation_bytes", type=float, help="what one device's forward keeps for the backward")
-    parser.add_argument("--bandwidth", type=float, help="of one node to the others, GB/s one way; default 50")
-    parser.add_argument("--node_bandwidth", type=float, help="of one device within its node, GB/s one way")
+    parser.add_argument(
+        "--memory_gb", type=float, help="memory of one device in 1e9 bytes; default that of the local GPU"
+    )
+    parser.add_argument("--device", help="name of a GPU, for its speed; default the local one, else an H100")
+    parser.add_argument("--precision", help="precision of the Trainer; default bf16-mixed")
+    parser.add_argument("--optimizer", help="adam, sgd, ...; default the one that the model configures")
+    parser.add_argument("--tokens_per_sample", type=int, help="rows per sample in a layer: the sequence length")
+    parser.add_argument(
+        "--step_seconds", type=float, help="measured seconds of a step of one device with batch_size samples"
+    )
+    parser.add_argument(
+        "--activation_bytes", type=float, help="bytes that a forward pass on one device saves for the backward pass"
+    )
+    parser.add_argument("--bandwidth", type=float, help="bandwidth between nodes, GB/s one way; default 50")
+    parser.add_argument("--node_bandwidth", type=float, help="bandwidth of one device within its node, GB/s one way")
     return parser
 
 
@@ -60,4 +66,4 @@ def _count(text: str) -> int:
         raise argparse.ArgumentTypeError(f"expected a number of parameters such as 8e9, got {text!r}") from error
 
 
-COMMAND = Command("recommend", "rank the strategy presets for a model and a set of devices, on paper", run)
+COMMAND = Command("recommend", "rank the strategy presets for a model and a set of devices, without running them", run)

@@ -21,8 +21,8 @@ Pairs = Iterable[tuple[str, Any]]
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Print the plan and provenance of a file; no class that it names is imported."""
-    parser = command_parser("show", "Print where a checkpoint comes from and what was made of its model.")
+    """Print the plan and provenance of a file, without importing any class it names."""
+    parser = command_parser("show", "Print the provenance of a checkpoint and the changes of its model.")
     parser.add_argument("file", metavar="FILE", help="a checkpoint of a Lightning Trainer")
     given = parser.parse_args(arguments)
     with said_plainly():
@@ -50,9 +50,9 @@ def _parts(file: Mapping[str, Any], path: Path) -> Iterable[tuple[str, Pairs]]:
 
 
 def _distilled(state: Mapping[str, Any]) -> tuple[str, Pairs]:
-    """Say what was asked of a teacher, and in how many batches it taught; files of 0.1 do not hold their number."""
+    """Describe the distillation and its number of batches; files of 0.1 do not hold the number."""
     batches = state.get("batches")
-    title = "distillation" if batches != 0 else "distillation: asked, and no batch was taught"
+    title = "distillation" if batches != 0 else "distillation: requested, but no batch was distilled"
     counted = {"batches taught": batches} if batches else {}
     return title, [*state.get("asked", {}).items(), *counted.items()]
 
@@ -80,7 +80,7 @@ def _said(name: str, value: Any) -> str:
 
 
 def _layers(modules: Mapping[str, Any]) -> Pairs:
-    """Gather the layers that differ from the user's class by what they are now."""
+    """Group the layers that differ from the user's class by their present class."""
     kinds = Counter(layer["class"].rpartition(".")[2] for layer in modules.values())
     yield from ((kind, f"{count} layers with another class, shape or buffers") for kind, count in kinds.items())
 
@@ -100,7 +100,7 @@ def _print(shown: Console, title: str, pairs: Sequence[tuple[str, Any]]) -> None
 
 
 def _text(value: Any) -> str:
-    """Write a value in one line; names and shapes of many layers as their number."""
+    """Format a value in one line; many layers are given as their number."""
     if isinstance(value, Mapping) and len(value) > 6:
         return f"{len(value)} layers"
     if isinstance(value, (Mapping, list, tuple)):
@@ -116,4 +116,4 @@ def _listed(value: Any) -> Any:
     return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
 
 
-COMMAND = Command("show", "print what a checkpoint holds, where it comes from, what was asked and reached", run)
+COMMAND = Command("show", "print the contents and provenance of a checkpoint, with targets and achieved values", run)

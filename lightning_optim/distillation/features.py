@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_optim.functional.losses import FEATURE_LOSSES, FeatureLoss
-from lightning_optim.modules import CONVOLUTIONS, TRANSPOSED
+from lightning_optim.modules import CONVOLUTIONS, LINEARS, TRANSPOSED
 
 __all__ = ["Feature", "candidate_layers", "channel_axis", "feature_names", "propose_features"]
 
@@ -130,5 +130,5 @@ def candidate_layers(root: nn.Module) -> list[str]:
     ]
     if len(blocks) > 1:
         return [block for block in blocks if not any(block.startswith(f"{other}.") for other in blocks)]
-    kinds = (nn.Linear, *CONVOLUTIONS, *TRANSPOSED)
+    kinds = (*LINEARS, *CONVOLUTIONS, *TRANSPOSED)
     return [name for name, module in root.named_modules() if isinstance(module, kinds)][:-1]

@@ -9,14 +9,14 @@ from torch import Tensor, nn
 
 from lightning_optim.distillation.capture import observe
 from lightning_optim.distillation.features import channel_axis
-from lightning_optim.modules import EMBEDDINGS, INPUTS_FIRST, copy_module
+from lightning_optim.modules import EMBEDDINGS, INPUTS_FIRST, LINEARS, copy_module
 from lightning_optim.structured.groups import Removal
 from lightning_optim.structured.removal import apply_removal
 from lightning_optim.target import ForwardInputs
 
 __all__ = ["surviving_channels"]
 
-_LAST_AXIS = (nn.Linear, nn.LayerNorm, *EMBEDDINGS)
+_LAST_AXIS = (*LINEARS, nn.LayerNorm, *EMBEDDINGS)
 
 
 def surviving_channels(

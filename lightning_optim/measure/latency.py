@@ -1,10 +1,10 @@
-"""How long one call of a model takes, as a ratio that holds on a busy machine.
+"""Latency of a call, as a ratio that is reliable on a busy machine.
 
-Calls of the models take turns, in CPU time of the thread on a CPU and in synchronised wall time on a GPU, over rounds
-in each of which the weights lie elsewhere in memory (:mod:`lightning_optim.measure.rounds`). In a round each model's
-time is the mean of its faster calls (the 5th to the 40th hundredth). The slow half is what neighbours on the machine
-do; the single fastest call is luck when two models push each other out of the cache (two of 12.7 MB: the ratio of
-minima of equal models spread by 8 %, that of these means by 1 %).
+Calls of the models alternate: in CPU time of the thread on a CPU, in synchronized wall time on a GPU. The weights are
+moved to another place in memory in each round (:mod:`lightning_optim.measure.rounds`). A model's time in a round is the
+mean of its faster calls (5th to 40th percentile). Slower calls show the load of the machine; the fastest single call is
+luck if two models evict each other from the cache (two of 12.7 MB: the ratio of the minima of equal models spread by
+8 %, that of these means by 1 %).
 """
 
 import time
@@ -77,21 +77,20 @@ def interleaved_latency(
     most: int = 100,
     twin: bool = False,
 ) -> LatencyResult:
-    """Time a model, in turns with another one where given.
+    """Time a model, alternating with another one if it is given.
 
-    Both are measured in eval mode, without gradients, on one thread; their flags, the RNG and the thread count are
-    restored, and nothing of theirs is changed.
+    Both are measured in eval mode, without gradients, on one thread; modes, the RNG and the thread count are restored.
 
     Args:
         module: The model.
-        inputs: What its forward receives.
+        inputs: Arguments of its forward.
         against: The model to compare with.
-        against_inputs: What that one receives; default the same.
-        seconds: Time to spend: it decides on the number of pairs.
-        least: Pairs at least; never fewer than rounds.
-        most: Pairs at most.
-        twin: Whether ``against`` is timed a second time, at another place: what it differs from itself is noise that
-            ``low`` and ``high`` then hold too.
+        against_inputs: Arguments of that model's forward; default the same.
+        seconds: Time to spend, which determines the number of pairs.
+        least: Minimum number of pairs; never fewer than rounds.
+        most: Maximum number of pairs.
+        twin: Whether to time ``against`` a second time at another place. Its difference from itself is noise, and
+            ``low`` and ``high`` then include it.
     """
     modules = [module] if against is None else [module, *[against] * (2 if twin else 1)]
     places = places_in_memory(modules)
@@ -105,14 +104,14 @@ def interleaved_latency(
 def latencies(
     modules: Sequence[nn.Module], batches: Sequence[ForwardInputs], *, seconds: float, least: int, most: int
 ) -> list[list[LatencyResult]]:
-    """Time several models in turns, in the same rounds; the first is the reference.
+    """Time several models alternately, in the same rounds; the first is the reference.
 
     Args:
         modules: The models, all on one device.
-        batches: What their forwards receive, one after the other.
+        batches: Arguments of their forwards, one batch after the other.
         seconds: Time to spend on a model and batch.
-        least: Calls at least.
-        most: Calls at most.
+        least: Minimum number of calls.
+        most: Maximum number of calls.
 
     Returns:
         ``[batch][model]``; the first model's is its time against itself at another place.
@@ -142,14 +141,14 @@ def time_in_turns(
     least: int = 10,
     most: int = 100,
 ) -> LatencyResult:
-    """Time one function, or two in turns; what they read stays where it is in memory.
+    """Time one function, or two alternately; their data stay in place in memory.
 
     Args:
         calls: The function, and the one to compare with.
-        clock: Gives seconds.
-        seconds: Time to spend: it decides on the number of pairs.
-        least: Pairs at least; never fewer than rounds.
-        most: Pairs at most.
+        clock: Returns seconds.
+        seconds: Time to spend, which determines the number of pairs.
+        least: Minimum number of pairs; never fewer than rounds.
+        most: Maximum number of pairs.
     """
     subjects = [Subject(_of_any_case(call)) for call in calls]
     times, pairs = time_in_rounds(subjects, [None], clock, seconds=seconds, least=least, most=most)
@@ -166,17 +165,18 @@ def measure_latency(
     """Measure the time of one call, alone or as a ratio against another model.
 
     Args:
-        module: The model; it is measured as it is, in eval mode on one thread, and left as it was.
+        module: The model; measured in eval mode on one thread, and left unchanged.
         example_inputs: A tensor, a tuple of arguments, or a dict of keyword arguments, on the model's device.
-        against: A model that takes the same inputs, measured in turns with the first.
-        batch_size: Rows that the inputs are cut (or repeated) to; None takes them as given (ragged inputs).
+        against: A model with the same inputs, measured alternately with the first.
+        batch_size: Number of rows that the inputs are cut (or repeated) to; None keeps them as given (ragged inputs).
 
     Returns:
-        Milliseconds, and with ``against`` the ratio with its range over eight rounds. In every round the weights of
-        both are copied to new places, as far as memory allows; a difference must clear that of ``against`` from itself.
+        Milliseconds and, with ``against``, the ratio and its range over eight rounds. In every round the weights of
+        both are copied to new places, as far as memory allows; a difference must exceed that of ``against`` from
+        itself.
 
     Raises:
-        ValueError: If the inputs' tensors disagree in dimension 0, so that rows cannot be cut.
+        ValueError: If the tensors have different sizes in dimension 0, so the batch size is ambiguous.
 
     Examples:
         >>> small, big = nn.Linear(256, 16), nn.Linear(256, 1024)

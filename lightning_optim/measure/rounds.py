@@ -1,8 +1,8 @@
-"""Rounds: models timed in turns, each at a new place in memory in every round.
+"""Rounds of timing: models alternate, each at a new place in memory in every round.
 
-Where the weights of a model lie in memory decides on its time (up to 13 % between a model and its deep copy), and they
-stay there for as long as they live. So times of one placement agree with each other, and not with those of the next
-process. In every round each subject is placed anew, so that the range over the rounds holds that difference too.
+The place of the weights in memory affects the time of a model (by up to 13 % between a model and its deep copy), and it
+does not change while they live. So times of one placement agree with each other but not with those of the next process.
+Moving every subject in each round makes the range over the rounds include that difference.
 """
 
 import math
@@ -22,19 +22,19 @@ from lightning_optim.target import ForwardInputs
 __all__ = ["ROUNDS", "LatencyResult", "ModuleSubject", "Subject", "compared", "places_in_memory", "time_in_rounds"]
 
 ROUNDS = 8
-"""Of two equal models all of eight ratios lie on one side of 1 once in 128 times."""
+"""With two equal models, all of eight ratios lie on one side of 1 once in 128 times."""
 
 WARM_UP = 5
 """Calls of each model before any is timed: the first after a training step takes 1.9x, the fifth 1.1x."""
 
 WARM_UP_ANEW = 2
-"""Calls at a new place: the first one maps its pages."""
+"""Warm-up calls at a new place: the first call maps its pages."""
 
 FASTER = (0.05, 0.40)
-"""The part of the sorted times whose mean stands for a model in a round."""
+"""Range of the sorted times whose mean is a model's time in a round."""
 
 SAME = 0.05
-"""Ratios closer to 1 than this are called equal."""
+"""Ratios closer to 1 than this count as equal."""
 
 LARGEST_SPACER = 1 << 20
 
@@ -45,13 +45,13 @@ class LatencyResult:
 
     Attributes:
         milliseconds: Of the model; the median over the rounds.
-        against_milliseconds: Of the model it was compared with, None where there was none.
+        against_milliseconds: Of the model it was compared with; None without one.
         ratio: Median over the rounds of the model's time over the other's; below 1 is faster.
-        low: Smallest ratio over the rounds. Where the range meets that of the reference against itself, it holds that
-            too, and so 1.
+        low: Smallest ratio over the rounds. If the range overlaps that of the reference against itself, it is extended
+            by it, and so includes 1.
         high: Largest ratio, likewise.
-        pairs: Calls of each model that were timed, in all rounds.
-        batch_size: Rows in a call, None where the inputs were taken as given.
+        pairs: Number of timed calls of each model, in all rounds.
+        batch_size: Rows of a call; None if the inputs were used as given.
     """
 
     milliseconds: float
@@ -75,10 +75,10 @@ class LatencyResult:
 
 
 class Subject:
-    """What is timed: a function of a case. A subclass can be placed anew in memory.
+    """A function of a case that is timed. Subclasses can be moved in memory.
 
     Args:
-        function: Called with each case.
+        function: The function, called with each case.
     """
 
     def __init__(self, function: Callable[[Any], Any]) -> None:
@@ -88,10 +88,10 @@ class Subject:
         """Move to a new place in memory; called once in every round."""
 
     def ready(self) -> None:
-        """Prepare a call; its time is not taken."""
+        """Prepare a call; this is not timed."""
 
     def call(self, case: Any) -> Any:
-        """Do what is timed."""
+        """Make the call that is timed."""
         return self.function(case)
 
     def release(self) -> None:
@@ -99,15 +99,15 @@ class Subject:
 
 
 class ModuleSubject(Subject):
-    """A module whose parameters and buffers are copied to a new place in every round, and put back at the end.
+    """A module whose parameters and buffers are copied to a new place in every round, and restored at the end.
 
-    The module itself is not copied: its tensors point to the copies during its own calls only, so two subjects may
-    share a module (or parameters).
+    The module itself is not copied: its tensors point to the copies only during its own calls, so two subjects can
+    share a module or parameters.
 
     Args:
-        module: The model, in the mode that is timed.
-        inputs: Taken instead of the case, where the model has inputs of its own.
-        places: How many copies stay in memory, see :func:`places_in_memory`; with 0 the tensors are not moved.
+        module: The model, in the mode to time.
+        inputs: Replaces the case, if the model has inputs of its own.
+        places: Number of copies that stay in memory, see :func:`places_in_memory`; with 0 the tensors are not moved.
     """
 
     def __init__(self, module: nn.Module, inputs: ForwardInputs | None = None, *, places: int = ROUNDS) -> None:
@@ -120,7 +120,7 @@ class ModuleSubject(Subject):
         self._random = random.Random(id(self))
 
     def renew(self) -> None:
-        """Copy the tensors; the former copies and a gap of random size keep the new ones from their places."""
+        """Copy the tensors; earlier copies and a gap of random size keep the new ones from reusing a place."""
         device = self._homes[0].device if self._homes else torch.device("cpu")
         self._spacer = torch.empty(self._random.randrange(64, LARGEST_SPACER, 64), dtype=torch.uint8, device=device)
         self._places.append([home.clone() for home in self._homes])
@@ -139,9 +139,9 @@ class ModuleSubject(Subject):
 
 
 def places_in_memory(modules: Sequence[nn.Module]) -> int:
-    """Return how many copies of each module fit a half of the free memory, one for every round at most.
+    """Number of copies of each module that fit into half of the free memory, at most one per round.
 
-    The next copy gets the memory of a freed one, so copies are kept: with one at a time there would be two places only.
+    A new copy gets the memory of a freed one, so earlier copies are kept: otherwise there would be only two places.
     """
     device = next((tensor.device for module in modules for tensor in module.parameters()), torch.device("cpu"))
     fitting = free_bytes(device) // 2 // max(sum(map(bytes_of, modules)), 1)
@@ -157,18 +157,18 @@ def time_in_rounds(
     least: int = 10,
     most: int = 100,
 ) -> tuple[list[list[list[float]]], int]:
-    """Time all subjects in turns: in every round and case each is called equally often, in an order that changes.
+    """Time all subjects alternately: in each round and case they are called equally often, in changing order.
 
     Args:
-        subjects: What is compared with each other.
-        cases: What each is called with, one case after the other.
-        clock: Gives seconds.
-        seconds: Time to spend on a case: it decides on the number of calls.
-        least: Calls of a subject at least, over all rounds.
-        most: Calls of a subject at most, over all rounds.
+        subjects: The subjects to compare.
+        cases: Arguments of the calls, one case after the other.
+        clock: Returns seconds.
+        seconds: Time to spend on a case, which determines the number of calls.
+        least: Minimum number of calls of a subject, over all rounds.
+        most: Maximum number of calls of a subject, over all rounds.
 
     Returns:
-        ``times[case][subject][round]`` in seconds, and the calls of each subject in a case.
+        ``times[case][subject][round]`` in seconds, and the number of calls of each subject in a case.
     """
     times: list[list[list[float]]] = [[[] for _ in subjects] for _ in cases]
     calls = [0] * len(cases)
@@ -228,11 +228,11 @@ def compared(
     """Compare the times of a model with those of the reference in the same rounds.
 
     Args:
-        times: Of the model, in seconds, one per round.
-        reference: Of the reference, likewise; None for the time alone.
-        twin: Of the reference at another place: its range against the reference is what a difference must clear too.
-        calls: Of each, for the result.
-        batch_size: For the result.
+        times: Times of the model in seconds, one per round.
+        reference: Times of the reference; None for the time alone.
+        twin: Times of the reference at another place; a difference must also exceed their range against the reference.
+        calls: Number of calls of each, for the result.
+        batch_size: Rows of a call, for the result.
     """
     own = median(times) * 1e3
     if reference is None:

@@ -1,4 +1,4 @@
-"""Reports: several models compared, one run told; as a table, Markdown, JSON and one page."""
+"""Reports on a comparison of models and on a run: tables, Markdown, JSON and a page."""
 
 from lightning_optim.report.comparison import compare
 from lightning_optim.report.document import Report, Section

@@ -1,4 +1,4 @@
-"""Columns of a report's tables, and the tables they make in a terminal and in Markdown."""
+"""Columns of a report's tables, and the tables in a terminal and in Markdown."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ ENGINES: Mapping[str, str] = {
     "torch": "PyTorch",
     **{name: getattr(runtime, "title", name) for name, runtime in RUNTIMES.items()},
 }
-"""How engines are called in a table."""
+"""Names of engines in tables."""
 
 Row = dict[str, Any]
 
@@ -46,11 +46,11 @@ class Column:
     """A column of the table.
 
     Attributes:
-        key: In a row.
-        title: Of the column.
-        form: How it is written: of the value, or of the whole row.
-        begins_part: Whether a table that is too wide for the terminal is broken before it.
-        part: Title of the part of the table that begins with it; such parts are tables of their own.
+        key: Its key in a row.
+        title: Title of the column.
+        form: Format string of the value, or a function of the whole row.
+        begins_part: Whether a table that is too wide for the terminal breaks before it.
+        part: Title of the part of the table that begins with it; such parts are separate tables.
     """
 
     key: str
@@ -60,7 +60,7 @@ class Column:
     part: str = ""
 
     def cell(self, row: Row) -> str:
-        """Return a row's value as a string, a dash if it has none."""
+        """Return a row's value as a string; a dash without one."""
         value = row.get(self.key)
         if callable(self.form) and value is not None and not isinstance(value, str):
             return self.form(row)
@@ -68,7 +68,7 @@ class Column:
 
 
 def parts_of(columns: Sequence[Column], rows: Sequence[Row], width: int) -> list[list[Column]]:
-    """Deal out columns to tables that fit into a width where that can be; each begins with the first column."""
+    """Distribute columns over tables that fit into a width if possible; each begins with the first column."""
 
     def fits(part: Sequence[Column]) -> bool:
         return sum(_width(column, rows) for column in part) < width
@@ -84,7 +84,7 @@ def parts_of(columns: Sequence[Column], rows: Sequence[Row], width: int) -> list
 
 
 def titled_parts(columns: Sequence[Column]) -> list[tuple[str, list[Column]]]:
-    """Deal out columns to the parts they name, the first of which has no title; each begins with the first column."""
+    """Distribute columns over the parts they name; the first part has no title, each begins with the first column."""
     name, *others = columns
     parts: list[tuple[str, list[Column]]] = [("", [name])]
     for column in others:
@@ -95,7 +95,7 @@ def titled_parts(columns: Sequence[Column]) -> list[tuple[str, list[Column]]]:
 
 
 def _width(column: Column, rows: Sequence[Row]) -> int:
-    """Return how wide a column is when its title breaks between words and its cells do not, with frame and padding."""
+    """Width of a column with frame and padding, if its title breaks between words and its cells do not."""
     return max(len(text) for text in (*column.title.split(), *map(column.cell, rows))) + 3
 
 
@@ -105,13 +105,13 @@ def with_values(columns: Sequence[Column], rows: Sequence[Row]) -> list[Row]:
 
 
 def terminal_table(columns: Sequence[Column], rows: Sequence[Row], room: int, title: str = "") -> Table:
-    """Make a terminal table; rows that have none of the columns after the first are left out.
+    """Make a terminal table; rows without a value in any column after the first are left out.
 
     Args:
-        columns: Of this table.
-        rows: Of all.
-        room: Width of the terminal: titles are broken between words where they would not fit otherwise.
-        title: Above it.
+        columns: Columns of this table.
+        rows: All rows.
+        room: Width of the terminal; titles break between words if they would not fit otherwise.
+        title: Title above the table.
     """
     shown = with_values(columns, rows)
     table = Table(title=Text(title, style="table.title") if title else None, title_justify="left")
@@ -126,7 +126,7 @@ def terminal_table(columns: Sequence[Column], rows: Sequence[Row], room: int, ti
 
 
 def is_net(row: Row) -> bool:
-    """Whether a row has a model: a baseline has none."""
+    """Whether a row belongs to a model; a baseline does not."""
     return row.get("kind") != "baseline"
 
 

@@ -1,4 +1,4 @@
-"""Several models, measured against one of them as they are deployed."""
+"""Compares models as they are deployed, with one of them as the reference."""
 
 import importlib.util
 import inspect
@@ -62,41 +62,41 @@ def compare(
     controls: Iterable[str] = (),
     progress_bar: bool = True,
 ) -> ComparisonReport:
-    """Measure models side by side: size, operations, time of a call in each engine, accuracy, and the score P.
+    """Measure models side by side: size, operations, latency in each engine, accuracy, and the score P.
 
-    Each model is exported to ONNX, verified, and timed as it is deployed; what cannot be exported is in the report's
-    notes with the reason. Times are ratios: calls of all models take turns, on one thread, in the same eight rounds, in
-    each of which every model lies elsewhere in memory. All is done on copies: the models' weights, flags and the random
-    numbers are left as they were. Costs one more copy of every model and its file loaded in every engine, up to eight
-    more copies while it is timed (fewer where memory has no room), and about a second per model, engine and batch size.
+    Each model is exported to ONNX, verified, and timed as it is deployed; if an export fails, the report's notes give
+    the reason. Times are ratios: calls of all models alternate, on one thread, in the same eight rounds, and every
+    model moves to another place in memory in each round. Everything is measured on copies: weights, modes and the
+    random numbers are left as they were. Costs one more copy of every model, its file loaded in every engine, up to
+    eight more copies while it is timed (fewer if memory is short), and about a second per model, engine and batch size.
 
     Args:
-        models: Name -> model, all on one device; they take the same inputs.
+        models: Name -> model, all on one device and with the same inputs.
         example_inputs: A tensor, a tuple of arguments, or a dict of keyword arguments of ``forward``.
-        evaluate: Takes a model in eval mode and returns its held-out accuracy, or several metrics by name. It is called
-            without gradients.
-        reference: Name of the model that ratios are taken against; default the first.
-        batch_size: Rows of the second, larger call; one row is timed as well. None takes the inputs as they are, for
-            one call, where rows cannot be cut (ragged inputs).
-        engines: Of "torch", "onnxruntime", "openvino"; None is torch and all that are installed. The first one's time
-            is the inference time in ``P``; ``P`` by every engine stands beside it.
-        weights: Of the terms of P, as :class:`~lightning_optim.PerformanceScore` takes them. No training time is
-            measured here, so that term must have none.
-        size: What S in P is: "parameters", "nonzero", "bits", or a function of the module.
-        export: Options of :func:`~lightning_optim.export_onnx`, such as ``dynamic_dims`` or the held-out ``inputs`` to
-            verify on; False exports nothing.
-        accuracy: Which of the metrics is A in P, in [0, 1].
-        controls: Names of models that the others must beat (from scratch, pruned at random), drawn as such.
-        progress_bar: Whether a progress bar is shown (on rank zero).
+        evaluate: Function of a model in eval mode that returns its held-out accuracy, or several metrics by name. It is
+            called without gradients.
+        reference: Name of the model that ratios refer to; default the first.
+        batch_size: Rows of the second, larger call; one row is timed too. None uses the inputs as they are, for a
+            single call (ragged inputs).
+        engines: Any of "torch", "onnxruntime", "openvino"; None: torch and all that are installed. The inference time
+            in ``P`` is that of the first; ``P`` with every engine is listed too.
+        weights: Weights of the terms of P, as for :class:`~lightning_optim.PerformanceScore`. Training time is not
+            measured here, so its weight must be 0.
+        size: S in P: "parameters", "nonzero", "bits", or a function of the module.
+        export: Options of :func:`~lightning_optim.export_onnx`, such as ``dynamic_dims`` or held-out ``inputs`` for
+            the verification; False exports nothing.
+        accuracy: Name of the metric that is A in P, in [0, 1].
+        controls: Names of models that the others must beat (from scratch, pruned at random); marked in figures.
+        progress_bar: Whether to show a progress bar (on rank zero).
 
     Returns:
         A row per model; ``str(report)`` is a table.
 
     Raises:
-        TypeError: If ``models`` is no mapping of names to modules, or ``controls`` no list of names.
-        ValueError: If a name or an option of the export is unknown, the reference has no size, the batch size is none,
-            the models are on different devices, or A is not in [0, 1].
-        ImportError: If an engine that was named is not installed; the text names the extra.
+        TypeError: If ``models`` is not a mapping of names to modules, or ``controls`` not a list of names.
+        ValueError: If a name or an export option is unknown, the reference has no size, the batch size is invalid, the
+            models are on different devices, or A is not in [0, 1].
+        ImportError: If a named engine is not installed; the message names the extra.
 
     Examples:
         >>> big, small = nn.Linear(8, 64), nn.Linear(8, 8)
@@ -146,7 +146,7 @@ def compare(
     )
 
 
-# What is checked before anything is measured.
+# Checks of the arguments.
 
 
 def _checked_names(models: Mapping[str, nn.Module], reference: str | None, controls: set[str]) -> str:
@@ -161,7 +161,9 @@ def _checked_names(models: Mapping[str, nn.Module], reference: str | None, contr
     for word, names in named.items():
         unknown = sorted(names - models.keys())
         if unknown:
-            raise ValueError(f"`{word}` names {unknown[0]!r}, which is no model; the models are {', '.join(models)}.")
+            raise ValueError(
+                f"`{word}` names {unknown[0]!r}, which is not a model; the models are {', '.join(models)}."
+            )
     return named["reference"].pop()
 
 
@@ -176,22 +178,22 @@ def _checked_controls(controls: Iterable[str]) -> set[str]:
 def _checked_size(
     size: str | Callable[[nn.Module], float], reference: str, model: nn.Module
 ) -> Callable[[nn.Module], float]:
-    """Return what S is, of which the reference must have some: the others' is divided by it."""
+    """Return the function for S; the reference's S divides those of the others, so it must be positive."""
     size_of = SIZES.resolve(size)
     found = size_of(model)
     if not found > 0:
         raise ValueError(
-            f"`reference` must be a model with a size above 0, which others are divided by, got {found:g} for "
-            f"{reference!r}. Name a model that has parameters."
+            f"the size of the reference must be above 0, since other sizes are divided by it, got {found:g} for "
+            f"{reference!r}. Choose a `reference` that has parameters."
         )
     return size_of
 
 
 def _checked_engines(engines: Sequence[str] | None, export: Mapping[str, Any] | bool | None) -> list[str]:
-    """Return the engines to use; those that were named must be there.
+    """Return the engines to use; named engines must be installed.
 
     Raises:
-        ValueError: If a name is unknown, or files are to be run and none is to be written.
+        ValueError: If a name is unknown, or an engine runs files and the export is turned off.
         ImportError: If a package is missing.
     """
     if isinstance(engines, str):
@@ -203,7 +205,7 @@ def _checked_engines(engines: Sequence[str] | None, export: Mapping[str, Any] | 
         if name != "torch" and name not in RUNTIMES:
             raise ValueError(f"unknown engine {name!r}; known: torch, {', '.join(sorted(RUNTIMES))}.")
         if name != "torch" and export is False:
-            raise ValueError(f"{name} runs exported files, and export=False writes none. Take one of the two out.")
+            raise ValueError(f"{name} runs exported files, and export=False writes none. Remove one of the two.")
         for package in () if name == "torch" else (name, *EXPORTERS):
             if not _is_installed(package):
                 raise missing_package(package, getattr(RUNTIMES[name], "extra", name) if package == name else "onnx")
@@ -213,7 +215,7 @@ def _checked_engines(engines: Sequence[str] | None, export: Mapping[str, Any] | 
 
 
 def _checked_export(export: Mapping[str, Any] | bool | None) -> dict[str, Any] | None:
-    """Return the options of the export, None where nothing is exported."""
+    """Return the options of the export; None without an export."""
     if not (export is None or isinstance(export, (bool, Mapping))):
         raise TypeError(f"`export` must be a mapping of options of export_onnx, a bool or None, got {export!r}.")
     if isinstance(export, Mapping):
@@ -233,8 +235,8 @@ def _checked_weights(weights: Mapping[str, float] | None) -> dict[str, float]:
     checked = checked_weights(weights)
     if checked["train_time"]:
         raise ValueError(
-            f"`weights` gives train_time {checked['train_time']:g}, and compare trains nothing. Leave it out, or take "
-            "P with its training time from PerformanceScore."
+            f"`weights` gives train_time {checked['train_time']:g}, and compare does not train. Remove it, or use "
+            "PerformanceScore, whose P includes the training time."
         )
     return checked
 
@@ -244,16 +246,16 @@ def _device(models: Mapping[str, nn.Module]) -> torch.device:
     devices = {device for device in found.values() if device is not None}
     if len(devices) > 1:
         words = ", ".join(f"{name} on {device}" for name, device in found.items())
-        raise ValueError(f"times are compared on one device, and the models are on several: {words}. Move them first.")
+        raise ValueError(f"times are compared on one device, but the models are on several: {words}. Move them first.")
     return devices.pop() if devices else torch.device("cpu")
 
 
-# How it is measured.
+# Measuring.
 
 
 @dataclass
 class _Subject:
-    """What is kept of a model until all are timed together."""
+    """A measured model that waits to be timed together with the others."""
 
     size: float
     module: nn.Module
@@ -262,7 +264,7 @@ class _Subject:
 
 @dataclass
 class _Bench:
-    """Measures one model after the other, the reference first, and then times all of them together."""
+    """Measures one model after the other, the reference first, then times them all together."""
 
     inputs: ForwardInputs
     batch_size: int | None
@@ -285,7 +287,7 @@ class _Bench:
         self.subjects: dict[str, _Subject] = {}
 
     def measure(self, name: str, model: nn.Module) -> Row:
-        """Return a model's figures but its times; the first is what later ones are compared with."""
+        """Return a model's figures without its times; the first model is the reference."""
         metrics = self._metrics(name, model)
         plain = copy_module(model, rounded=False)  # rounding in PyTorch takes time, deployed integers do not
         files, exported = self._export(name, model)
@@ -301,7 +303,7 @@ class _Bench:
         }
 
     def times_and_scores(self, accuracies: Mapping[str, float | None], engines: Iterable[str]) -> dict[str, Row]:
-        """Return times and P of every model; all are timed in turns, in the same rounds."""
+        """Return times and P of every model; all are timed alternately, in the same rounds."""
         times: dict[str, dict[str, LatencyResult]] = {name: {} for name in self.subjects}
         for engine in engines:
             for key, of_models in self._times(engine).items():
@@ -325,13 +327,13 @@ class _Bench:
     def _metrics(self, name: str, model: nn.Module) -> dict[str, float]:
         if self.evaluate is None:
             if self.weights["accuracy"]:
-                self._note("P has an accuracy in it: pass `evaluate`, or weights without accuracy.")
+                self._note("P includes accuracy: pass `evaluate`, or weights without accuracy.")
             return {}
         found = self.evaluate(copy_module(model))
         metrics = {k: float(v) for k, v in (found if isinstance(found, Mapping) else {self.accuracy: found}).items()}
         taken = sorted(RESERVED & metrics.keys())
         if taken:
-            raise ValueError(f"`evaluate` returned {taken[0]!r}, a name of the report's own. Call it otherwise.")
+            raise ValueError(f"`evaluate` returned {taken[0]!r}, which is a column of the report. Rename it.")
         self._check_accuracy(name, metrics)
         self.metrics += [metric for metric in metrics if metric not in self.metrics]
         return metrics
@@ -341,31 +343,31 @@ class _Bench:
             return
         if self.accuracy not in metrics:
             raise ValueError(
-                f"`evaluate` returned {', '.join(metrics) or 'nothing'}, and P takes its accuracy from "
+                f"`evaluate` returned {', '.join(metrics) or 'nothing'}, but P needs the metric "
                 f"{self.accuracy!r}. Name one of them with `accuracy=`."
             )
         if not 0.0 <= metrics[self.accuracy] <= 1.0:
             raise ValueError(
-                f"{self.accuracy} of {name} is {metrics[self.accuracy]:g}, and an accuracy is in [0, 1]. Divide "
+                f"{self.accuracy} of {name} is {metrics[self.accuracy]:g}, but an accuracy is in [0, 1]. Divide "
                 "percent by 100; for another metric pass weights without accuracy."
             )
 
     def _export(self, name: str, model: nn.Module) -> tuple[dict[str, ExportedModel], Row]:
-        """Export, verify and load a model; where that fails its row has no file and a note says why."""
+        """Export, verify and load a model; if that fails, its row has no file and a note gives the reason."""
         if self.options is None:
-            self._note("No model was exported: there are no files for inference engines, and no times in them.")
+            self._note("No model was exported, so there are no times in inference engines.")
             return {}, {}
         path = self.folder / f"{len(list(self.folder.iterdir()))}.onnx"
         try:
             report = export_onnx(model, path, self.inputs, **self.options)
         except (ValueError, RuntimeError) as error:
-            others = "" if self.subjects else " Nor can the others be compared in engines."
-            self._note(f"{name} was not exported, so it has no file and no times but PyTorch's: {error}{others}")
+            others = "" if self.subjects else " The others cannot be compared in engines either."
+            self._note(f"{name} was not exported, so it has no file and only PyTorch's times: {error}{others}")
             return {}, {}
         return self._load(name, path), _file_facts(report)
 
     def _load(self, name: str, path: Path) -> dict[str, ExportedModel]:
-        """Load a file in each engine; where one refuses it a note says why."""
+        """Load a file in each engine; if one fails, a note gives the reason."""
         files: dict[str, ExportedModel] = {}
         for engine in self.engines:
             try:
@@ -375,7 +377,7 @@ class _Bench:
         return files
 
     def _times(self, engine: str) -> dict[str, dict[str, LatencyResult]]:
-        """Return the times of a call in one engine, by batch and model; none where it has no file of the reference."""
+        """Return the times in one engine, by batch and model; none if it has no file of the reference."""
         batches = {engine + suffix: inputs for suffix, inputs in self.batches.items()}
         if engine == "torch":
             names = list(self.subjects)
@@ -394,7 +396,7 @@ class _Bench:
         }
 
     def _fits_file(self, inputs: ForwardInputs) -> bool:
-        """Tell whether a file takes a batch; one with a fixed batch takes the example's."""
+        """Whether a file accepts a batch; one with a fixed batch accepts the example's."""
         fixed = self.options is not None and self.options.get("dynamic_batch") is False
         return not fixed or [x.shape for x in _tensors(inputs)] == [x.shape for x in _tensors(self.inputs)]
 
@@ -445,7 +447,7 @@ def _sum(*counts: int | None) -> int | None:
 
 
 def _against_itself(time: LatencyResult) -> LatencyResult:
-    """Return the reference's time: its ratio is 1 and not what noise made of it, and its range is widened to hold 1."""
+    """Return the reference's time with the ratio 1 instead of its noise, and a range that includes 1."""
     low, high = (1.0 if bound is None else bound for bound in (time.low, time.high))
     return replace(time, ratio=1.0, low=min(low, 1.0), high=max(high, 1.0))
 

@@ -1,4 +1,4 @@
-"""What a comparison found: rows of plain values, and the forms they are read in."""
+"""The result of a comparison: rows of plain values, and their presentations."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -25,7 +25,7 @@ RESERVED = frozenset(
     {"name", "kind", "parameters", "nonzero", "bits", "size_ratio", "bytes", "macs", "P"}
     | {"onnx_bytes", "onnx_agreement", "integer_kernels", "kernels"}
 )
-"""Keys of a row that a metric cannot have."""
+"""Keys of a row that metrics cannot use."""
 
 TIMES = ("ms", "ratio", "low", "high", "differs")
 PLAIN = (str, int, float, bool, type(None))
@@ -33,26 +33,26 @@ PLAIN = (str, int, float, bool, type(None))
 
 @dataclass
 class ComparisonReport:
-    """What :func:`~lightning_optim.compare` measured; ``print(report)`` is a table.
+    """The result of :func:`~lightning_optim.compare`; ``print(report)`` shows a table.
 
     Attributes:
-        reference: Name of the row that ratios are taken against.
-        engines: In which calls were timed; the first one's time is in "P".
-        batch_size: Rows of the larger call; None where the inputs were taken as given.
+        reference: Name of the row that ratios refer to.
+        engines: Engines in which calls were timed; "P" uses the first.
+        batch_size: Rows of the larger call; None if the inputs were used as given.
         accuracy: Name of the metric that is A in P.
         metrics: Names of all metrics, in order.
-        weights: Of the terms of P.
+        weights: Weights of the terms of P.
         rows: One dict of plain values per row: ``name``, ``kind`` ("dense", "compressed", "control", "baseline"), the
             metrics (and ``<metric>_std`` over seeds), ``parameters``, ``nonzero``, ``bits`` (over 32), ``size_ratio``
             (S of P), ``bytes`` (compressed ``state_dict``), ``onnx_bytes``, ``onnx_agreement``, ``integer_kernels``,
             ``kernels``, ``macs`` (of one row), ``P``; and per engine ``<engine>_P``, ``<engine>_ms``, ``_ratio``,
             ``_low``, ``_high`` and ``_differs`` of one row, the same after ``<engine>_batch`` of ``batch_size`` rows.
         layers: Model -> facts of its layers, as :func:`~lightning_optim.report.layers.layer_facts` gives them.
-        notes: Sentences on this comparison: what could not be exported, what a number leaves out.
-        histories: Model -> one dict of logged metrics per epoch, where they were given.
+        notes: Sentences on this comparison: failed exports, what a number leaves out.
+        histories: Model -> one dict of logged metrics per epoch, if they were given.
         environment: Versions and machine.
-        seeds: How many runs were averaged.
-        title: Of page and Markdown.
+        seeds: Number of averaged runs.
+        title: Title of page and Markdown.
         summary: Below the title.
     """
 

@@ -1,4 +1,4 @@
-"""Before a module is divided: what is refused, and the last access to the whole module."""
+"""What happens before a module is sharded: checks, and the last access of callbacks to the whole module."""
 
 from typing import Any, Protocol, runtime_checkable
 
@@ -15,7 +15,7 @@ __all__ = ["BeforeSharding", "announce_sharding", "check_shardable"]
 
 @runtime_checkable
 class BeforeSharding(Protocol):
-    """A callback that acts right before the module is divided, after its plan was restored."""
+    """A callback that acts right before the module is sharded, after its plan was restored."""
 
     def before_sharding(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Change or copy the module while it is whole."""
@@ -46,6 +46,6 @@ def check_shardable(strategy: Any, trainer: pl.Trainer) -> None:
         check_batchnorm_sync(strategy)
     if averaged_copies(trainer):
         raise MisconfigurationException(
-            "weight averaging callbacks keep a whole copy of the model, which cannot follow one that is divided "
-            f"among devices. Leave them out under {name}, or take 'optim_ddp'."
+            "weight averaging callbacks keep a whole copy of the model, which cannot follow a sharded one. "
+            f"Remove them under {name}, or use 'optim_ddp'."
         )

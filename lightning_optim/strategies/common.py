@@ -24,14 +24,14 @@ __all__ = [
 
 
 SUPPORTED = ("SingleDeviceStrategy", "DDPStrategy", "OptimFSDP2")
-"""Names of the strategy classes that compression is correct under, with their subclasses."""
+"""Names of the strategy classes that compression supports, including their subclasses."""
 REFUSED = ("DeepSpeedStrategy", "SingleDeviceXLAStrategy", "XLAStrategy")
-"""Subclasses of those all the same, under which it is not."""
-INSTEAD = "Take Trainer(strategy='optim_fsdp'), 'optim_ddp', or a single device."
+"""Subclasses of those that it does not support."""
+INSTEAD = "Use Trainer(strategy='optim_fsdp'), 'optim_ddp', or a single device."
 
 
 def check_supported(who: str, strategy: Any, instead: str = INSTEAD) -> None:
-    """Reject a strategy under which compression is not known to work.
+    """Reject a strategy that compression does not support.
 
     Args:
         who: The technique's name.
@@ -61,15 +61,15 @@ def checked_timeout(timeout_s: float) -> timedelta:
 
 
 def check_batchnorm_sync(strategy: Any) -> None:
-    """Refuse ``Trainer(sync_batchnorm=True)`` on a CPU, for which PyTorch has no synchronised BatchNorm.
+    """Reject ``Trainer(sync_batchnorm=True)`` on a CPU, where PyTorch's SyncBatchNorm does not run.
 
     Raises:
-        MisconfigurationException: If it was asked there.
+        MisconfigurationException: If it is requested there.
     """
     if strategy._layer_sync is not None and strategy.root_device.type != "cuda":
         raise MisconfigurationException(
             "Trainer(sync_batchnorm=True) needs CUDA devices: PyTorch's SyncBatchNorm does not run on "
-            f"{strategy.root_device.type}. Leave it out, or use a norm without batch statistics."
+            f"{strategy.root_device.type}. Remove it, or use a norm without batch statistics."
         )
 
 
@@ -91,7 +91,7 @@ def _end_group() -> None:
 
 
 def name_rank(strategy: Any, exception: BaseException) -> None:
-    """Add to an exception on which rank it was raised, and where to look when another rank is the cause."""
+    """Add a note to an exception: the rank that raised it, and where to look if another rank is the cause."""
     if strategy.world_size == 1 or any("raised on rank" in note for note in getattr(exception, "__notes__", ())):
         return
     note = f"raised on rank {strategy.global_rank} of {strategy.world_size} ({socket.gethostname()})"
@@ -101,10 +101,10 @@ def name_rank(strategy: Any, exception: BaseException) -> None:
 
 
 def end_children(strategy: Any, exception: BaseException, grace_s: float = 10.0) -> None:
-    """End the processes that rank 0 started after it failed: nothing else would end one that hangs.
+    """End the processes that rank 0 started, after it failed: nothing else would end one that hangs.
 
-    They get time to report their own error first. Under torchrun or SLURM there are none; the agent ends them. After
-    KeyboardInterrupt, and where processes are forked, Lightning ends them.
+    They get time to report their own errors first. Under torchrun and SLURM, rank 0 starts none and the agent ends
+    them. After a KeyboardInterrupt, and if processes are forked, Lightning ends them.
     """
     launcher = strategy.launcher
     if isinstance(exception, KeyboardInterrupt) or not isinstance(launcher, _upstream.SubprocessScriptLauncher):

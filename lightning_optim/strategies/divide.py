@@ -1,4 +1,4 @@
-"""How a module is divided into the units that ``fully_shard`` gathers together."""
+"""Shards a module in units, each of which ``fully_shard`` gathers as a whole."""
 
 from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
@@ -24,17 +24,17 @@ def divide(
     reshard: bool,
     types: tuple[torch.dtype, torch.dtype] | None,
 ) -> NamedModules:
-    """Divide a module's parameters over a mesh, in place.
+    """Shard a module's parameters over a mesh, in place.
 
     Args:
-        module: The whole, which becomes the root unit and gathers what no unit holds.
+        module: The whole module. It becomes the root unit, which gathers the parameters of no other unit.
         units: Dotted names and modules, innermost first.
         mesh: One dimension, or (copies, shards).
-        reshard: Free a unit after its forward pass.
-        types: In which parameters are gathered, and in which gradients are added up; None keeps theirs.
+        reshard: Whether to free a unit after its forward pass.
+        types: Dtype in which parameters are gathered, and dtype in which gradients are summed; None keeps theirs.
 
     Returns:
-        The modules that are units now, without the root: ``units`` and the layers of another dtype inside them.
+        The units without the root: ``units``, and layers inside them whose dtype differs.
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -60,12 +60,12 @@ def divide(
 def register_steps(
     module: nn.Module, steps: Iterable[str], around: Callable[[Callable[..., Any]], Callable[..., Any]]
 ) -> None:
-    """Gather the root for each of these methods too: Lightning calls them instead of ``forward``.
+    """Gather the root unit for these methods too: Lightning calls them instead of ``forward``.
 
     Args:
         module: The root unit.
         steps: Names of methods.
-        around: Wraps a method; what it returns runs while the root is gathered.
+        around: Wraps a method; the result runs while the root is gathered.
     """
     from torch.distributed.fsdp import register_fsdp_forward_method
 
@@ -75,7 +75,7 @@ def register_steps(
 
 
 class Recomputed:
-    """Stands in for a unit's forward: its activations are computed again in the backward pass."""
+    """Replaces a unit's forward by one that recomputes its activations in the backward pass."""
 
     def __init__(self, unit: nn.Module) -> None:
         self.unit = unit
@@ -89,14 +89,14 @@ class Recomputed:
 
 
 def recompute(units: NamedModules) -> None:
-    """Let units keep their inputs only, and compute their activations again in the backward pass."""
+    """Let units keep only their inputs, and recompute their activations in the backward pass."""
     for _, unit in units:
         if any(True for _ in unit.children()):
             unit.__dict__["forward"] = Recomputed(unit)
 
 
 def warn_of_short(module: nn.Module, shards: int) -> None:
-    """Say which layers have fewer rows than there are shards: some devices hold nothing of them."""
+    """Warn of layers with fewer rows than shards: some devices hold nothing of them."""
     short = [name for name, p in module.named_parameters() if p.ndim and p.shape[0] < shards and p.numel() > shards]
     if short:
         rank_zero_warn(
@@ -121,5 +121,5 @@ def without_reduction(module: nn.Module) -> Generator[None, None, None]:
 
 
 def _has_parameters_left(unit: nn.Module, whole: set[nn.Parameter]) -> bool:
-    """Whether a unit holds a parameter that no unit inside it took already, and that is to be divided."""
+    """Whether a unit holds a parameter to shard that no unit inside it holds."""
     return any(is_undivided(parameter) and parameter not in whole for parameter in unit.parameters())

@@ -1,4 +1,4 @@
-"""OptimFSDP2: fully sharded, hybrid, tensor parallel and 2-D training of unmodified LightningModules."""
+"""OptimFSDP2: fully sharded, hybrid, tensor-parallel and 2-D training of unmodified LightningModules."""
 
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
@@ -39,46 +39,47 @@ CLIPPING = {"clip_grad_by_norm": gradients.clip_by_norm, "clip_grad_by_value": g
 
 
 class OptimFSDP2(ModelParallelStrategy):
-    """Divide weights, gradients and optimizer states among the devices, without a ``configure_model``.
+    """Shard weights, gradients and optimizer states over the devices, without a ``configure_model``.
 
-    PyTorch's FSDP2 (``fully_shard``): each parameter is a DTensor, divided along its first dimension, and gathered
-    with its unit for the moment of its use. Units are found automatically. A LightningModule whose own
-    ``configure_model`` has sharded it already is left as it is.
+    PyTorch's FSDP2 (``fully_shard``): each parameter is a DTensor, sharded along its first dimension, and gathered
+    together with its unit while the unit computes. Units are found automatically. A LightningModule that its own
+    ``configure_model`` has sharded is left as it is.
 
     Args:
         units: ``"auto"`` (see :func:`~lightning_optim.strategies.units.find_units`), or class and module names.
         reshard: Free a unit after its forward pass and gather it again for the backward pass. ``False`` keeps it (ZeRO
-            stage 2: less traffic, the whole model in the compute type is held).
-        replicate: Hybrid sharding: this many copies of the model, each divided among world / ``replicate`` devices.
+            stage 2: less traffic; each device holds the whole model in the compute dtype).
+        replicate: Hybrid sharding: number of copies of the model, each sharded over world / ``replicate`` devices.
             ``"nodes"``: one copy per node.
-        tensor: Devices that share the layers' features (tensor parallelism); neighbours, so within a node.
-            ``"node"``: all devices of a node.
+        tensor: Number of devices that share the layers' features (tensor parallelism), within a node. ``"node"``: all
+            devices of a node.
         tensor_plan: ``"auto"`` (see :func:`~lightning_optim.strategies.tensor.find_pairs`), or glob patterns
             of layer names -> ``"col"`` or ``"row"``.
-        shard: ``False`` with ``tensor`` > 1: nothing but tensor parallelism.
-        activation_checkpointing: Keep only the units' inputs and compute the rest again in the backward pass:
-            about a third more computation.
-        reduce_dtype: Type in which gradients are added up under ``precision="bf16-mixed"``.
-        accumulate_unsharded: Reduce gradients once per accumulation instead of once per batch; holds them whole
-            meanwhile (4 bytes per parameter).
-        checkpoint: ``"full"`` (one file, like any other strategy's), ``"sharded"`` (a folder, each process writes its
-            part; :func:`~lightning_optim.strategies.consolidate` makes one file of it) or ``"auto"``: sharded
-            above a billion parameters. Either resumes under any number of devices; a full file under any strategy.
+        shard: ``False`` with ``tensor`` > 1: tensor parallelism only.
+        activation_checkpointing: Keep only the units' inputs and recompute the rest in the backward pass: about a third
+            more computation.
+        reduce_dtype: Dtype in which gradients are summed under ``precision="bf16-mixed"``.
+        accumulate_unsharded: Reduce gradients once per accumulation instead of once per batch; until then each device
+            holds them whole (4 bytes per parameter).
+        checkpoint: ``"full"`` (one file, as other strategies write), ``"sharded"`` (a folder to which each process
+            writes its shard; :func:`~lightning_optim.strategies.consolidate` merges it into one file) or ``"auto"``:
+            sharded above a billion parameters. Both resume under any number of devices, a full file under any strategy.
         timeout_s: Seconds until a collective that a rank does not join raises on the others. Checkpoints, the
-            preparation of data and the first compilation must fit in it.
-        process_group_backend: ``"nccl"`` or ``"gloo"``; by default what the device takes.
+            preparation of data and the first compilation must fit into it.
+        process_group_backend: ``"nccl"`` or ``"gloo"``; by default the device's.
 
-    A weight of a unit that is read outside of its forward (an item table that scores) is gathered for that read. 0-dim
-    parameters stay whole on every device; layers of another dtype than their unit are units of their own.
+    A unit's weight that is read outside of the unit's forward (an item table used for scoring) is gathered for that
+    read. 0-dim parameters stay whole on every device; layers whose dtype differs from their unit's are units of their
+    own.
 
-    Precision: ``"bf16-mixed"`` gathers parameters in bfloat16 and adds gradients up in float32;
-    BatchNorm stays float32. BatchNorm statistics are averaged over the ranks after each training batch.
+    Precision: ``"bf16-mixed"`` gathers parameters in bfloat16 and sums gradients in float32; BatchNorm stays float32.
+    BatchNorm statistics are averaged over the ranks after each training batch.
 
     Raises:
-        ValueError: For arguments that are none.
+        ValueError: For invalid arguments.
         MisconfigurationException: In the Trainer's constructor, for sizes that do not divide the devices, or in a
-            notebook; in ``setup``, for a precision, a callback or a flag that sharding does not carry, or where
-            ``tensor`` finds no pair.
+            notebook; in ``setup``, for a precision, callback or flag that sharding does not support, or if ``tensor``
+            finds no pair.
     """
 
     def __init__(
@@ -119,7 +120,7 @@ class OptimFSDP2(ModelParallelStrategy):
         if not shard and (replicate != 1 or tensor == 1):
             raise ValueError("`shard=False` is tensor parallelism alone: it needs `tensor` > 1 and `replicate=1`.")
         if replicate != 1 and tensor != 1:
-            raise ValueError("`replicate` and `tensor` are not offered together; leave one at 1.")
+            raise ValueError("`replicate` and `tensor` cannot be combined; leave one at 1.")
         _upstream.check(self)
         self._files = ShardedFiles(self)
         self._statistics = OwnStatistics()
@@ -132,8 +133,8 @@ class OptimFSDP2(ModelParallelStrategy):
     def _configure_launcher(self) -> None:
         if _upstream.is_interactive():
             raise MisconfigurationException(
-                "sharded and tensor parallel training need processes that keep their part of the model, which a "
-                "notebook cannot start. Run a script, or take Trainer(strategy='optim_ddp_notebook')."
+                "sharded and tensor-parallel training need processes that keep their part of the model, and a notebook "
+                "cannot start such processes. Run a script, or use Trainer(strategy='optim_ddp_notebook')."
             )
         self._resolve_sizes()
         super()._configure_launcher()
@@ -294,7 +295,7 @@ class OptimFSDP2(ModelParallelStrategy):
         self._statistics.average()
 
     def _finish_gradients(self) -> None:
-        """Give the processes the same gradients of what FSDP2 does not see: reads, and what is whole everywhere."""
+        """Reduce the gradients that FSDP2 does not see: those of reads, and of parameters that are not sharded."""
         self._reads.finish_backward()
         average_gradients(self._whole, self._data_mesh)
 

@@ -1,6 +1,6 @@
 """The presets: one table from which names, documentation and tests are derived.
 
-The classes are imported when a preset is built, not when its name is registered.
+Classes are imported when a preset is built, not when its name is registered.
 """
 
 from collections.abc import Mapping
@@ -18,10 +18,10 @@ class Preset:
     """A named configuration of a strategy.
 
     Attributes:
-        name: What ``Trainer(strategy=...)`` takes.
+        name: Name for ``Trainer(strategy=...)``.
         path: Import path of the class.
         options: Its arguments.
-        use_when: When to choose it, in words.
+        use_when: When to choose it, as a phrase.
     """
 
     name: str
@@ -51,17 +51,28 @@ _DDP = "lightning_optim.strategies.ddp.OptimDDP"
 _FSDP2 = "lightning_optim.strategies.fsdp2.OptimFSDP2"
 
 _TABLE = (
-    Preset("optim_single", _SINGLE, {}, "one device holds weights, gradients, optimizer and activations"),
-    Preset("optim_ddp", _DDP, {}, "one device holds all of it, and sending gradients takes less than computing"),
-    Preset("optim_ddp_static", _DDP, {"static_graph": True}, "like optim_ddp, and no parameter is conditional"),
+    Preset("optim_single", _SINGLE, {}, "weights, gradients, optimizer state and activations fit on one device"),
+    Preset("optim_ddp", _DDP, {}, "all of it fits on one device, and communication takes less time than computation"),
+    Preset(
+        "optim_ddp_static", _DDP, {"static_graph": True}, "like optim_ddp, and every parameter is used in every step"
+    ),
     Preset("optim_ddp_notebook", _DDP, {"start_method": "fork"}, "like optim_ddp, in a notebook"),
-    Preset("optim_ddp_bf16", _DDP, {"compress": "bf16"}, "like optim_ddp over a slow link: half the bytes"),
+    Preset(
+        "optim_ddp_bf16", _DDP, {"compress": "bf16"}, "like optim_ddp over a slow link: gradients take half the bytes"
+    ),
     Preset("optim_ddp_fp16", _DDP, {"compress": "fp16"}, "like optim_ddp_bf16 with precision='16-mixed'"),
-    Preset("optim_zero2", _FSDP2, {"reshard": False}, "gradients and optimizer do not fit one device, weights do"),
-    Preset("optim_fsdp", _FSDP2, {}, "the model does not fit otherwise"),
-    Preset("optim_hsdp", _FSDP2, {"replicate": "nodes"}, "several nodes, and the divided model fits one of them"),
-    Preset("optim_tp", _FSDP2, {"tensor": "node", "shard": False}, "one layer or its activations are too large"),
-    Preset("optim_2d", _FSDP2, {"tensor": 2}, "like optim_tp, with more devices than share a layer"),
+    Preset(
+        "optim_zero2", _FSDP2, {"reshard": False}, "weights fit on one device, gradients and optimizer state do not"
+    ),
+    Preset("optim_fsdp", _FSDP2, {}, "the weights do not fit on one device"),
+    Preset("optim_hsdp", _FSDP2, {"replicate": "nodes"}, "several nodes, and the sharded model fits on one node"),
+    Preset(
+        "optim_tp",
+        _FSDP2,
+        {"tensor": "node", "shard": False},
+        "a single layer or its activations do not fit on one device",
+    ),
+    Preset("optim_2d", _FSDP2, {"tensor": 2}, "like optim_tp, with more devices than one layer needs"),
 )
 
 PRESETS: dict[str, Preset] = {preset.name: preset for preset in _TABLE}

@@ -1,4 +1,4 @@
-"""Ranks the presets for a question: which have a row, what each costs, and the reasons in words."""
+"""Ranks the presets: their costs, and the reasons as sentences."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,7 +20,7 @@ from lightning_optim.strategies.traffic import Collective, collectives, duration
 __all__ = ["PLANS", "VARIANTS", "Question", "Row", "notes_on", "rank"]
 
 SAME = 1.02
-"""Times nearer than this count as equal: the model is not more exact."""
+"""Times closer than this factor count as equal: the cost model is not more accurate."""
 
 PLANS: Mapping[str, Callable[[Cluster, int, int], Layout]] = {
     "optim_single": lambda cluster, replicate, tensor: Layout(),
@@ -33,13 +33,13 @@ PLANS: Mapping[str, Callable[[Cluster, int, int], Layout]] = {
     "optim_tp": lambda cluster, replicate, tensor: Layout(tensor=tensor),
     "optim_2d": lambda cluster, replicate, tensor: Layout(shard=cluster.world // tensor, tensor=tensor),
 }
-"""Preset -> its layout. At equal times the earlier one is taken: the simpler, holding less, changing no gradient."""
+"""Preset -> its layout. At equal times the earlier preset wins: it is simpler, or changes no gradients."""
 
 VARIANTS: Mapping[str, str] = {
     "optim_ddp_static": "optim_ddp where every parameter takes part in every step",
     "optim_ddp_notebook": "optim_ddp for notebooks",
 }
-"""Presets of the same figures as another."""
+"""Presets with the same figures as another one."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Question:
 
     @property
     def usable(self) -> float:
-        """Bytes per device that may be planned."""
+        """Bytes per device that a plan may use."""
         return FILLED * self.memory
 
 
@@ -83,15 +83,16 @@ class Row:
         layout: How the devices divide the work.
         model: With what tensor parallelism splits of it.
         held: Bytes on one device.
-        collectives: What is sent in a step.
+        collectives: Communication of a step.
         compute: Seconds of computation in a step; None: not known.
-        hidden: Seconds of communication beside the computation.
+        hidden: Seconds of communication that overlaps with computation.
         waiting: Seconds of communication that the computation waits for.
         step_seconds: Predicted; only communication where ``compute`` is None.
-        seconds_per_sample: What the rows are ranked by: the step over the samples of all devices in it.
-        efficiency: Samples per second as a share of all devices times those of one; None where ``compute`` is None.
+        seconds_per_sample: ``step_seconds`` over the samples of all devices; rows are ranked by it.
+        efficiency: Samples per second, as a fraction of the number of devices times those of one; None without
+            ``compute``.
         fits: Whether ``held`` is at most 0.85 of the memory.
-        reason: In words.
+        reason: Why the row has its place, as a sentence.
         options: Arguments of the preset that depend on the devices.
     """
 
@@ -119,10 +120,10 @@ class Row:
 def rank(
     question: Question, split: Callable[[int], Model | None], replicate: int | None
 ) -> tuple[tuple[Row, ...], dict[str, str]]:
-    """Return one row per preset, the best first, and why the other presets have none.
+    """Return one row per preset, the best first, and the reasons why other presets have none.
 
     Args:
-        question: What was asked.
+        question: The question.
         split: The model as tensor parallelism over that many devices splits it; None where it splits nothing.
         replicate: Groups of hybrid sharding; None for one per node.
     """
@@ -146,7 +147,7 @@ def rank(
 
 
 def _out_of_place(name: str, question: Question, replicate: int | None) -> str | None:
-    """Return why a preset has no row, None where it has one."""
+    """Return why a preset has no row; None if it has one."""
     cluster, precision = question.cluster, question.precision
     several, timed = cluster.world > 1, question.compute is not None
     groups = replicate or cluster.nodes
@@ -156,19 +157,16 @@ def _out_of_place(name: str, question: Question, replicate: int | None) -> str |
     sharded = PRESETS[name].sharded
     reasons = {
         "there is one device": not several and not single,
-        "what one device does cannot be compared while its time for a step is not known": several
-        and single
-        and not timed,
+        "a single device cannot be compared without the time of its step": several and single and not timed,
         f"trains in {', '.join(SHARDED_PRECISIONS)}": sharded and precision not in SHARDED_PRECISIONS,
         "needs a loss scale, precision 16-mixed": name == "optim_ddp_fp16" and precision != "16-mixed",
         "float16 has the loss scale it needs and more digits": name == "optim_ddp_bf16" and precision == "16-mixed",
         "gradients are bfloat16 already": name == "optim_ddp_bf16" and precision == "bf16-true",
-        "whether rounding gradients pays cannot be told while the time of a step is not known": compressed
-        and not timed,
+        "whether rounding gradients pays is unknown without the time of a step": compressed and not timed,
         f"there is one {'group' if replicate else 'node'}": hybrid and groups == 1,
-        f"{cluster.world} devices make no {groups} groups of at least two": hybrid and uneven,
-        "layers are split within a node; optim_2d takes several": name == "optim_tp" and cluster.nodes > 1,
-        "what split layers send is not known: pass `tokens_per_sample` (1 where a sample is one row)": tensor
+        f"{cluster.world} devices cannot form {groups} groups of at least two": hybrid and uneven,
+        "layers are split within a node; optim_2d uses several": name == "optim_tp" and cluster.nodes > 1,
+        "the traffic of split layers is unknown: pass `tokens_per_sample` (1 if a sample is one row)": tensor
         and question.tokens is None,
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
@@ -222,7 +220,7 @@ def _options(name: str, layout: Layout) -> dict[str, int]:
 
 
 def _ranked(rows: Iterable[Row]) -> list[Row]:
-    """Sort by time per sample, the simpler first where times are equal, and what does not fit at the end by bytes."""
+    """Sort by time per sample, at equal times the simpler first; rows that do not fit come last, by bytes."""
     order = list(PLANS)
     left = sorted(rows, key=lambda row: row.seconds_per_sample)
     too_big = sorted((row for row in left if not row.fits), key=lambda row: row.held.total)
@@ -259,24 +257,24 @@ def _words(row: Row, best: Row, world: int) -> Iterator[str]:
             yield f"takes one of {world} devices"
         return
     if row.compute is None:
-        yield f"sends for {duration(row.hidden + row.waiting)}"
+        yield f"{duration(row.hidden + row.waiting)} of communication"
     elif row.hidden > row.compute:
-        yield f"the devices wait for the links: {duration(row.hidden)} against {duration(row.compute)} of computation"
+        yield f"the links are the bottleneck: {duration(row.hidden)} against {duration(row.compute)} of computation"
     else:
-        yield f"{duration(row.hidden)} of sending beside {duration(row.compute)} of computation"
+        yield f"{duration(row.hidden)} of communication overlap with {duration(row.compute)} of computation"
     if row.layout.tensor > 1:
         yield f"{row.layout.tensor} devices share a batch"
     if row.waiting:
         yield f"and {duration(row.waiting)} in which the computation waits for activations"
     if row.layout.wire is not None:
-        yield "gradients are rounded to 16 bits: pays on slow links only"
+        yield "gradients are rounded to 16 bits, which pays on slow links only"
 
 
 def notes_on(rows: Sequence[Row], question: Question) -> Iterator[str]:
-    """Yield what to know beside the ranked rows, one sentence each."""
+    """Yield notes on the ranking, one sentence each."""
     cluster = question.cluster
     if cluster.world == 1:
-        yield "There is one device: nothing distributed is needed."
+        yield "There is one device: no distributed strategy is needed."
     elif rows[0].preset == "optim_single":
         yield f"One device alone is faster than {cluster.world} that wait for each other."
     elif rows[0].fits and rows[0].efficiency is not None:

@@ -1,4 +1,4 @@
-"""What a recommendation reads: a module, its optimizer, the data sheet of a device, the bytes of a forward."""
+"""Inputs of a recommendation: sizes of a module, its optimizer, a device's data sheet, bytes of a forward pass."""
 
 import copy
 import math
@@ -34,33 +34,33 @@ __all__ = [
 ]
 
 ONE_CARD = 50.0
-"""GB/s between nodes when nothing is given: one 400 Gb/s card, a cautious guess (a DGX H100 has eight)."""
+"""Default GB/s between nodes: one 400 Gb/s card, a cautious guess (a DGX H100 has eight)."""
 
 UNITS_OF_A_COUNT = 16
-"""Where only a count is known the largest unit is taken as 1/16: in Llama 3.1 8B the embedding is 6.5 %."""
+"""If only a parameter count is known, the largest unit is 1/16 of it: in Llama 3.1 8B the embedding is 6.5 %."""
 
 SPLIT_OF_A_COUNT = 0.87
-"""Share that tensor parallelism splits, of a count: Llama 3.1 8B without embedding and head, 6.98 of 8.03 B."""
+"""Fraction that tensor parallelism splits, for a count: Llama 3.1 8B without embedding and head, 6.98 of 8.03 B."""
 
 WIDTH_OVER_DEPTH = 128
-"""Of a transformer of which only a count is known: 4096 / 32 in Llama 3.1 8B, 12288 / 96 in GPT-3."""
+"""Width over depth of a transformer, if only a count is known: 4096 / 32 in Llama 3.1 8B, 12288 / 96 in GPT-3."""
 
 
 def read_module(module: nn.Module) -> Model:
     """Return the sizes of a module, without tensor parallelism.
 
     Raises:
-        ValueError: If it has nothing to train, or a layer without a shape yet.
+        ValueError: If it has nothing to train, or a lazy layer without a shape.
     """
     parameters = list(module.parameters())
     lazy = [name for name, parameter in module.named_parameters() if is_lazy(parameter)]
     if lazy:
-        raise ValueError(f"{lazy[0]} has no shape yet: run one forward before asking.")
+        raise ValueError(f"{lazy[0]} has no shape yet: run one forward pass first.")
     trainable = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
     if not trainable:
         has = "only frozen parameters" if parameters else "no parameters"
         raise ValueError(
-            f"{type(module).__name__} has {has}, so there is nothing to train. If its layers are made in "
+            f"{type(module).__name__} has {has}, so there is nothing to train. If its layers are created in "
             "`configure_model`, call that first; or pass the number of parameters."
         )
     total = sum(parameter.numel() for parameter in parameters)
@@ -87,7 +87,7 @@ def _unit_sizes(module: nn.Module) -> list[int]:
 
 
 def _looked_up(module: nn.Module) -> int:
-    """Return how many parameters embeddings look up, without those that another layer multiplies with."""
+    """Number of parameters that are only looked up: embeddings whose weight no other layer multiplies with."""
     embeddings: dict[int, int] = {}
     others: set[int] = set()
     for layer in module.modules():
@@ -100,7 +100,7 @@ def _looked_up(module: nn.Module) -> int:
 
 
 def of_a_count(count: int, split_share: float | None) -> Model:
-    """Return a transformer of that size: 12 * depth * width^2 split parameters, six split layers per block."""
+    """Return a transformer with that many parameters: 12 * depth * width^2 split, six split layers per block."""
     split = SPLIT_OF_A_COUNT if split_share is None else split_share
     width = round((split * count * WIDTH_OVER_DEPTH / 12) ** (1 / 3))
     depth = max(round(width / WIDTH_OVER_DEPTH), 1)
@@ -118,7 +118,7 @@ def of_a_count(count: int, split_share: float | None) -> Model:
 
 
 def with_split(model: Model, subject: nn.Module | int, tensor: int) -> Model | None:
-    """Return the model with what tensor parallelism over so many devices splits of it, None where that is nothing."""
+    """Return the model with the part that tensor parallelism splits over ``tensor`` devices; None if it splits none."""
     if not isinstance(subject, nn.Module):
         return model
     pairs = find_pairs(subject, tensor)
@@ -141,10 +141,10 @@ def with_split(model: Model, subject: nn.Module | int, tensor: int) -> Model | N
 
 
 def optimizer_bytes(subject: nn.Module | int, model: Model, optimizer: Any, weight: int) -> tuple[float, str]:
-    """Return the bytes per trainable parameter, and in words where they are from.
+    """Return the optimizer's bytes per trainable parameter, and a description of their source.
 
     Raises:
-        ValueError: If what the optimizer keeps is not known, or the module cannot say which it is.
+        ValueError: If the size of the optimizer's state is unknown, or the module does not tell its optimizer.
     """
     if optimizer is None and hasattr(subject, "configure_optimizers"):
         made = _made_by(subject)
@@ -166,8 +166,8 @@ def _state(name: str) -> OptimizerState:
     found = next((state for known, state in OPTIMIZERS.items() if known.casefold() == name.casefold()), None)
     if found is None:
         raise ValueError(
-            f"what the optimizer {name!r} keeps is not known. Known: {', '.join(OPTIMIZERS)}. Of another one pass "
-            "`optimizer=` as the bytes it keeps per parameter (8 for two float32 states)."
+            f"the state of the optimizer {name!r} is unknown. Known: {', '.join(OPTIMIZERS)}. For others pass "
+            "`optimizer=` as the bytes of state per parameter (8 for two float32 states)."
         )
     return found
 
@@ -183,24 +183,24 @@ def _kept_by(optimizer: Optimizer, weight: int) -> float:
 
 
 def _made_by(module: Any) -> list[Optimizer]:
-    """Return the optimizers that a LightningModule's ``configure_optimizers`` makes."""
+    """Return the optimizers that a LightningModule's ``configure_optimizers`` creates."""
     try:
         made = module.configure_optimizers()
     except (AttributeError, RuntimeError) as error:
         raise ValueError(
-            f"`configure_optimizers` of {type(module).__name__} cannot be asked without a Trainer ({error}). "
-            'Pass `optimizer=`: its class, its name ("Adam"), or the bytes it keeps per parameter.'
+            f"`configure_optimizers` of {type(module).__name__} cannot be called without a Trainer ({error}). "
+            'Pass `optimizer=`: its class, its name ("Adam"), or its bytes of state per parameter.'
         ) from error
     found = list(_optimizers_in(made))
     if not found:
         raise ValueError(
-            f"`configure_optimizers` of {type(module).__name__} makes no optimizer, got {made!r}. Pass `optimizer=`."
+            f"`configure_optimizers` of {type(module).__name__} returns no optimizer, got {made!r}. Pass `optimizer=`."
         )
     return found
 
 
 def _optimizers_in(made: Any) -> Iterator[Optimizer]:
-    """Yield the optimizers in what Lightning lets ``configure_optimizers`` return."""
+    """Yield the optimizers in any of the forms that ``configure_optimizers`` may return."""
     if isinstance(made, Optimizer):
         yield made
     elif isinstance(made, Mapping):
@@ -212,7 +212,7 @@ def _optimizers_in(made: Any) -> Iterator[Optimizer]:
 
 @dataclass(frozen=True)
 class Board:
-    """What is known of the device: None where nothing is."""
+    """Data sheet of a device; None for unknown numbers."""
 
     half_tflops: float | None = None
     single_tflops: float | None = None
@@ -220,14 +220,14 @@ class Board:
 
 
 def read_board(device: str | None) -> tuple[Board, str]:
-    """Return the data sheet of a device by name, of the GPU here, or of an H100, and in words which.
+    """Return the data sheet of the named device, of the local GPU, or of an H100, and a description of which.
 
     Raises:
         ValueError: For an unknown name.
     """
     if device is not None and device not in DEVICES:
         raise ValueError(
-            f"`device` must be one of {', '.join(DEVICES)}, got {device!r}. For another one pass `node_bandwidth` and "
+            f"`device` must be one of {', '.join(DEVICES)}, got {device!r}. For others pass `node_bandwidth` and "
             "`step_seconds`."
         )
     if device is None and torch.cuda.is_available():
@@ -243,15 +243,15 @@ def read_board(device: str | None) -> tuple[Board, str]:
 def read_cluster(
     devices: int, nodes: int, bandwidth: float | None, node_bandwidth: float | None, reached: float, board: Board
 ) -> tuple[Cluster, str]:
-    """Return the devices and their links, and in words where the numbers are from.
+    """Return the devices and their links, and a description of where the numbers come from.
 
     Raises:
-        ValueError: If the link within a node is not known.
+        ValueError: If the bandwidth within a node is unknown.
     """
     inside = node_bandwidth or board.node_bandwidth
     if inside is None and devices > 1:
         raise ValueError(
-            "how fast the GPUs of a node are linked is not known: pass `node_bandwidth` in GB/s, one way (16 for "
+            "the bandwidth between the GPUs of a node is unknown: pass `node_bandwidth` in GB/s, one way (16 for "
             "PCIe 3 x16, 32 for PCIe 4, 64 for PCIe 5), or `device`."
         )
     between = bandwidth or ONE_CARD
@@ -264,16 +264,16 @@ def read_cluster(
 
 
 def read_memory(memory_gb: float | None) -> float:
-    """Return the bytes of one device: the given ones, else those of the GPU here.
+    """Return the memory of one device in bytes: the given number, else that of the local GPU.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: If there is no GPU.
     """
     if memory_gb is not None:
         return memory_gb * 1e9
     if torch.cuda.is_available():
         return float(torch.cuda.get_device_properties(0).total_memory)  # initialises CUDA, as the GPU's name does
-    raise ValueError("there is no GPU here to read the memory of: pass `memory_gb`, of one device.")
+    raise ValueError("there is no local GPU whose memory could be read: pass `memory_gb`, of one device.")
 
 
 def read_compute(
@@ -285,13 +285,13 @@ def read_compute(
     board: Board,
     precision: str,
 ) -> tuple[float | None, str]:
-    """Return the seconds of a step on one device, and in words where they are from."""
+    """Return the seconds of a step on one device, and a description of where they come from."""
     if step_seconds is not None:
         return step_seconds, f"a step of one device takes {duration(step_seconds)}, as given"
     tflops = board.single_tflops if precision == "32-true" else board.half_tflops
     if tokens_per_sample is None or tflops is None:
         need = "`step_seconds`" if tflops is None else "`step_seconds` or `tokens_per_sample`"
-        return None, f"what a step computes is not known, so times are those of the communication alone: pass {need}"
+        return None, f"the computation of a step is unknown, so times are those of communication alone: pass {need}"
     tokens = batch_size * tokens_per_sample
     seconds = compute_seconds(model.multiplied, tokens, tflops, mfu)
     return seconds, (
@@ -300,19 +300,19 @@ def read_compute(
     )
 
 
-# What a forward keeps for the backward
+# Activations.
 
 _COPIES = frozenset({"ToCopyBackward0", "TBackward0", "TransposeBackward0", "ViewBackward0", "PermuteBackward0"})
 
 
 def saved_bytes(module: nn.Module, example_inputs: Any, *, batch_size: int, precision: str = "32-true") -> int:
-    """Count the bytes that a forward keeps for the backward.
+    """Count the bytes that a forward pass saves for the backward pass.
 
-    Runs the forward once, with gradients, on the device and in the mode (train, eval) that the module has, and adds
-    up every tensor that autograd saves, each storage once. Exact for eager mode; not in it are the parameters, the
-    copies of weights that autocast makes (the cost model has them as units), the loss (cross entropy keeps the logits
-    once more), the inputs of blocks under non-reentrant checkpointing, and what an operation needs only while it runs.
-    The module is left as it was: buffers and the RNG are restored.
+    Runs one forward pass with gradients, on the module's device and in its mode (train or eval), and sums the tensors
+    that autograd saves, each storage once. Exact for eager mode. Not included: the parameters, the copies of weights
+    that autocast makes (units in the cost model), the loss (cross-entropy saves the logits once more), the inputs of
+    blocks under non-reentrant checkpointing, and temporary memory of operations. The module is left as it was: buffers
+    and the RNG are restored.
 
     Args:
         module: Its ``forward`` is called.

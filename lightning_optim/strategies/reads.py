@@ -1,9 +1,9 @@
-"""Weights of a unit that something else reads: an item table that scores, a head that embeds.
+"""Reads of a unit's weights from outside of the unit: an item table used for scoring, a tied head.
 
 A unit's weights are whole only while its own forward runs. Elsewhere ``self.items.weight`` is a DTensor, of which the
-process holds a part, and computing with it beside ordinary tensors fails. While a step runs, such a read returns the
-whole weight instead: it is gathered once per forward pass, and its gradient joins that of the unit after the backward
-pass. Reads are seen as they happen, so nothing has to be declared.
+process holds a shard, and operations that mix it with ordinary tensors fail. During a step, such a read returns the
+whole weight instead: it is gathered once per forward pass, and its gradient is added to the unit's after the backward
+pass. Reads are detected as they happen; nothing has to be declared.
 """
 
 from collections.abc import Callable, Generator
@@ -22,7 +22,7 @@ _KEY, _READS = "_read_elsewhere", "_reads_of_units"
 
 
 class Reads:
-    """The reads of one divided module."""
+    """The reads of one sharded module."""
 
     def __init__(self) -> None:
         self._units: list[_Unit] = []
@@ -30,17 +30,17 @@ class Reads:
 
     @staticmethod
     def of(module: nn.Module) -> "Reads":
-        """Return those of a root, which outlive the strategy that divided it."""
+        """Return the reads of a root module; they outlive the strategy that sharded it."""
         reads: Reads = module.__dict__.setdefault(_READS, Reads())
         return reads
 
     def watch(self, name: str, unit: nn.Module, dtype: torch.dtype | None) -> None:
-        """Return whole weights from a unit that holds some itself, when they are read during a step.
+        """Let reads of a unit's own weights return whole weights during a step.
 
         Args:
             name: Its dotted name.
-            unit: A module that ``fully_shard`` has just divided.
-            dtype: The type in which its parameters are gathered; None keeps theirs.
+            unit: A module that ``fully_shard`` has just sharded.
+            dtype: Dtype in which its parameters are gathered; None keeps theirs.
         """
         if unit._parameters and _KEY not in unit.__dict__:
             unit.__dict__[_KEY] = record = _Unit(name, unit, dtype, self)
@@ -54,7 +54,7 @@ class Reads:
 
     @contextmanager
     def running(self) -> Generator[None, None, None]:
-        """Return whole weights in the block."""
+        """Let reads return whole weights while the block runs."""
         self._watching += 1
         try:
             yield
@@ -62,7 +62,7 @@ class Reads:
             self._watching -= 1
 
     def in_step(self, step: Callable[..., Any]) -> Callable[..., Any]:
-        """Return a step method during which reads return whole weights."""
+        """Wrap a step method, so that reads return whole weights while it runs."""
 
         @wraps(step)
         def watched(*args: Any, **kwargs: Any) -> Any:
@@ -74,7 +74,7 @@ class Reads:
         return watched
 
     def finish_backward(self) -> None:
-        """Add the gradients of what was read to those of the parameters. All processes must ask."""
+        """Add the gradients of reads to those of the parameters. A collective: all processes must call it."""
         for unit in self._units:
             unit.reduce()
 
@@ -91,12 +91,12 @@ class _Unit:
         self._leaves: list[tuple[Tensor, Tensor]] = []
 
     def begin(self) -> None:
-        """Forget the last step. Parameters are noted while they are divided, as they are between steps."""
+        """Forget the last step. Parameters are recorded while they are sharded, as they are between steps."""
         self._copies, self._leaves = {}, []
         self._divided |= {name: p for name, p in self.module._parameters.items() if is_dtensor(p)}
 
     def read(self, name: str, value: Any) -> Any:
-        """Return what a read gives: inside the module's own forward, or between steps, the attribute itself."""
+        """Return the result of a read: in the module's own forward, and between steps, the attribute itself."""
         if self.calls or not self.reads.watching or name not in self._divided:
             return value
         divided = self._divided[name]
@@ -113,7 +113,7 @@ class _Unit:
 
     @torch.no_grad()
     def reduce(self) -> None:
-        """Average the gradients of the copies over the processes, each keeping its part; later reads gather anew."""
+        """Average the gradients of the copies over the processes, each keeping its shard; later reads gather again."""
         from torch.distributed.tensor import DTensor, Partial
 
         for divided, copy in self._leaves:
@@ -132,7 +132,7 @@ class _Unit:
 
 @cache
 def _readable_class(divided: type[nn.Module]) -> type[nn.Module]:
-    """Return a class like the one that ``fully_shard`` made, whose parameters are read through :class:`_Unit`."""
+    """Return a class like the one that ``fully_shard`` made, but whose parameters are read through :class:`_Unit`."""
     bases = tuple(_readable() if base.__name__ == "FSDPModule" else base for base in divided.__bases__)
     return type(divided.__name__, bases, {"__deepcopy__": divided.__dict__.get("__deepcopy__")})
 
@@ -166,15 +166,15 @@ def _readable() -> type[nn.Module]:
 
 
 MIXED = "mixed torch.Tensor and DTensor"
-"""How torch (2.13) words an operation on a whole tensor and one of which the process holds a part."""
+"""Torch's message (2.13) for an operation on a whole tensor and a sharded one."""
 
 
 @contextmanager
 def mixed_said_plainly(strategy: Any, step: str) -> Generator[None, None, None]:
-    """Name the cause where whole and divided tensors meet, instead of torch's "got mixed torch.Tensor and DTensor".
+    """Name the cause when whole and sharded tensors meet, instead of "got mixed torch.Tensor and DTensor".
 
     Args:
-        strategy: The strategy that divided the module.
+        strategy: The strategy that sharded the module.
         step: Name of the step method that runs in the block.
 
     Raises:
@@ -189,7 +189,7 @@ def mixed_said_plainly(strategy: Any, step: str) -> Generator[None, None, None]:
         parts = [] if module is None else [part for path, part in module.named_modules() if path]
         units = sorted({own_class(part).__name__ for part in parts if own_class(part) is not type(part)})
         raise RuntimeError(
-            f"{name}: `{step}` computes with a parameter of a unit outside of the unit's own forward, where this "
-            f"process holds a part of it. Units are {', '.join(units) or 'none'}. Name units that leave this parameter "
-            f"to the root, {name}(units=[...]), or compute with it in its unit's forward."
+            f"{name}: `{step}` uses a parameter of a unit outside of the unit's own forward, where this process holds "
+            f"only a shard of it. Units: {', '.join(units) or 'none'}. Choose units that leave this parameter to the "
+            f"root, {name}(units=[...]), or use it in its unit's forward."
         ) from error

@@ -39,22 +39,24 @@ def resolve_sizes(*, tensor: int | str, replicate: int | str, shard: bool, devic
     copies = nodes if replicate == "nodes" else int(replicate)
     if replicate == "nodes" and nodes == 1:
         raise MisconfigurationException(
-            "hybrid sharding keeps one copy of the model per node, and the Trainer has one node. Take "
-            "'optim_fsdp', or OptimFSDP2(replicate=2) for two copies within the node."
+            "hybrid sharding keeps one copy of the model per node, and the Trainer has one node. Use 'optim_fsdp', or "
+            "OptimFSDP2(replicate=2) for two copies within the node."
         )
     if tensor != 1 and sharing < 2:
-        raise MisconfigurationException("tensor parallelism divides layers among devices, and the Trainer has one.")
+        raise MisconfigurationException(
+            "tensor parallelism splits layers over devices, and the Trainer has one device."
+        )
     for name, size, whole, of in (
         ("tensor", sharing, devices, "of a node"),
         ("replicate", copies, world, "in all"),
     ):
         if whole % size:
             raise MisconfigurationException(
-                f"`{name}`={size} does not divide the {whole} devices {of}. Take a divisor of {whole}."
+                f"`{name}`={size} does not divide the {whole} devices {of}. Use a divisor of {whole}."
             )
     if not shard and world != sharing:
         raise MisconfigurationException(
-            f"tensor parallelism alone takes exactly `tensor` devices: {sharing} of {world}. Take 'optim_2d', which "
+            f"tensor parallelism alone uses exactly `tensor` devices: {sharing} of {world}. Use 'optim_2d', which also "
             "shards over the others."
         )
     return Sizes(sharing, world // sharing, copies)

@@ -1,7 +1,7 @@
 """Tensor parallelism: pairs of Linear layers, the first split by outputs, the second by inputs.
 
-What lies between the two is computed on a part of the features on each device, so one all-reduce after the second
-restores the whole. A column-split layer without its row-split partner would leave the rest of the model with a part.
+Between the two, each device computes its part of the features; one all-reduce after the second restores the whole. A
+column-split layer without a row-split partner would pass partial features to the rest of the model.
 
 References:
     Shoeybi et al. 2019, "Megatron-LM: Training Multi-Billion Parameter Language Models Using Model Parallelism".
@@ -23,9 +23,9 @@ COLUMN_NAMES = (
     *("q_proj", "k_proj", "v_proj", "wq", "wk", "wv", "query", "key", "value"),
     *("gate_proj", "up_proj", "w1", "w3", "fc1", "linear1", "gate", "up"),
 )
-"""Names of layers whose outputs are divided among the devices."""
+"""Names of layers whose outputs are split over the devices."""
 ROW_NAMES = ("o_proj", "out_proj", "wo", "down_proj", "w2", "fc2", "linear2", "down")
-"""Names of layers whose inputs are, and whose outputs are added up."""
+"""Names of layers whose inputs are split, and whose outputs are summed."""
 STYLES = ("col", "row")
 
 
@@ -43,15 +43,15 @@ def checked_plan(plan: Any) -> Any:
 
 
 def split_pairs(module: nn.Module, mesh: Any, plan: Literal["auto"] | Mapping[str, str]) -> str:
-    """Divide pairs of Linear layers among the devices of a mesh, in place.
+    """Split pairs of Linear layers over the devices of a mesh, in place.
 
     Args:
         module: The whole model.
-        mesh: Of one dimension: the devices that share a layer.
-        plan: As :class:`~lightning_optim.strategies.OptimFSDP2` takes it.
+        mesh: One dimension: the devices that share a layer.
+        plan: The argument ``tensor_plan`` of :class:`~lightning_optim.strategies.OptimFSDP2`.
 
     Returns:
-        What was divided, for the log.
+        A description for the log.
 
     Raises:
         MisconfigurationException: If "auto" finds no pair.
@@ -64,9 +64,8 @@ def split_pairs(module: nn.Module, mesh: Any, plan: Literal["auto"] | Mapping[st
     if not pairs:
         raise MisconfigurationException(
             f"tensor parallelism over {size} devices found no pair of Linear layers in {type(module).__name__} to "
-            "divide: names such as q_proj, k_proj, v_proj with o_proj, fc1 with fc2, or Linear, activation, Linear "
-            "in a Sequential. Name them with OptimFSDP2(tensor_plan={'*.in': 'col', '*.out': 'row'}), or take "
-            "'optim_fsdp'."
+            "split: names such as q_proj, k_proj, v_proj with o_proj, fc1 with fc2, or Linear, activation, Linear in a "
+            "Sequential. Name them with OptimFSDP2(tensor_plan={'*.in': 'col', '*.out': 'row'}), or use 'optim_fsdp'."
         )
     styles = {"col": ColwiseParallel, "row": RowwiseParallel}
     for name, style in pairs.items():
@@ -76,22 +75,22 @@ def split_pairs(module: nn.Module, mesh: Any, plan: Literal["auto"] | Mapping[st
             layer._buffers[buffer_name] = local(buffer)
     split = sum(module.get_parameter(f"{name}.weight").numel() for name in pairs)
     share = split / sum(parameter.numel() for parameter in module.parameters())
-    return f"{len(pairs)} layers with {share:.0%} of the parameters divided by features"
+    return f"{len(pairs)} layers with {share:.0%} of the parameters split by features"
 
 
 def find_pairs(module: nn.Module, size: int) -> dict[str, str]:
-    """Find the layers that can be divided among devices without the model knowing.
+    """Find the layers that can be split over devices without a change of the model.
 
-    Inside one parent: layers with names of :data:`COLUMN_NAMES` and one of :data:`ROW_NAMES` that reads what they
-    compute, or Linear, activation, Linear in a Sequential. Never ``nn.MultiheadAttention`` or fused
-    projections. Attention must take its number of heads from the data (``view(..., -1, head_dim)``).
+    Inside one parent: layers named in :data:`COLUMN_NAMES` and one named in :data:`ROW_NAMES` that reads their outputs,
+    or Linear, activation, Linear in a Sequential; never ``nn.MultiheadAttention`` or fused projections. Attention must
+    infer its number of heads from the data (``view(..., -1, head_dim)``).
 
     Args:
         module: The whole model.
-        size: Number of devices that share a layer; the divided features must be a multiple.
+        size: Number of devices that share a layer; the split features must be a multiple.
 
     Returns:
-        Layer name -> ``"col"`` or ``"row"``; empty when there is no pair.
+        Layer name -> ``"col"`` or ``"row"``; empty if there is no pair.
     """
     plan: dict[str, str] = {}
     for name, parent in module.named_modules():
@@ -117,7 +116,7 @@ def _by_name(parent: nn.Module, size: int) -> dict[str, str]:
 
 
 def _is_linear(layer: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether a layer is a Linear as torch computes it, rounded or not: a subclass may read its weight elsewhere."""
+    """Whether a layer computes as torch's Linear, rounded or not; a subclass may do otherwise."""
     return type(layer) is nn.Linear or (isinstance(layer, nn.Linear) and is_layer_class(type(layer)))
 
 
@@ -148,7 +147,7 @@ _NOT_ELEMENTWISE = (nn.Softmax, nn.Softmax2d, nn.LogSoftmax, nn.Softmin, nn.GLU,
 
 
 def given_pairs(module: nn.Module, plan: Mapping[str, str], size: int) -> dict[str, str]:
-    """Return the layers that a plan of glob patterns names.
+    """Return the layers that match a plan of glob patterns.
 
     Args:
         module: The whole model.
@@ -162,7 +161,7 @@ def given_pairs(module: nn.Module, plan: Mapping[str, str], size: int) -> dict[s
     for pattern in plan:
         if not any(fnmatchcase(name, pattern) for name in linear):
             raise ValueError(
-                f"tensor_plan: {pattern!r} matches no Linear layer. There are {', '.join(linear) or 'none'}."
+                f"tensor_plan: {pattern!r} matches no Linear layer. Linear layers: {', '.join(linear) or 'none'}."
             )
     chosen: dict[str, str] = {}
     for name, layer in linear.items():
@@ -172,8 +171,8 @@ def given_pairs(module: nn.Module, plan: Mapping[str, str], size: int) -> dict[s
         features = layer.out_features if style == "col" else layer.in_features
         if features % size:
             raise ValueError(
-                f"tensor_plan: {name} has {features} {'outputs' if style == 'col' else 'inputs'}, no multiple of the "
-                f"{size} devices that would share them."
+                f"tensor_plan: {name} has {features} {'outputs' if style == 'col' else 'inputs'}, which is not a "
+                f"multiple of the {size} devices that would share them."
             )
         chosen[name] = style
     return chosen

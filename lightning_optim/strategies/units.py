@@ -1,7 +1,7 @@
-"""Which parts of a model are gathered together: the units of fully sharded training, found without the user.
+"""Finds the units of fully sharded training: the parts of a model that are gathered together.
 
-What is gathered at once is what is held at once, so a unit should be a repeated block: small against the model, and
-large enough that its collective is worth its latency.
+A device holds a whole unit while it computes, so a unit should be a repeated block: small compared with the model, and
+large enough to be worth the latency of its collective.
 """
 
 from collections import defaultdict
@@ -21,11 +21,11 @@ NamedModules = list[tuple[str, nn.Module]]
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 _NO_UNIT = (nn.ModuleList, nn.ModuleDict)  # they have no forward, so nothing would gather them
 _OPAQUE = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
-"""They read the weights of what is below them themselves, so that nothing would gather those."""
+"""They read the weights of their children directly, so that nothing would gather those."""
 LARGEST_BLOCK = 1 / 2
-"""A repeated class is taken when none of its instances holds more of the model than this."""
+"""A repeated class makes units if none of its instances holds a larger fraction of the model."""
 LEAST_COVERED = 1 / 20
-"""A further repeated class is taken when its instances hold at least this much of the model together."""
+"""A further repeated class makes units if its instances together hold at least this fraction of the model."""
 LARGEST_BY_SIZE = 1 / 8
 SMALLEST_BY_SIZE = 1 / 50
 
@@ -36,8 +36,8 @@ class Units:
 
     Attributes:
         named: Dotted names and modules, innermost first: the order in which they are sharded.
-        how: How they were found, in words.
-        covered: Fraction of the parameters that lie in units; the rest belongs to the root.
+        how: How they were found, for the log.
+        covered: Fraction of the parameters in units; the rest belongs to the root.
     """
 
     named: NamedModules
@@ -55,24 +55,24 @@ class Units:
 def find_units(module: nn.Module, units: Literal["auto"] | Sequence[str] = "auto") -> Units:
     """Return the modules that are sharded as units.
 
-    The first that applies: the given names; what the modules declare as ``_no_split_modules`` (Hugging Face); classes
-    of which there are several, none holding more than half of the model; else parts by size. What such units leave
-    over is divided by size too, unless names were given. A module that shares a parameter with the outside, or
-    holds nothing but metrics, is no unit: it stays in the root.
+    The first of these that applies: the given names; the classes in ``_no_split_modules`` (Hugging Face); classes with
+    several instances, none of which holds more than half of the model; parts by size. The rest of the model is divided
+    by size too, unless names were given. A module that shares a parameter with a module outside of it stays in the
+    root.
 
     Args:
         module: The whole model.
         units: ``"auto"``, or class names and dotted module names.
 
     Returns:
-        The units; none for a model that is one indivisible part.
+        The units; none for a model that cannot be divided.
 
     Raises:
         ValueError: If the module has no parameters, or a given name is neither a class nor a module of it.
     """
     total = _size(module)
     if not total:
-        raise ValueError(f"{type(module).__name__} has no parameters, so there is nothing to shard or to train.")
+        raise ValueError(f"{type(module).__name__} has no parameters, so there is nothing to shard or train.")
     if units == "auto":
         found, how = _automatic(module, total)
     else:
@@ -102,7 +102,7 @@ def _given(module: nn.Module, units: Sequence[str]) -> NamedModules:
 
 
 def _parts(module: nn.Module) -> NamedModules:
-    """Return the parts with parameters; of one that torch.compile wrapped, the wrapper stands for what is inside."""
+    """Return the parts with parameters; a compiled part is represented by torch.compile's wrapper."""
     named = [(name, part) for name, part in module.named_modules() if name and _size(part)]
     return [(name, part) for name, part in named if not name.endswith(COMPILED_CHILD)]
 
@@ -129,7 +129,7 @@ def _automatic(module: nn.Module, total: int) -> tuple[NamedModules, str]:
 
 
 def _repeated(named: NamedModules, total: int) -> tuple[NamedModules, list[str]]:
-    """Return the outermost instances of the classes that repeat, those that cover most first."""
+    """Return the outermost instances of repeated classes, starting with the class that covers most."""
     by_class: dict[type[nn.Module], NamedModules] = defaultdict(list)
     for name, part in named:
         if any(True for _ in part.children()) and not isinstance(part, _CONTAINERS):
@@ -153,13 +153,13 @@ def _repeated(named: NamedModules, total: int) -> tuple[NamedModules, list[str]]
 
 
 def _lies_in_others(instances: NamedModules, candidates: Sequence[NamedModules]) -> bool:
-    """Whether classes that repeat hold all instances of another: the attention of encoder and of decoder layers."""
+    """Whether all instances of a class lie in other repeated ones, as attention lies in encoder and decoder layers."""
     others = [name for candidate in candidates if candidate is not instances for name, _ in candidate]
     return all(any(_is_below(name, other) for other in others) for name, _ in instances)
 
 
 def _by_size(name: str, part: nn.Module, units: NamedModules, total: int) -> Iterator[tuple[str, nn.Module]]:
-    """Yield what the units leave over, divided while it is large; small parts stay in the root."""
+    """Yield units of the rest of the model, divided while they are large; small parts stay in the root."""
     size = _size(part)
     if any(name == unit or _is_below(name, unit) for unit, _ in units) or size < SMALLEST_BY_SIZE * total:
         return
@@ -191,6 +191,6 @@ def _shared_parameters(module: nn.Module) -> dict[int, set[nn.Module]]:
 
 
 def _leaks(part: nn.Module, shared: dict[int, set[nn.Module]]) -> bool:
-    """Whether a parameter of the part is used outside of it too."""
+    """Whether a module outside of the part holds one of its parameters."""
     inside = set(part.modules())
     return any(not shared[id(p)] <= inside for p in part.parameters() if id(p) in shared)

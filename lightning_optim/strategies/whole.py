@@ -1,8 +1,8 @@
-"""Parameters that fully sharded training cannot divide with the others of their unit.
+"""Parameters that cannot be sharded together with the others of their unit.
 
-PyTorch's ``fully_shard`` takes no 0-dim parameters (CLIP's ``logit_scale``), and parameters of one type in one unit
-(a float32 norm in a bfloat16 block is refused at the first forward). So the former stay whole on every process, and
-the latter are divided in units of their own.
+PyTorch's ``fully_shard`` accepts no 0-dim parameters (CLIP's ``logit_scale``) and only one dtype per unit (a float32
+norm in a bfloat16 block raises at the first forward). So 0-dim parameters stay whole on every process, and layers whose
+dtype differs are units of their own.
 """
 
 from collections import defaultdict
@@ -27,8 +27,8 @@ __all__ = [
 def kept_whole(module: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters that stay whole, by name.
 
-    Those without dimensions; and where one layer holds parameters of several types itself, all but those of the type
-    of which it holds most.
+    These are 0-dim parameters and, in a layer that holds parameters of several dtypes, all but those of its most common
+    dtype.
     """
     whole = {name: p for name, p in module.named_parameters() if p.ndim == 0 and not is_dtensor(p)}
     for name, layer in module.named_modules():
@@ -39,11 +39,11 @@ def kept_whole(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def groups_by_dtype(part: nn.Module, whole: set[nn.Parameter]) -> list[list[nn.Module]]:
-    """Return the layers of a unit whose parameters are of another type than most of it, a list per type.
+    """Return the layers of a unit whose dtype is not the unit's most common one, as a list per dtype.
 
     Args:
-        part: The unit; parameters that are divided already do not count.
-        whole: Parameters that stay whole. What the unit itself holds of another type joins them.
+        part: The unit; parameters that are sharded already do not count.
+        whole: Parameters that stay whole. The unit's own parameters of another dtype are added.
     """
     left = [p for p in part.parameters() if is_undivided(p) and p.is_floating_point() and p not in whole]
     main = _main_dtype(left)
@@ -58,11 +58,11 @@ def groups_by_dtype(part: nn.Module, whole: set[nn.Parameter]) -> list[list[nn.M
 
 
 def parameters_left_whole(module: nn.Module, mesh: Any) -> list[nn.Parameter]:
-    """Return those that every process holds whole and trains by its own batches, where the rest is divided.
+    """Return the parameters of a sharded module that every process holds whole, so that their gradients differ.
 
     Args:
-        module: The root; one whose own ``configure_model`` divided it takes care of them itself.
-        mesh: The mesh that it is divided over.
+        module: The root. A module that its own ``configure_model`` sharded has none: it reduces them itself.
+        mesh: The mesh that it is sharded over.
     """
     from torch.distributed.fsdp import FSDPModule
 
@@ -72,7 +72,7 @@ def parameters_left_whole(module: nn.Module, mesh: Any) -> list[nn.Parameter]:
 
 
 def is_undivided(parameter: Tensor) -> bool:
-    """Whether ``fully_shard`` has not taken a parameter; tensor parallelism may have split it."""
+    """Whether ``fully_shard`` has not sharded a parameter; tensor parallelism may have split it."""
     return not is_dtensor(parameter) or parameter.device_mesh.mesh_dim_names == ("tensor_parallel",)
 
 
@@ -84,7 +84,7 @@ def _main_dtype(parameters: Iterable[Tensor]) -> torch.dtype | None:
 
 
 def broadcast_from_first(parameters: Iterable[Tensor]) -> None:
-    """Give all processes the values of the first: what is not divided must begin equal."""
+    """Copy the values of rank 0 to all processes: parameters that are not sharded must start equal."""
     for parameter in parameters:
         if not parameter.is_meta:
             torch.distributed.broadcast(parameter.detach(), src=0)
@@ -92,7 +92,7 @@ def broadcast_from_first(parameters: Iterable[Tensor]) -> None:
 
 @torch.no_grad()
 def average_gradients(parameters: Iterable[Tensor], mesh: Any) -> None:
-    """Average the gradients of whole parameters over the processes of a mesh, in one collective per type."""
+    """Average the gradients of whole parameters over a mesh, in one collective per dtype."""
     by_dtype: dict[torch.dtype, list[Tensor]] = defaultdict(list)
     for parameter in parameters:
         if parameter.grad is not None:

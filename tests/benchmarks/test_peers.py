@@ -67,7 +67,7 @@ def test_the_reason_of_pip_is_one_line(peers: dict[str, ModuleType]):
     assert peers["environments"]._reason(said) == "ERROR: ResolutionImpossible: see; x 1 depends on y<2"
 
 
-def test_a_row_that_cannot_be_says_why(peers: dict[str, ModuleType]):
+def test_a_preset_without_a_row_gives_the_reason(peers: dict[str, ModuleType]):
     row = {"error": "ValueError: no", "seeds": []}
     written = peers["run"].line("x", row, {"seeds": []}, SimpleNamespace(name="digits", metrics={}))
     assert written.startswith("| x | cannot: ValueError: no |")

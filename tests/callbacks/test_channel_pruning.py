@@ -735,7 +735,7 @@ def test_a_ratio_that_floors_hold_up_is_said(tmp_path):
         fit(tmp_path, new(width=64), channels(0.97, scope="global"))
 
 
-def test_the_line_says_asked_and_macs_are_logged(tmp_path, caplog):
+def test_the_line_gives_the_target_and_macs_are_logged(tmp_path, caplog):
     caplog.set_level(logging.INFO)
     run = fit(tmp_path, new(width=64), ChannelPruning(target={"macs": 0.5}, start=2, end=0.8, events=2))
     assert run.callback_metrics["channels/macs"] <= 0.5

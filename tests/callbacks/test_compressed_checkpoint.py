@@ -124,7 +124,7 @@ def test_it_gets_no_warning_and_a_link_is_refused(tmp_path):
         CompressedCheckpoint(save_last="link")
 
 
-def test_a_pytorch_lightning_trainer_is_told(tmp_path):
+def test_a_pytorch_lightning_trainer_is_rejected(tmp_path):
     other = pytest.importorskip("pytorch_lightning")
     run = other.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
     with pytest.raises(MisconfigurationException, match=r"Import the Trainer from lightning\.pytorch"):

@@ -299,7 +299,7 @@ def test_a_run_resumed_at_an_epoch_without_accuracy_goes_on(tmp_path):
     assert [row["P/feasible"] for row in history.rows] == [0, 1]
 
 
-def test_a_metric_that_only_training_logs_is_no_held_out_accuracy(tmp_path):
+def test_a_metric_logged_only_in_training_is_not_a_held_out_accuracy(tmp_path):
     with pytest.raises(MisconfigurationException, match=r"validation logged val_acc, val_loss\."):
         scored(tmp_path, accuracy="train_loss", mode="loss")
 

@@ -472,7 +472,7 @@ def test_a_new_fit_keeps_a_quantized_model_quantized(tmp_path):
     assert not hasattr(module.net[0], "weight_bits")
 
 
-def test_a_new_fit_with_other_words_begins_with_ranges_that_fit_them(tmp_path):
+def test_a_new_fit_with_other_arguments_starts_with_new_ranges(tmp_path):
     seen = []
 
     class Notes(pl.Callback):
@@ -496,7 +496,7 @@ def test_a_file_without_quantization_continues_with_it(tmp_path):
     assert phases(module) == {"frozen"}
 
 
-def test_lightnings_own_loader_says_what_is_too_much(tmp_path):
+def test_lightnings_own_loader_names_the_unexpected_keys(tmp_path):
     fit(tmp_path, new(), integers(), Files(tmp_path / "files"))
     with pytest.raises(RuntimeError, match="input_scale"):
         Classifier.load_from_checkpoint(tmp_path / "files" / "2.ckpt")
@@ -552,7 +552,7 @@ def test_pickled_and_copied(tmp_path):
     assert torch.equal(module.eval()(x), twin.eval()(x))
 
 
-def test_command_line_words(tmp_path):
+def test_command_line_arguments(tmp_path):
     """Every argument is of a plain type: a second run reads them from the first one's plan."""
     module = new()
     fit(tmp_path, module, integers(bits={"net.0": 8}), Files(tmp_path / "files"))

@@ -45,7 +45,7 @@ def told(tmp_path_factory):
     return folder
 
 
-def test_it_says_what_was_asked_and_reached(told):
+def test_it_reports_target_and_achieved_value(told):
     found = read(told / "report")
     assert [line.split(":")[0] for line in found["asked_and_reached"]] == [
         "ChannelPruning",
@@ -143,7 +143,7 @@ def test_an_epoch_has_the_metrics_that_it_logged_itself(tmp_path):
     assert [epoch["pruning/asked"] for epoch in epochs] == [0.5] * 3  # of the event in the first: it still holds
 
 
-def test_a_technique_it_does_not_know_is_told_too(tmp_path):
+def test_an_unknown_technique_is_reported_too(tmp_path):
     fit(tmp_path, new(), Narrow(start=4), ReportCallback(tmp_path / "report"))
     found = read(tmp_path / "report")
     assert found["asked_and_reached"] == ["Narrow: done."]
@@ -283,7 +283,7 @@ def test_loggers_get_table_and_figures_where_they_have_a_place(tmp_path, caplog)
     assert {args[0] for args, _ in mlflow.recorder.named("log_figure")} == {"run"}
 
     assert csv.recorder.calls == []
-    assert "Fake has no place for tables and figures" in caplog.text
+    assert "Fake cannot show tables and figures" in caplog.text
 
 
 def test_log_false_gives_loggers_nothing(tmp_path):
@@ -292,14 +292,14 @@ def test_log_false_gives_loggers_nothing(tmp_path):
     assert not board.recorder.named("add_text")
 
 
-def test_tensorboard_itself_takes_it(tmp_path):
+def test_tensorboard_accepts_the_report(tmp_path):
     pytest.importorskip("tensorboard")
     logger = TensorBoardLogger(tmp_path / "logs")
     fit(tmp_path, new(), ReportCallback(tmp_path / "report"), logger=logger, max_epochs=1)
     assert list((tmp_path / "logs").rglob("events*"))
 
 
-def test_a_module_without_layers_to_draw_is_told(tmp_path):
+def test_a_module_without_layers_to_draw_is_reported(tmp_path):
     class Flat(Classifier):
         def __init__(self):
             super().__init__()
@@ -393,7 +393,9 @@ def test_a_file_from_before_the_key_held_the_folder_is_resumed(tmp_path):
 def test_a_logger_that_raises_is_named_and_the_others_get_theirs(tmp_path):
     broken, board = fake(TensorBoardLogger), fake(TensorBoardLogger)
     broken.recorder.add_text = lambda *args: 1 / 0
-    with pytest.warns(UserWarning, match=r"Fake did not take the report \(ZeroDivisionError: division by zero\)\. Its"):
+    with pytest.warns(
+        UserWarning, match=r"Fake did not accept the report \(ZeroDivisionError: division by zero\)\. The"
+    ):
         fit(tmp_path, new(), ReportCallback(tmp_path / "report"), logger=[broken, board], max_epochs=1)
     assert (tmp_path / "report" / "report.json").is_file()
     assert board.recorder.named("add_text")

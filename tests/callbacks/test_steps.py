@@ -138,7 +138,7 @@ def test_a_window_that_does_not_advance_raises_after_the_first_epoch(epochs):
     assert module.trainer.current_epoch == 0
 
 
-def test_an_optimizer_that_begins_later_than_the_others_is_a_warning():
+def test_an_optimizer_that_starts_later_than_the_others_is_a_warning():
     def steps(module):
         first, second = module.optimizers()
         first.step()
@@ -157,7 +157,7 @@ def test_an_optimizer_that_begins_later_than_the_others_is_a_warning():
     assert pruning.reached_end
 
 
-def test_accumulation_over_a_whole_epoch_is_no_mistake():
+def test_accumulation_over_a_whole_epoch_is_allowed():
     pruning = WeightPruning(0.8, start=1, end=2, every_n_steps=1)
     fit(Wrapped(Wrapper), pruning, accumulate_grad_batches=8)
     assert pruning.window.step == 2

@@ -175,7 +175,7 @@ def test_input_norms_follow_channels_that_leave_in_the_same_batch(tmp_path):
     ("needs", "error", "message"),
     [("gradient", TypeError, "tuple of names"), (("hessian",), ValueError, "'hessian', which nothing collects; known")],
 )
-def test_a_criterion_that_asks_for_what_there_is_not_is_refused(needs, error, message):
+def test_a_criterion_with_an_unknown_statistic_is_rejected(needs, error, message):
     def criterion(weight, stats):
         return weight.abs()
 

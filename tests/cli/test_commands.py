@@ -278,21 +278,21 @@ MISTAKES = [
     (["compare", "a.ckpt"], "`model` is missing: `compare` takes --config FILE, or --model CLASS"),
     (["compare", "=a.ckpt", *MODEL, *DATA], "'=a.ckpt' has no name before `=`"),
     (["recommend", "--devices", "2", "--batch_size", "2"], "`model` is missing: `recommend` takes --config FILE"),
-    (["test", *MODEL, *DATA, *QUIET, "--ckpt_path", "best"], "--ckpt_path best: `test` is a run of its own"),
+    (["test", *MODEL, *DATA, *QUIET, "--ckpt_path", "best"], "--ckpt_path best: `test` is a separate run"),
     (["test", *MODEL, *DATA, *QUIET, "--ckpt_path", "."], "there is no checkpoint file '.'"),
     (
         ["fit", *MODEL, *DATA, *QUIET, "--trainer.strategy", "optim_fdsp"],
-        "Did you mean 'optim_fsdp'? Those of lightning",
+        "Did you mean 'optim_fsdp'? Presets of lightning",
     ),
     (["fit", *MODEL, *DATA, *QUIET, "--trainer.strategy", "fsdp2"], "Did you mean 'optim_fsdp'?"),
     (["fit", *MODEL, *DATA, *QUIET, "--trainer.strategy", "lightning_optim.strategies.OptimDDP"], "{class_path: "),
     (["fit", *MODEL, *DATA, *QUIET, "--trainer.precision", "int8"], "`trainer.precision` must be one of "),
-    (["fit", *MODEL, *DATA, *QUIET, "--optimizer", "Addam"], "`optimizer`: there is no class 'Addam'. Give its import"),
-    (["fit", *MODEL, *DATA, *QUIET, "--wrong", "1"], "`lightning-optim fit --help` lists what it takes"),
+    (["fit", *MODEL, *DATA, *QUIET, "--optimizer", "Addam"], "`optimizer`: there is no class 'Addam'. Pass its import"),
+    (["fit", *MODEL, *DATA, *QUIET, "--wrong", "1"], "`lightning-optim fit --help` lists its arguments"),
     (["fit", "--model", "nowhere.Net", *DATA], "`model`: there is no class 'nowhere.Net' (No module named 'nowhere')"),
     (["fit", "--model", DATA[1], *DATA], f"`model`: {DATA[1]} is no LightningModule"),
     (["fit", "--model", "lightning_optim.demo.DigitNet"], "Did you mean 'lightning_optim.demo.DigitsNet'?"),
-    (["fit", *MODEL, "--model.widht", "3", *DATA], f"{MODEL[1]} takes no argument 'widht'. Did you mean 'width'?"),
+    (["fit", *MODEL, "--model.widht", "3", *DATA], f"{MODEL[1]} has no argument 'widht'. Did you mean 'width'?"),
     (["fit", *MODEL, "--model.width", "three", *DATA], "`model.width`: Expected a int. Got value: three"),
     (
         ["fit", *MODEL, *DATA, *QUIET, "--trainer.callbacks", "lightning_optim.WeightPrunning"],
@@ -354,7 +354,7 @@ def test_more_mistakes_with_files(runs, capsys, tmp_path):
         (["compare", files[0], *files, "--accuracy", "val_acc"], "two checkpoints are called 'teacher'"),
         (["compare", *files, "--accuracy", "f1"], "--accuracy f1: validate logged val_acc, val_loss"),
         (["compare", *files, "--engines", "tensorrt"], "tensorrt"),
-        (["compare", files[0], *MODEL], "no inputs are known: give --data"),
+        (["compare", files[0], *MODEL], "there are no inputs: pass --data"),
         (["export", files[0], str(tmp_path / "n.onnx"), *files[1:], "--prepare", "nowhere.f"], "--prepare must name"),
     ):
         assert main(arguments) == 1, arguments
@@ -376,8 +376,8 @@ def test_a_refusal_at_fit_start_is_one_sentence(capsys, tmp_path):
     assert "include: 'nothing' matches no layer" in capsys.readouterr().err
 
 
-def test_a_configuration_that_is_no_yaml_is_one_sentence(capsys, tmp_path):
-    for text, says in (("model: [1, 2\n", "line 1, column 8"), ("hello\n", "no YAML mapping: hello")):
+def test_an_invalid_yaml_configuration_is_one_sentence(capsys, tmp_path):
+    for text, says in (("model: [1, 2\n", "line 1, column 8"), ("hello\n", "not a YAML mapping: hello")):
         (tmp_path / "broken.yaml").write_text(text)
         assert main(["fit", "--config", str(tmp_path / "broken.yaml")]) == 1
         (written,) = capsys.readouterr().err.splitlines()
@@ -409,7 +409,7 @@ def test_without_jsonargparse_the_extra_is_named(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("command", [name for name in COMMANDS if name not in ("fit", "validate", "test", "predict")])
-def test_every_command_says_what_it_takes(command, capsys):
+def test_every_command_lists_its_arguments(command, capsys):
     with pytest.raises(SystemExit) as ended:
         main([command, "--help"])
     assert ended.value.code == 0

@@ -24,7 +24,7 @@ def shown(path, capsys):
     return capsys.readouterr().out
 
 
-def test_show_says_in_how_many_batches_a_teacher_taught(tmp_path, capsys):
+def test_show_gives_the_number_of_distilled_batches(tmp_path, capsys):
     fit(tmp_path, distilled(), Files(tmp_path), max_epochs=1)
     text = shown(tmp_path / "0.ckpt", capsys)
     assert "batches taught" in text
@@ -37,14 +37,14 @@ def test_show_says_in_how_many_batches_a_teacher_taught(tmp_path, capsys):
     assert "no batch" not in text
 
 
-def test_show_does_not_claim_a_teacher_who_never_taught(tmp_path, capsys):
+def test_show_does_not_claim_a_distillation_that_never_ran(tmp_path, capsys):
     fit(tmp_path, distilled(new(), alpha=0.0), Files(tmp_path), max_epochs=1)
-    assert "distillation: asked, and no batch was taught" in shown(tmp_path / "0.ckpt", capsys)
+    assert "distillation: requested, but no batch was distilled" in shown(tmp_path / "0.ckpt", capsys)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # jsonargparse's, of what LightningCLI calls
-def test_a_recipe_that_distils_without_a_teacher_is_told_which_arguments_are_missing(tmp_path, capsys, monkeypatch):
+def test_a_recipe_that_distills_without_a_teacher_names_the_missing_arguments(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model = ["--model", "lightning_optim.demo.DigitsNet", "--data", "lightning_optim.demo.DigitsData"]
     assert main(["fit", *model, *OFF, "--recipe", "{distillation: true}"]) == 1
-    assert "there is no teacher. Give --teacher CLASS" in capsys.readouterr().err
+    assert "there is no teacher. Pass --teacher CLASS" in capsys.readouterr().err

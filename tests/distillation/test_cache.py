@@ -182,7 +182,7 @@ def test_a_dataset_that_cannot_fetch_a_batch_has_no_such_method():
     assert hasattr(pickle.loads(pickle.dumps(IndexedDataset(Subset(data(), [0])))), "__getitems__")
 
 
-def test_a_list_that_is_no_list_of_samples_is_refused():
+def test_a_list_of_another_length_than_the_indices_is_rejected():
     class Columns(Fetching):
         def __getitems__(self, indices):
             return [torch.zeros(len(indices), 2), torch.zeros(len(indices))]

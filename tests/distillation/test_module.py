@@ -380,7 +380,7 @@ class CallsItsNet(Quiet):
         return {"loss": loss, "more": 1}
 
 
-def test_a_step_that_calls_a_part_says_which(tmp_path):
+def test_a_step_that_calls_a_submodule_names_it(tmp_path):
     with pytest.raises(RuntimeError, match=r"never called its own forward.*`logits_from`.*the layers are net"):
         fit(tmp_path, distilled(new(CallsItsNet)))
     outputs = step(distilled(new(CallsItsNet), logits_from="net"))
@@ -529,7 +529,7 @@ def test_arguments_that_make_no_sense(words, error, sentence):
         distilled(**words)
 
 
-def test_students_that_cannot_be_taught(tmp_path):
+def test_students_that_cannot_be_distilled(tmp_path):
     with pytest.raises(TypeError, match="`student` must be"):
         DistillationModule("net")
     student = new()

@@ -188,7 +188,7 @@ def test_losses_with_labels_skip_samples_without_and_others_do_not():
     assert step(module, batch).item() == pytest.approx(losses.kd(s, t).item(), rel=1e-5)
 
 
-def test_a_batch_in_which_no_position_has_a_label_teaches_nothing():
+def test_a_batch_without_labeled_positions_adds_no_distillation_loss():
     student = made(segmentation, 0, 4)
     _, loss = plain(student, made(segmentation, 1, 4), (IMAGES, torch.full_like(MAPS, -100)))
     loss.backward()
@@ -285,7 +285,7 @@ class TextStudent(Quiet):
 
 @pytest.mark.parametrize("ahead", [0, 1])
 @pytest.mark.parametrize("told", [None, True])
-def test_a_step_that_shifts_is_told_by_its_loss(ahead, told):
+def test_a_step_that_shifts_labels_is_detected_by_its_loss(ahead, told):
     ids = torch.randint(0, 11, (4, 6), generator=torch.Generator().manual_seed(0))
     module = Noted(new(TextStudent, ahead=ahead), made(Text, 1), loss="dkd", alpha=1.0)
     module.shift_labels = told
@@ -496,7 +496,7 @@ def test_losses_of_single_entries_take_outputs_of_any_layout(loss):
         plain(student, teacher, (IMAGES, targets), loss={loss: 0.5, "kd": 0.5}, task_loss=F.mse_loss)
 
 
-def test_a_teacher_that_cannot_take_the_inputs_is_told_by_the_method_that_gives_it_others():
+def test_a_teacher_with_other_inputs_raises_with_the_method_to_override():
     class Named(nn.Module):
         def forward(self, graph):
             return graph.nodes

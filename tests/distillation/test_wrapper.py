@@ -257,7 +257,7 @@ def run_of(other, tmp_path, module, *callbacks, ckpt_path=None, epochs=2, valida
     return run
 
 
-def test_a_student_of_the_other_package_is_taught_by_its_trainer(tmp_path, other):
+def test_a_pytorch_lightning_student_is_distilled_by_its_own_trainer(tmp_path, other):
     module = DistillationModule(student_of(other), teacher(), features=HINT)
     assert isinstance(module, DistillationModule)
     assert isinstance(module, other.LightningModule)
@@ -316,7 +316,7 @@ def test_all_of_ours_runs_beside_it_under_the_other_trainer(tmp_path, other):
 # What is claimed.
 
 
-def test_the_file_says_in_how_many_batches_the_teacher_taught(tmp_path):
+def test_the_file_holds_the_number_of_distilled_batches(tmp_path):
     module = distilled(alpha=0.0)
     fit(tmp_path, module, Files(tmp_path / "files"), max_epochs=1)
     assert torch.load(tmp_path / "files" / "0.ckpt", weights_only=True)["distillation"]["batches"] == 0

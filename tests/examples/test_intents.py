@@ -340,7 +340,7 @@ def test_nothing_of_the_validation_part_is_trained_on():
     assert len(data.task.held_out) == pytest.approx(0.1 * len(everything), abs=16)
 
 
-def test_a_net_begins_with_the_vectors_of_a_file_and_does_not_remember_it(tmp_path):
+def test_a_net_starts_with_the_vectors_of_a_file_but_does_not_store_its_path(tmp_path):
     vectors = torch.randn(50, 16, generator=torch.Generator().manual_seed(0))
     torch.save(vectors, tmp_path / "vectors.pt")
     net = IntentsNet(50, 7, width=16, channels=8, hidden=8, vectors=str(tmp_path / "vectors.pt"))

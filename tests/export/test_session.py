@@ -38,7 +38,7 @@ def test_arguments_by_place_and_by_name(pair, runtime):
         assert all(torch.allclose(one, other, atol=1e-5) for one, other in zip(expected, got, strict=True))
 
 
-def test_a_call_that_does_not_fit_says_what_the_file_takes(pair):
+def test_a_call_with_other_inputs_raises_with_the_names_of_the_inputs(pair):
     file = ExportedModel(pair[1])
     x = torch.zeros(1, 3)
     for args, words in (((x,), {}), ((x, x, x), {}), ((x,), {"third": x})):

@@ -325,7 +325,7 @@ class TestNofM:
         left, right = (global_masks(scores, 0.5, granularity) for granularity in ("2:4", "2:4@unfold"))
         assert all(torch.equal(left[name], right[name]) for name in scores)
 
-    def test_a_number_of_inputs_that_sparse_kernels_do_not_take_is_told(self):
+    def test_a_number_of_inputs_that_sparse_kernels_do_not_support_is_reported(self):
         assert "3 inputs, no multiple of 4" in str(parse_granularity("2:4").misfit(torch.Size([8, 3, 3, 3])))
         assert parse_granularity("2:4").misfit(torch.Size([8, 4, 3, 3])) is None
         assert parse_granularity("2:4@unfold").misfit(torch.Size([8, 3, 3, 3])) is None
@@ -510,7 +510,7 @@ class TestApplying:
         assert keep.itemsize == dtype.itemsize
         assert keep.tolist() == [-1, 0]
 
-    def test_keep_bits_of_what_is_no_mask_or_weight_are_refused(self):
+    def test_keep_bits_rejects_other_tensors_than_masks_and_float_dtypes(self):
         with pytest.raises(TypeError, match="must be bool"):
             keep_bits(torch.ones(3), torch.float32)
         for dtype in (torch.int32, torch.complex64, torch.float8_e4m3fn):

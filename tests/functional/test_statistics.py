@@ -39,7 +39,7 @@ def test_the_second_moment_of_a_convolution_by_hand():
 
 
 @pytest.mark.parametrize("options", [{}, {"stride": 2}, {"padding": 1}, {"dilation": 2, "padding": (2, 0)}])
-def test_the_second_moment_says_how_large_outputs_are(options):
+def test_the_second_moment_gives_the_size_of_outputs(options):
     """The sum of the squared outputs is the sum over rows w of w S wᵀ, whatever the convolution."""
     layer, x = nn.Conv2d(2, 3, (3, 2), bias=False, **options), torch.randn(2, 2, 7, 8)
     moment = seen("input_second_moment", layer, x)

@@ -1,58 +1,22 @@
 """GPT-2 and Mixtral of transformers, from tiny configurations: pruned, rounded, resumed and reloaded."""
 
+from pathlib import Path
+
 import lightning.pytorch as pl
 import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from helpers.language import ROWS, TECHNIQUES, Language, ids
 from helpers.models import EpochSampler, Files, assert_same_state, trainer
-from lightning_optim import QuantizationAwareTraining, WeightPruning, load_from_checkpoint
+from helpers.ranks import torchrun
+from lightning_optim import WeightPruning, load_from_checkpoint
 from lightning_optim.modules import Conv1D, Experts, matrices_of
 
 pytest.importorskip("transformers", reason="the models of transformers: pip install 'transformers==5.24.*'")
 
-ROWS, EPOCHS = 32, 3
-
-
-class Language(pl.LightningModule):
-    """A language model whose batches are token ids."""
-
-    def __init__(self, kind: str = "gpt2") -> None:
-        super().__init__()
-        self.save_hyperparameters()
-        import transformers
-
-        torch.manual_seed(3)
-        ends = {"bos_token_id": 0, "eos_token_id": 0, "vocab_size": 40, "use_cache": False}
-        if kind == "gpt2":
-            config = transformers.GPT2Config(
-                n_embd=16, n_layer=2, n_head=2, n_positions=16, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **ends
-            )
-            self.model = transformers.GPT2LMHeadModel(config)
-        else:
-            config = transformers.MixtralConfig(
-                hidden_size=16,
-                intermediate_size=24,
-                num_hidden_layers=2,
-                num_attention_heads=2,
-                num_key_value_heads=1,
-                num_local_experts=4,
-                **ends,
-            )
-            self.model = transformers.MixtralForCausalLM(config)
-
-    def forward(self, ids):
-        return self.model(input_ids=ids).logits
-
-    def training_step(self, ids, batch_idx):
-        return self.model(input_ids=ids, labels=ids).loss
-
-    def configure_optimizers(self):
-        return torch.optim.AdamW(self.parameters(), 1e-3)
-
-
-def ids(rows: int = ROWS) -> torch.Tensor:
-    return torch.randint(0, 40, (rows, 8), generator=torch.Generator().manual_seed(5))
+EPOCHS = 3
+WORKER = Path(__file__).with_name("language_worker.py")
 
 
 def fit(tmp_path, module, *callbacks, ckpt_path=None):
@@ -60,18 +24,6 @@ def fit(tmp_path, module, *callbacks, ckpt_path=None):
     run = trainer(tmp_path, *callbacks, max_epochs=EPOCHS)
     run.fit(module, DataLoader(list(ids()), 8, sampler=EpochSampler(ROWS)), ckpt_path=ckpt_path)
     return run
-
-
-ROUTERS = {"gpt2": None, "mixtral": ["*gate"]}
-TECHNIQUES = {
-    "zeros": lambda kind: [WeightPruning(0.5, start=1, end=9, every_n_steps=2, granularity="row", scope="layer")],
-    "2:4": lambda kind: [WeightPruning(granularity="2:4", start=1, end=9, every_n_steps=2, exclude=ROUTERS[kind])],
-    "8 bits": lambda kind: [QuantizationAwareTraining(start=2, observe_steps=2, freeze=10)],
-    "both": lambda kind: [
-        WeightPruning(0.5, start=1, end=9, every_n_steps=2),
-        QuantizationAwareTraining(start=2, observe_steps=2, freeze=10, weight_bits=4),
-    ],
-}
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "mixtral"])
@@ -114,3 +66,18 @@ def test_wanda_scores_conv1d_by_its_inputs_and_refuses_experts(tmp_path):
     assert all(float((matrix == 0).float().mean()) == 0.5 for matrix in matrices(module, Conv1D))
     with pytest.raises(pl.utilities.exceptions.MisconfigurationException, match=r"experts.*Pass it in `exclude`"):
         fit(tmp_path, Language("mixtral"), WeightPruning(0.5, criterion="wanda", exclude=["*gate"]))
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_two_processes_with_shards_make_the_masks_and_scales_of_one(tmp_path):
+    """Every process gets the same batches, so that the weights are those of one process."""
+    from integration.language_worker import CASES, run
+
+    torchrun(WORKER, tmp_path)
+    for case in CASES:
+        run(case, tmp_path / "alone.ckpt", devices=1)
+        alone, sharded = (
+            torch.load(path, weights_only=True)["state_dict"] for path in (tmp_path / "alone.ckpt", tmp_path / case)
+        )
+        assert_same_state(alone, sharded)

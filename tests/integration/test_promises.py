@@ -360,5 +360,5 @@ def test_a_strategy_that_is_not_known_to_work_is_refused_by_name(tmp_path, make,
     run = trainer(tmp_path)
     run.strategy.__class__ = type(name, (base,), {})
     for callback in make():
-        with pytest.raises(MisconfigurationException, match=rf"not supported under {name}\. Take .*'optim_ddp'"):
+        with pytest.raises(MisconfigurationException, match=rf"not supported under {name}\. (Use|Take) .*'optim_ddp'"):
             callback.setup(run, new(model), "fit")

@@ -151,7 +151,7 @@ def _first_quick(name):
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=_marks(name, _first_quick(name))) for name in DIVIDED])
-def test_channels_do_not_leave_a_divided_model(launched, name):
+def test_no_channels_are_removed_from_a_sharded_model(launched, name):
     for rank in range(LAUNCHES[name].processes):
         message = (launched(name, _first_quick(name)) / f"refused{rank}.txt").read_text()
         assert "ChannelPruning cannot remove channels under OptimFSDP2" in message

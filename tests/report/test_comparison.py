@@ -135,7 +135,7 @@ def test_a_reference_that_cannot_be_exported_leaves_no_times_in_engines():
     report = quick(nets, engines=["torch", "onnxruntime"], export={})
     assert report["a"]["onnx_bytes"] > 0
     assert "onnxruntime_ms" not in report["a"]
-    assert report.notes[-1].endswith("Nor can the others be compared in engines.")
+    assert report.notes[-1].endswith("The others cannot be compared in engines either.")
 
 
 def test_an_engine_that_refuses_a_file_is_in_the_notes(monkeypatch):
@@ -166,7 +166,7 @@ def quick(nets=None, example=None, **words):
 def test_without_an_accuracy_there_is_no_p_unless_it_has_no_weight():
     report = quick()
     assert report["b"]["P"] is None
-    assert "P has an accuracy in it: pass `evaluate`, or weights without accuracy." in report.notes
+    assert "P includes accuracy: pass `evaluate`, or weights without accuracy." in report.notes
     row = quick(weights={"size": 1.0})["b"]
     assert row["P"] == row["size_ratio"]
 
@@ -211,18 +211,22 @@ def test_the_file_is_weighed_also_where_only_torch_is_timed():
 @pytest.mark.parametrize(
     ("words", "error", "text"),
     [
-        ({"reference": "c"}, ValueError, "`reference` names 'c', which is no model; the models are a, b"),
+        ({"reference": "c"}, ValueError, "`reference` names 'c', which is not a model; the models are a, b"),
         ({"controls": ["c"]}, ValueError, "`controls` names 'c'"),
         ({"engines": ["tensorrt"]}, ValueError, "unknown engine 'tensorrt'; known: torch, onnxruntime, openvino"),
         ({"engines": "torch"}, TypeError, "`engines` must be a list"),
         ({"engines": []}, ValueError, "`engines` is empty"),
         ({"engines": ["openvino"]}, ValueError, "export=False writes none"),
-        ({"weights": {"train_time": 1.0}}, ValueError, "compare trains nothing"),
+        ({"weights": {"train_time": 1.0}}, ValueError, "compare does not train"),
         ({"weights": {"speed": 1.0}}, ValueError, "has no 'speed'; known: size"),
         ({"weights": {"size": -1.0}}, ValueError, "non-negative numbers, got size=-1.0"),
         ({"evaluate": lambda module: 95.0}, ValueError, r"accuracy of a is 95, .* Divide percent by 100"),
-        ({"evaluate": lambda module: {"top1": 0.5}}, ValueError, "returned top1, and P takes its accuracy from"),
-        ({"evaluate": lambda module: {"accuracy": 0.5, "P": 1}}, ValueError, "returned 'P', a name of the report's"),
+        ({"evaluate": lambda module: {"top1": 0.5}}, ValueError, "returned top1, but P needs the metric"),
+        (
+            {"evaluate": lambda module: {"accuracy": 0.5, "P": 1}},
+            ValueError,
+            "returned 'P', which is a column of the report",
+        ),
         ({"nets": {"a": 3}}, TypeError, "must be name -> nn.Module, got int for 'a'"),
         ({"size": "weight"}, ValueError, "unknown size 'weight'"),
         ({"batch_size": 0}, ValueError, "`batch_size` must be a whole number >= 1, got 0"),
@@ -231,8 +235,8 @@ def test_the_file_is_weighed_also_where_only_torch_is_timed():
         ({"controls": [1]}, TypeError, r"`controls` must be a list of names of models, got \[1\]"),
         ({"nets": [net()]}, TypeError, "`models` must be a mapping of name -> nn.Module"),
         ({"nets": {3: net()}}, TypeError, "`models` must be name -> nn.Module, got the name 3"),
-        ({"nets": {"a": nn.Flatten()}}, ValueError, "must be a model with a size above 0, .* got 0 for 'a'"),
-        ({"size": lambda module: 0.0}, ValueError, "must be a model with a size above 0"),
+        ({"nets": {"a": nn.Flatten()}}, ValueError, "size of the reference must be above 0, .* got 0 for 'a'"),
+        ({"size": lambda module: 0.0}, ValueError, "size of the reference must be above 0"),
         ({"export": {"opset": 17}}, ValueError, "`export` has no 'opset'; known: dynamic_batch, dynamic_dims, verify"),
         ({"export": "onnx"}, TypeError, "`export` must be a mapping of options of export_onnx, a bool or None"),
     ],

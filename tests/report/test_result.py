@@ -202,7 +202,7 @@ def test_json_that_cannot_be_made_leaves_the_report_before(tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("write", [ComparisonReport.save, ComparisonReport.to_html])
-def test_a_disk_that_is_full_leaves_the_file_before(tmp_path, monkeypatch, write):
+def test_a_full_disk_keeps_the_earlier_file(tmp_path, monkeypatch, write):
     path = tmp_path / "file"
     path.write_text("before")
 

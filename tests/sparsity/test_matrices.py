@@ -152,7 +152,7 @@ class Odd(nn.Module):
         ({"hidden_size": 8, "num_experts": 3.0}, {"up_proj": (3, 8, 24)}, None),
     ],
 )
-def test_the_order_of_experts_is_told_by_their_sizes(attributes, shapes, expected):
+def test_the_order_of_experts_follows_from_their_sizes(attributes, shapes, expected):
     layer = Odd(**attributes)
     for name, shape in shapes.items():
         setattr(layer, name, nn.Parameter(torch.zeros(shape)))

@@ -63,7 +63,7 @@ def test_a_rank_that_hangs_ends_with_the_timeout(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_killed_rank_ends_the_run_which_goes_on_from_its_file(tmp_path):
+def test_a_killed_rank_ends_the_run_and_the_run_resumes_from_its_file(tmp_path):
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     succeed(straight, "optim_fsdp", "none")
     code, _, _ = run(killed, "optim_fsdp", "kill")

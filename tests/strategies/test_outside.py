@@ -66,7 +66,7 @@ def test_a_read_in_half_precision_stays_close(runs):
 @pytest.mark.distributed
 def test_a_read_inside_a_unit_is_a_sentence_that_names_units(runs):
     for run in runs:
-        assert "`training_step` computes with a parameter of a unit" in run["refused"]
+        assert "`training_step` uses a parameter of a unit" in run["refused"]
         assert "OptimFSDP2(units=[...])" in run["refused"]
         assert "Units are Block, Embedding, Linear" in run["refused"]
 

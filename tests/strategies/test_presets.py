@@ -82,7 +82,7 @@ def test_an_unknown_preset_lists_the_known():
         (OptimFSDP2, {"tensor_plan": {"a": "column"}}, "map layer name patterns to 'col' or 'row'"),
         (OptimFSDP2, {"tensor_plan": {}}, "map layer name patterns to 'col' or 'row'"),
         (OptimFSDP2, {"shard": False}, "needs `tensor` > 1"),
-        (OptimFSDP2, {"replicate": 2, "tensor": 2}, "not offered together"),
+        (OptimFSDP2, {"replicate": 2, "tensor": 2}, "cannot be combined"),
     ],
 )
 def test_arguments_that_are_none(strategy, words, sentence):
@@ -94,12 +94,12 @@ def test_arguments_that_are_none(strategy, words, sentence):
     ("strategy", "words", "sentence"),
     [
         ("optim_single", {"devices": 2}, "trains on one device, and the Trainer has 2"),
-        ("optim_hsdp", {}, "has one node. Take 'optim_fsdp', or OptimFSDP2"),
+        ("optim_hsdp", {}, "has one node. Use 'optim_fsdp', or OptimFSDP2"),
         ("optim_tp", {"devices": 1}, "the Trainer has one"),
         ("optim_2d", {"devices": 3}, "`tensor`=2 does not divide the 3 devices of a node"),
         (OptimFSDP2(replicate=2), {"devices": 3}, "`replicate`=2 does not divide the 3 devices in all"),
-        (OptimFSDP2(tensor=2, shard=False), {"devices": 4}, "exactly `tensor` devices: 2 of 4. Take 'optim_2d'"),
-        ("optim_tp", {"num_nodes": 2}, "exactly `tensor` devices: 2 of 4. Take 'optim_2d'"),
+        (OptimFSDP2(tensor=2, shard=False), {"devices": 4}, "exactly `tensor` devices: 2 of 4. Use 'optim_2d'"),
+        ("optim_tp", {"num_nodes": 2}, "exactly `tensor` devices: 2 of 4. Use 'optim_2d'"),
     ],
 )
 def test_sizes_that_do_not_fit_raise_with_the_trainer(strategy, words, sentence):
@@ -107,7 +107,7 @@ def test_sizes_that_do_not_fit_raise_with_the_trainer(strategy, words, sentence)
         new_trainer(strategy=strategy, **words)
 
 
-def test_a_notebook_is_told_what_to_take(monkeypatch):
+def test_a_notebook_raises_with_the_notebook_preset(monkeypatch):
     monkeypatch.setattr(_upstream, "is_interactive", lambda: True)
     with pytest.raises(MisconfigurationException, match="'optim_ddp_notebook'"):
         new_trainer(strategy="optim_fsdp")
@@ -152,7 +152,7 @@ def refusals(tmp_path_factory):
         ("channels", "ChannelPruning cannot remove channels under OptimFSDP2"),
         ("divided channels", "ChannelPruning cannot remove channels under OptimFSDP2"),
         ("divided projectors", "projectors are sized while the student is whole"),
-        ("bare", "WeightPruning is not supported under ModelParallelStrategy. Take Trainer(strategy='optim_fsdp')"),
+        ("bare", "WeightPruning is not supported under ModelParallelStrategy. Use Trainer(strategy='optim_fsdp')"),
     ],
 )
 def test_refused_before_the_first_step(refusals, case, sentence):

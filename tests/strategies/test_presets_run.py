@@ -213,7 +213,7 @@ def test_files_load_into_the_bare_class(results, launch, group, case):
 
 
 @pytest.mark.slow
-def test_a_folder_is_no_file(launch):
+def test_a_folder_instead_of_a_file_is_rejected(launch):
     with pytest.raises(ValueError, match=r"Make one file of it with lightning_optim\.strategies\.consolidate"):
         load_from_checkpoint(Language, launch("files") / "sharded-fsdp" / "0.ckpt")
 

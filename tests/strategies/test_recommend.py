@@ -99,7 +99,7 @@ def test_compression_wins_on_a_slow_link_and_the_simple_preset_on_a_fast_one():
 def test_one_device_needs_nothing_distributed():
     found = asked(10**6, devices=1)
     assert names(found) == ["optim_single"]
-    assert "nothing distributed" in str(found)
+    assert "no distributed strategy" in str(found)
 
 
 def test_one_device_alone_wins_over_a_link_that_is_too_slow():
@@ -145,8 +145,8 @@ def test_hybrid_sharding_is_for_several_nodes():
     assert "optim_hsdp" in asked().left_out
     assert asked(replicate=2).row("optim_hsdp").options == {"replicate": 2}
     assert asked(nodes=4).row("optim_hsdp").options == {"replicate": 4}
-    assert "no 3 groups" in asked(replicate=3).left_out["optim_hsdp"]
-    assert "no 2 groups" in asked(devices=1, nodes=2).left_out["optim_hsdp"]
+    assert "cannot form 3 groups" in asked(replicate=3).left_out["optim_hsdp"]
+    assert "cannot form 2 groups" in asked(devices=1, nodes=2).left_out["optim_hsdp"]
 
 
 def test_layers_are_split_within_a_node():
@@ -256,7 +256,7 @@ def test_bytes_of_optimizers(optimizer, expected):
     assert asked(optimizer=optimizer).question.optimizer == expected
 
 
-def test_an_instance_says_its_options_and_its_parameters():
+def test_an_instance_shows_its_options_and_parameters():
     net = nn.Linear(9, 1, bias=False)
     momentum = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9)
     assert asked(net, optimizer=momentum).question.optimizer == 4
@@ -293,7 +293,7 @@ def test_an_optimizer_that_needs_a_trainer_must_be_named():
     with pytest.raises(ValueError, match=r"without a Trainer .* Pass `optimizer=`"):
         asked(NeedsTrainer())
     assert asked(NeedsTrainer(), optimizer="SGD").question.optimizer == 0
-    with pytest.raises(ValueError, match="makes no optimizer"):
+    with pytest.raises(ValueError, match="returns no optimizer"):
         asked(GPT(lambda parameters: None))
 
 
@@ -457,9 +457,9 @@ def test_texts_show_the_numbers():
         ({"activation_bytes": -1}, "`activation_bytes`"),
         ({"reached": 1.5}, "is a fraction"),
         ({"split_share": 1.5}, "is a fraction"),
-        ({"optimizer": "Adma"}, "'Adma' keeps is not known. Known: SGD, .*bytes it keeps per parameter"),
+        ({"optimizer": "Adma"}, "'Adma' is unknown. Known: SGD, .*bytes of state per parameter"),
         ({"optimizer": -1}, "at least 0"),
-        ({"optimizer": torch.optim.LBFGS}, "'LBFGS' keeps is not known"),
+        ({"optimizer": torch.optim.LBFGS}, "the state of the optimizer 'LBFGS' is unknown"),
         ({"precision": "16"}, "`precision` must be one of 32-true, bf16-mixed, 16-mixed, bf16-true, got '16'"),
         ({"device": "GTX"}, "`device` must be one of .*H100"),
         ({"example_inputs": 1}, "needs the module"),

@@ -112,11 +112,13 @@ def test_a_given_plan():
 
 
 def test_a_pattern_that_matches_nothing():
-    with pytest.raises(ValueError, match=r"tensor_plan: '\*\.inner' matches no Linear layer. There are gate_proj, "):
+    with pytest.raises(
+        ValueError, match=r"tensor_plan: '\*\.inner' matches no Linear layer. Linear layers: gate_proj, "
+    ):
         given_pairs(Gated(), {"*.inner": "col"}, 2)
 
 
 @pytest.mark.parametrize(("plan", "what"), [({"up_proj": "col"}, "12 outputs"), ({"down_proj": "row"}, "12 inputs")])
 def test_given_features_that_do_not_divide(plan, what):
-    with pytest.raises(ValueError, match=rf"_proj has {what}, no multiple of the 5 devices"):
+    with pytest.raises(ValueError, match=rf"_proj has {what}, which is not a multiple of the 5 devices"):
         given_pairs(Gated(), plan, 5)

@@ -181,13 +181,13 @@ def test_an_unknown_name_lists_the_classes():
         find_units(Language(), ["Block", "Blok"])
 
 
-def test_text_is_no_list_of_names():
+def test_a_string_is_not_a_list_of_names():
     with pytest.raises(ValueError, match="must be 'auto' or a list"):
         find_units(Language(), "Block")
 
 
 def test_a_model_without_parameters():
-    with pytest.raises(ValueError, match=r"ReLU has no parameters, so there is nothing to shard or to train"):
+    with pytest.raises(ValueError, match=r"ReLU has no parameters, so there is nothing to shard or train"):
         find_units(nn.ReLU())
 
 

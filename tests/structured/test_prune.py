@@ -27,7 +27,7 @@ def test_half_of_the_channels_leave_every_kind_of_net(name):
     assert 0 < report.pruning_ratio <= 0.5
 
 
-def test_the_report_says_what_left_and_why_not():
+def test_the_report_lists_what_was_removed_and_why_the_rest_was_not():
     module = mlp()
     report = prune_channels(module, torch.zeros(1, 8), pruning_ratio=0.5, scope="layer")
     assert report.channels == {"0": (32, 16), "2": (16, 8)}
@@ -98,7 +98,7 @@ def test_taylor_reads_the_gradients_that_are_there():
         ({"pruning_ratio": {"9": 0.5}}, ValueError, "'9' matches no group"),
     ],
 )
-def test_bad_words_change_nothing(words, error, message):
+def test_bad_arguments_change_nothing(words, error, message):
     module = mlp()
     before = copy.deepcopy(module.state_dict())
     with pytest.raises(error, match=message):

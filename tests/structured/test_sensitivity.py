@@ -127,7 +127,7 @@ def test_a_progress_bar_is_shown_unless_switched_off(capsys):
         ({"criterion": "taylor"}, "needs the gradient"),
     ],
 )
-def test_bad_words_say_what_was_expected(words, message):
+def test_bad_arguments_raise_with_the_expected_values(words, message):
     evaluate = words.pop("evaluate", output_of_ones)
     with pytest.raises(ValueError, match=message):
         sensitivity(net(), evaluate, torch.ones(1, 2), progress=False, **words)
