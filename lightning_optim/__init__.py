@@ -6,6 +6,7 @@ from lightning_optim.callbacks import (
     ChannelPruning,
     CompressedCheckpoint,
     DepthPruning,
+    LowRankFactorization,
     PerformanceScore,
     QuantizationAwareTraining,
     ReportCallback,
@@ -15,6 +16,7 @@ from lightning_optim.checkpoint import conform, load_from_checkpoint
 from lightning_optim.depth.prune import prune_depth
 from lightning_optim.distillation import DistillationModule, Feature, IndexedDataset, Ramp, student_only
 from lightning_optim.export import ExportReport, PretrainedReport, export_onnx, export_pretrained
+from lightning_optim.low_rank import FactorizationReport, factorize
 from lightning_optim.measure import LatencyResult, measure_latency
 from lightning_optim.quantization.calibrate import quantize_post_training
 from lightning_optim.recipe import Recipe
@@ -29,9 +31,11 @@ __all__ = [
     "DepthPruning",
     "DistillationModule",
     "ExportReport",
+    "FactorizationReport",
     "Feature",
     "IndexedDataset",
     "LatencyResult",
+    "LowRankFactorization",
     "PerformanceScore",
     "PretrainedReport",
     "QuantizationAwareTraining",
@@ -44,6 +48,7 @@ __all__ = [
     "conform",
     "export_onnx",
     "export_pretrained",
+    "factorize",
     "load_from_checkpoint",
     "measure_latency",
     "prune_channels",

@@ -44,7 +44,7 @@ class Technique:
         first: The argument of the callback that a bare value in a recipe sets.
         window: The two arguments of the callback that hold start and end of its window; empty if it takes none.
         order: Where several techniques act in the same step, those with a lower order act first. The techniques of the
-            package have 5 (blocks), 10 (channels), 20 (weights) and 30 (integers).
+            package have 5 (blocks), 10 (channels), 15 (low rank), 20 (weights) and 30 (integers).
         logs: What the names of the metrics begin with that the callback logs at an event; by default the name and "/".
 
     Raises:
@@ -168,6 +168,14 @@ TECHNIQUES.register(
         first="pruning_ratio",
         order=10,
         logs="channels/",
+    )
+)
+TECHNIQUES.register(
+    Technique(
+        "low_rank",
+        "lightning_optim.callbacks.low_rank.LowRankFactorization",
+        first="energy",
+        order=15,
     )
 )
 TECHNIQUES.register(

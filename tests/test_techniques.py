@@ -10,6 +10,7 @@ from helpers.techniques import TRIED
 from lightning_optim import (
     ChannelPruning,
     DepthPruning,
+    LowRankFactorization,
     PerformanceScore,
     QuantizationAwareTraining,
     Recipe,
@@ -22,6 +23,7 @@ def test_the_rows_and_their_order():
     assert [row.callback_class for row in TECHNIQUES.values()] == [
         DepthPruning,
         ChannelPruning,
+        LowRankFactorization,
         WeightPruning,
         QuantizationAwareTraining,
     ]

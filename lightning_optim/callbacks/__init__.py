@@ -3,6 +3,7 @@
 from lightning_optim.callbacks.channel_pruning import ChannelPruning
 from lightning_optim.callbacks.compressed_checkpoint import CompressedCheckpoint
 from lightning_optim.callbacks.depth_pruning import DepthPruning
+from lightning_optim.callbacks.low_rank import LowRankFactorization
 from lightning_optim.callbacks.performance_score import PerformanceScore
 from lightning_optim.callbacks.quantization import QuantizationAwareTraining
 from lightning_optim.callbacks.report import ReportCallback
@@ -12,6 +13,7 @@ __all__ = [
     "ChannelPruning",
     "CompressedCheckpoint",
     "DepthPruning",
+    "LowRankFactorization",
     "PerformanceScore",
     "QuantizationAwareTraining",
     "ReportCallback",

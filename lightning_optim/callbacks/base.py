@@ -17,7 +17,7 @@ from lightning_optim.patterns import Pattern, check_patterns, pattern_name
 from lightning_optim.strategies.common import INSTEAD, check_supported
 from lightning_optim.window import Window
 
-__all__ = ["CompressionCallback", "callbacks_of", "compressions", "mro_names", "ranks_per_batch"]
+__all__ = ["CompressionCallback", "builds_later", "callbacks_of", "compressions", "mro_names", "ranks_per_batch"]
 
 
 def compressions(trainer: pl.Trainer) -> "list[CompressionCallback]":
@@ -29,6 +29,12 @@ def ranks_per_batch(trainer: pl.Trainer) -> int:
     """Return how many ranks get the same batch: those that share layers by tensor parallelism."""
     arguments = trainer.distributed_sampler_kwargs
     return 1 if arguments is None else trainer.world_size // int(arguments["num_replicas"])
+
+
+def builds_later(pl_module: pl.LightningModule) -> bool:
+    """Whether layers may be built after ``Callback.setup``."""
+    base = next(cls for cls in type(pl_module).__mro__ if cls.__name__ == "LightningModule")
+    return any(getattr(type(pl_module), hook) is not getattr(base, hook) for hook in ("setup", "configure_model"))
 
 
 class CompressionCallback(WindowedCallback):

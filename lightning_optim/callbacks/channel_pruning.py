@@ -175,7 +175,8 @@ class ChannelPruning(CompressionCallback):
         self._inputs.prepare(pl_module, "ChannelPruning")
         refuse_shared(pl_module, self._target, self._prefix)
         self._selected = select_roots(self._target, self._prefix, self.include, self.exclude)
-        if self._inputs.inputs is not None and not is_sharded(pl_module):
+        # After the window nothing is removed, and another technique may have replaced the layers of a group.
+        if self._inputs.inputs is not None and not is_sharded(pl_module) and not self.window.closed:
             self._find_groups(trainer, pl_module)
 
     def on_train_batch_start(

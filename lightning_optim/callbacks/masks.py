@@ -152,6 +152,15 @@ class HeldMasks:
         self._removed = sum(keep.numel() - int(torch.count_nonzero(keep)) for keep in self.keeps.values())
         return names
 
+    def take_in(self, weights: Mapping[str, Weight]) -> None:
+        """Hold more weights, dense so far; ``weights`` are those that are held and the new ones, in their order."""
+        new = {name: weight for name, weight in weights.items() if name not in self.weights}
+        self.weights = dict(weights)
+        self.initial |= dict.fromkeys(new, 0.0)
+        if self.keeps:
+            dense = self.put({name: self.of(name) for name in new})
+            self.keeps = {name: dense[name] if name in new else self.keeps[name] for name in weights}
+
     # Applying them.
 
     def after_step(self, names: Iterable[str]) -> None:

@@ -10,11 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_optim.callbacks.base import (
-    CompressionCallback,
-    callbacks_of,
-    ranks_per_batch,
-)
+from lightning_optim.callbacks.base import CompressionCallback, builds_later, callbacks_of, ranks_per_batch
 from lightning_optim.callbacks.frozen_norms import FrozenNorms, share_statistics
 from lightning_optim.callbacks.output_ranges import OutputRanges
 from lightning_optim.change import Changed
@@ -123,7 +119,7 @@ class QuantizationAwareTraining(CompressionCallback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Prepare the layers that exist already, before any weight is loaded; fit start prepares the others."""
         super().setup(trainer, pl_module, stage)
-        if stage == "fit" and not _builds_later(pl_module):
+        if stage == "fit" and not builds_later(pl_module):
             self._prepare(trainer, pl_module)
 
     def before_sharding(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -343,18 +339,22 @@ class QuantizationAwareTraining(CompressionCallback):
         }
 
     def model_changed(self, pl_module: pl.LightningModule, changed: Changed) -> None:
-        """Rename layers that moved; drop those that were removed or replaced by layers that are not quantized.
+        """Rename layers that moved; drop those that were removed or replaced, and take in those that were added.
 
         Weight scales are computed from the weights; activation scales have no channels.
         """
         names = {name: changed.layer(name) for name in self._layers}
-        for name, layer in dict[str, nn.Module](self._layers).items():
-            if names[name] is not None and not isinstance(layer, QuantizedLayer):  # its class was replaced
-                rank_zero_info(f"{self.label}: {names[name]} is now a {type(layer).__name__}, which stays float.")
-                names[name] = None
-        self._layers = {new: self._layers[old] for old, new in names.items() if new is not None}
-        self._phases.rename(names)
-        self._outputs.rename(names)
+        replaced = {n: x for n, x in dict[str, nn.Module](self._layers).items() if not isinstance(x, QuantizedLayer)}
+        now = {old: None if old in replaced else new for old, new in names.items()}
+        self._layers = {new: self._layers[old] for old, new in now.items() if new is not None}
+        self._phases.rename(now)
+        self._outputs.rename(now)
+        if changed.added and pl_module.trainer.state.fn == "fit":  # layers that another technique added
+            self._prepare(pl_module.trainer, pl_module)
+            self._enter(pl_module.trainer, pl_module, say=False)
+        for old, layer in replaced.items():
+            if names[old] is not None and not any(name.startswith(f"{names[old]}.") for name in self._layers):
+                rank_zero_info(f"{self.label}: {names[old]} is now a {type(layer).__name__}, which stays float.")
 
     def last_line(self, pl_module: pl.LightningModule) -> str:
         """Return the sentence that says what was requested and in which phase the model is."""
@@ -406,9 +406,3 @@ def _forget_seen(layers: Iterable[QuantizedLayer]) -> None:
 
 def _is_in(layer: QuantizedLayer, phase: str) -> bool:
     return layer.quantization_phase == phase and (not layer.quantizes_output or layer.output_phase == phase)
-
-
-def _builds_later(pl_module: pl.LightningModule) -> bool:
-    """Whether layers may be built after ``Callback.setup``."""
-    base = next(cls for cls in type(pl_module).__mro__ if cls.__name__ == "LightningModule")
-    return any(getattr(type(pl_module), hook) is not getattr(base, hook) for hook in ("setup", "configure_model"))

@@ -1,6 +1,6 @@
 """The statistics of one criterion in a running fit: when they are collected, and on which process."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -61,8 +61,7 @@ class Collected:
                         f"the criterion needs the {collector.title}, which are {problem}. Pass it in `exclude`, or "
                         "take another criterion."
                     )
-            compiled = is_compiled(pl_module, parts=False) or any(map(is_inside_compiled, weights))
-            if collector.reads_inputs and compiled:
+            if collector.reads_inputs and _is_any_compiled(weights, pl_module):
                 raise MisconfigurationException(
                     f"the criterion needs the {collector.title}, which cannot be read inside a module that "
                     "torch.compile compiled. Take another criterion, or train without compiling."
@@ -89,6 +88,37 @@ class Collected:
         for collector in self._collectors.values():
             for name, parameter in parameters.items():
                 collector.after_step(name, parameter)
+
+    def has(self, name: str) -> bool:
+        """Whether every statistic of a weight was seen since the last event."""
+        return all(name in collector for collector in self._collectors.values())
+
+    def pool(self, batch: "Collected", names: Sequence[str], trainer: pl.Trainer, ranks_per_batch: int) -> None:
+        """Take what a batch brought, from all processes: each holds the same sums afterwards, which a file can hold.
+
+        A weight that one of them did not see is left out. Every process must ask.
+
+        Args:
+            batch: The inputs that this process has watched; it is empty afterwards.
+            names: The weights, in the same order everywhere.
+            trainer: The running Trainer.
+            ranks_per_batch: How many processes get the same batch.
+        """
+        for statistic, collector in self._collectors.items():
+            sums = batch._collectors[statistic].sums
+            seen = torch.tensor([float(name in sums) for name in names], device=trainer.strategy.root_device)
+            if trainer.world_size > 1 and collector.reads_inputs:
+                seen = trainer.strategy.reduce(seen, reduce_op="min")
+            for name, everywhere in zip(names, seen.tolist(), strict=True):
+                if everywhere and trainer.world_size > 1:
+                    collector.add(name, trainer.strategy.reduce(sums[name], reduce_op="sum") / ranks_per_batch)
+                elif everywhere:
+                    collector.add(name, sums[name])
+        batch.clear()
+
+    def pooled(self, name: str) -> dict[str, Tensor]:
+        """Return the statistics of one weight by their names, where :meth:`pool` gathered what was read from inputs."""
+        return {statistic: collector.value(name, _as_it_is) for statistic, collector in self._collectors.items()}
 
     def values(self, trainer: pl.Trainer, name: str, ranks_per_batch: int) -> dict[str, Tensor]:
         """Return the statistics of one weight by their names, of all processes together.
@@ -163,6 +193,14 @@ def _total(trainer: pl.Trainer, ranks_per_batch: int, sums: Tensor) -> Tensor:
     """Sum over the processes that saw different batches."""
     reduced: Tensor = trainer.strategy.reduce(sums, reduce_op="sum")
     return reduced / ranks_per_batch
+
+
+def _is_any_compiled(weights: Mapping[str, Weight], pl_module: nn.Module) -> bool:
+    """Whether any of the weights' layers is called inside a graph of torch.compile or of ``module.compile()``."""
+    if is_compiled(pl_module, parts=False) or any(map(is_inside_compiled, weights)):
+        return True
+    called = [name for name, part in pl_module.named_modules() if getattr(part, "_compiled_call_impl", None)]
+    return any(not name or weight.startswith(f"{name}.") for name in called for weight in weights)
 
 
 def _as_it_is(sums: Tensor) -> Tensor:

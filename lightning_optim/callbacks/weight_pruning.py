@@ -18,7 +18,7 @@ from lightning_optim.functional.masks import Granularity, parse_granularity
 from lightning_optim.functional.schedules import SCHEDULES, Schedule
 from lightning_optim.functional.statistics import needs_of
 from lightning_optim.optimizers import held_ids
-from lightning_optim.patterns import Pattern
+from lightning_optim.patterns import Pattern, first_match
 from lightning_optim.provenance import as_plain
 from lightning_optim.sparsity.goals import Goal, check_goals, checked_sparsity, make_goals, number_of
 from lightning_optim.sparsity.selection import check_weights, select, without_misfits
@@ -198,7 +198,7 @@ class WeightPruning(CompressionCallback):
             self._statistics.after_step(parameters)
 
     def model_changed(self, pl_module: pl.LightningModule, changed: Changed) -> None:
-        """Slice masks and statistics with their weights, and follow weights that moved or were removed.
+        """Slice masks and statistics with their weights; follow weights that moved, were removed or added.
 
         Removed channels held more zeros than those that stay, so the sparsity that was reached is reached anew.
         """
@@ -208,6 +208,25 @@ class WeightPruning(CompressionCallback):
             goal.names = [names[name] for name in goal.names if name in names]
         self._goals = [goal for goal in self._goals if goal.names]
         self._statistics.follow(changed)
+        if changed.added:
+            self._take_in(pl_module, changed)
+
+    def _take_in(self, pl_module: pl.LightningModule, changed: Changed) -> None:
+        """Select among the parameters that another technique added, as a resumed run does."""
+        prefix, target = find_target(pl_module, self.module)
+        selection = self._select(target, prefix, selected_before=tuple(self._held.initial))
+        held, added = self._held.weights, set(changed.added)
+        weights = {name: w for name, w in selection.chosen.items() if name in held or w.parameter in added}
+        if weights.keys() == held.keys():
+            return
+        new = [name for name in weights if name not in held]
+        rank_zero_info(f"{self.label}: {', '.join(new)} joined what is pruned.")
+        self._held.take_in(weights)
+        sparsity = self.sparsity
+        if isinstance(sparsity, dict):  # a pattern may have matched nothing but what is gone
+            used = {first_match(sparsity, name, weight.layer, prefix) for name, weight in weights.items()}
+            sparsity = {pattern: fraction for pattern, fraction in sparsity.items() if pattern in used}
+        self._goals = make_goals(weights, sparsity, scope=self.scope, initial=self._held.initial, prefix=prefix)
 
     def finish_batch(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Run the event that is due, or the last one again where channels left since."""

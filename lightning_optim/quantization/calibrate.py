@@ -1,7 +1,7 @@
 """Post-training quantization: ranges from a few batches, no training."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from itertools import chain, islice
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any, TypeVar
 
 import torch
@@ -9,7 +9,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from rich.progress import track
 from torch import nn
 
-from lightning_optim.calls import try_forward
+from lightning_optim.calls import batch_calls, batch_count, try_batch
 from lightning_optim.checkpoint import conform, plain_plan
 from lightning_optim.modules import evaluating, without_fast_path
 from lightning_optim.quantization.coverage import coverage_table
@@ -24,7 +24,7 @@ from lightning_optim.quantization.prepare import (
     set_phase,
 )
 from lightning_optim.quantization.ranges import fold_ranges, observing, settle_ranges
-from lightning_optim.target import ForwardInputs, Pattern, as_forward_inputs, batch_inputs, find_target, move_inputs
+from lightning_optim.target import ForwardInputs, Pattern, find_target
 
 __all__ = ["quantize_post_training"]
 
@@ -95,11 +95,11 @@ def quantize_post_training(
             if first is None:
                 raise ValueError("the dataloader has no batch to take ranges from.")
             with evaluating(model), without_fast_path():
-                try_forward(model, first, argument=_ARGUMENT[inputs is None], advice=_ADVICE)
+                try_batch(model, first, inputs)
             outputs = _outputs(model, first, layers)
             prepare(model, (), scheme, prefix, outputs)
             layers = {n: layer for n, layer in quantized_layers(model).items() if n in layers or n in outputs}
-            _calibrate(model, chain([first], calls), layers, total=_length(dataloader, batches), shown=progress_bar)
+            _calibrate(model, chain([first], calls), layers, total=batch_count(dataloader, batches), shown=progress_bar)
         set_phase(model, layers, "frozen")
     except BaseException:
         conform(model, before)
@@ -108,13 +108,6 @@ def quantize_post_training(
         raise
     rank_zero_info(coverage_table("post-training quantization", layers, selection.left_out))
     return model
-
-
-_ARGUMENT = {True: "the arguments taken from a batch of `dataloader`", False: "what `inputs` returns for a batch"}
-_ADVICE = (
-    "pass inputs=..., a function that returns a tensor, a tuple of arguments or a dict of keyword arguments for a "
-    "batch, for example inputs=lambda batch: batch[0]."
-)
 
 
 def _range_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -141,20 +134,11 @@ def _outputs(model: nn.Module, inputs: ForwardInputs, layers: Mapping[str, Quant
 def _calls(
     model: nn.Module, dataloader: Iterable[Any] | None, inputs: Callable[[Any], Any] | None, batches: int | None
 ) -> Iterator[ForwardInputs]:
-    """Yield the arguments of forward for each batch."""
     if dataloader is None:
         raise ValueError(
             "ranges of activations need data: pass a dataloader, or activation_bits=None to quantize weights only."
         )
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    for batch in islice(dataloader, batches):
-        received = batch_inputs(model, batch) if inputs is None else as_forward_inputs(inputs(batch))
-        yield move_inputs(received, device)
-
-
-def _length(dataloader: Any, batches: int | None) -> int | None:
-    known = len(dataloader) if isinstance(dataloader, Sized) else None
-    return min((n for n in (known, batches) if n is not None), default=None)
+    return batch_calls(model, dataloader, inputs, batches)
 
 
 def _calibrate(

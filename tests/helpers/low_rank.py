@@ -12,7 +12,7 @@ from lightning_optim.techniques import Technique
 from lightning_optim.window import Window
 
 
-class LowRank(CompressionCallback):
+class Thin(CompressionCallback):
     """Factorize Linear layers at the end of the window."""
 
     def __init__(self, ratio: float = 0.5, *, start=0.1, end=0.5, module=None, include=None, exclude=None) -> None:
@@ -40,7 +40,7 @@ class LowRank(CompressionCallback):
         if not self.window.closes_now:
             return
         self.commit(trainer, pl_module, self._change)
-        self.log_event(trainer, pl_module, {"low_rank/parameters": float(self._numel())})
+        self.log_event(trainer, pl_module, {"thin/parameters": float(self._numel())})
 
     def _change(self, root):
         for name in self._layers:
@@ -50,10 +50,10 @@ class LowRank(CompressionCallback):
         return sum(parameter.numel() for parameter in self.target_parameters().values())
 
     def plan_entry(self) -> dict[str, Any]:
-        return {"technique": "LowRank", "asked": self.ratio, "layers": list(self._layers)}
+        return {"technique": "Thin", "asked": self.ratio, "layers": list(self._layers)}
 
     def last_line(self, pl_module):
         return f"{self.label}: asked {self.ratio:.0%} of the rank; {self._numel()} parameters are left."
 
 
-TECHNIQUE = Technique("low_rank", LowRank, first="ratio", order=15)
+TECHNIQUE = Technique("thin", Thin, first="ratio", order=14)

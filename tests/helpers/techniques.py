@@ -9,9 +9,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import lightning.pytorch as pl
+from torch import nn
 
 from helpers.models import Classifier, Stacked
-from lightning_optim import ChannelPruning, DepthPruning, QuantizationAwareTraining, WeightPruning
+from lightning_optim import (
+    ChannelPruning,
+    DepthPruning,
+    LowRankFactorization,
+    QuantizationAwareTraining,
+    WeightPruning,
+)
 from lightning_optim.techniques import TECHNIQUES
 
 
@@ -44,13 +51,19 @@ def channels(**arguments):
     return ChannelPruning(0.5, **{"start": 2, "end": 7, "events": 2, "scope": "layer", **arguments})
 
 
+def low_rank(**arguments):
+    return LowRankFactorization(**{"rank": 4, "start": 2, "end": 7, **arguments})
+
+
 def integers(*, start=2, end=9, **arguments):
     return QuantizationAwareTraining(start=start, freeze=end, **{"weight_bits": 4, **arguments})
 
 
 def hidden(module):
-    inside = [layer.weight for block in getattr(module, "blocks", ()) for layer in (block.up, block.down)]
-    return [*(module.net[place].weight for place in (0, 4)), *inside]
+    """The weights of the hidden layers, or of their factors."""
+    layers = [module.net[place] for place in (0, 4)]
+    layers += [layer for block in getattr(module, "blocks", ()) for layer in (block.up, block.down)]
+    return [weight for layer in layers for weight in layer.parameters() if weight.ndim > 1]
 
 
 def half_of_the_blocks(module):
@@ -58,8 +71,15 @@ def half_of_the_blocks(module):
 
 
 def half_of_the_channels(module):
-    assert [tuple(weight.shape) for weight in hidden(module)][:2] == [(8, 12), (8, 8)]
+    assert [tuple(module.net[place].weight.shape) for place in (0, 4)] == [(8, 12), (8, 8)]
     assert module.net[6].weight.shape == (3, 8)
+
+
+def two_for_one(module):
+    """Rank 4, or 2 where half of the channels are gone."""
+    rank = 4 if module.net[4].out_features == 16 else 2
+    assert [module.net[place].rank for place in (0, 4)] == [rank, rank]
+    assert type(module.net[6]) is not type(module.net[4])
 
 
 def zeros(module):
@@ -69,17 +89,24 @@ def zeros(module):
 
 
 def rounding(module):
-    layers = [module.net[place] for place in (0, 4, 6)]
-    assert [layer.quantization_phase for layer in layers] == ["frozen"] * 3
+    layers = [layer for layer in module.net.modules() if isinstance(layer, nn.Linear)]
+    assert [layer.quantization_phase for layer in layers] == ["frozen"] * len(layers)
     assert all(int(layer.input_batches) > 0 for layer in layers)
 
 
 TRIED = {
     "depth_pruning": Tried(blocks, half_of_the_blocks, ("blocks",), Stacked),
     "channel_pruning": Tried(channels, half_of_the_channels, ("channels",)),
+    "low_rank": Tried(low_rank, two_for_one, ("low_rank",)),
     "weight_pruning": Tried(weights, zeros, ("weights", "wanda", "columns", "both", "score", "all")),
     "quantization": Tried(integers, rounding, ("integers", "histogram", "both", "all")),
 }
+
+
+def names_without_factors(module):
+    """The names of the parameters, with one weight for the two of a layer of low rank."""
+    names = [name for name, _ in module.named_parameters() if ".reduce." not in name]
+    return [name.replace(".expand.", ".") for name in names]
 
 
 def assert_reached(module, callbacks):

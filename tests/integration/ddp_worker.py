@@ -12,7 +12,13 @@ from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler
 
 from helpers.models import Classifier, Files, Stacked, data, new, trainer, val_loader
-from lightning_optim import DepthPruning, PerformanceScore, QuantizationAwareTraining, WeightPruning
+from lightning_optim import (
+    DepthPruning,
+    LowRankFactorization,
+    PerformanceScore,
+    QuantizationAwareTraining,
+    WeightPruning,
+)
 from lightning_optim.callbacks import ChannelPruning
 from lightning_optim.strategies.common import end_group_at_exit
 
@@ -75,6 +81,10 @@ def callbacks(name: str) -> list:
         "wanda": lambda: [WeightPruning(0.8, criterion="wanda", **words)],
         "channels": lambda: [ChannelPruning(0.5, start=2, end=0.8, events=3)],
         "channels-taylor": lambda: [ChannelPruning(0.5, criterion="taylor", start=2, end=0.8, events=3)],
+        "low-rank": lambda: [
+            LowRankFactorization(rank=4, start=2, end=12),
+            WeightPruning(0.5, **{**words, "start": 0.6}),
+        ],
         "both": lambda: [ChannelPruning(0.5, start=2, end=0.8, events=3), WeightPruning(0.8, **words)],
         "blocks-stack": lambda: [DepthPruning(0.5, start=2, end=0.8)],
         "blocks-influence-stack": lambda: [DepthPruning(0.5, criterion="influence", start=2, end=0.8)],
@@ -118,7 +128,7 @@ def run(folder: Path, name: str, precision: str, ckpt_path: Path | None = None) 
         "metrics": {
             name: float(value)
             for name, value in fitted.callback_metrics.items()
-            if name.startswith(("P", "pruning", "channels", "quantization", "depth/parameters", "depth/blocks"))
+            if name.startswith(("P", "pruning", "channels", "low_rank", "quantization", "depth/par", "depth/blocks"))
         },
     }
 

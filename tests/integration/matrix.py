@@ -41,7 +41,8 @@ class Launch:
 
 ONE = ("weights", "wanda", "columns", "integers", "histogram", "both", "score", "distilled", "all")
 """Techniques as ``sharded_worker.py`` names them."""
-EVERY = (*ONE, "channels", "blocks")
+SOME = ("all", "channels", "blocks", "low_rank")
+EVERY = (*ONE, "channels", "blocks", "low_rank")
 BF16 = ("both", "all")
 
 
@@ -53,16 +54,10 @@ def _cases(full: tuple[str, ...], *precisions: str) -> tuple[str, ...]:
 
 
 LAUNCHES = {
-    "optim_ddp": Launch(
-        "optim_ddp", 2, lambda: build("optim_ddp"), _cases(("both", "all", "channels", "blocks"), "bf16-mixed")
-    ),
-    "optim_ddp_static": Launch(
-        "optim_ddp_static", 2, lambda: build("optim_ddp_static"), _cases(("all", "channels", "blocks"))
-    ),
-    "optim_ddp_bf16": Launch(
-        "optim_ddp_bf16", 2, lambda: build("optim_ddp_bf16"), _cases(("all", "channels", "blocks"))
-    ),
-    "optim_zero2": Launch("optim_zero2", 2, lambda: build("optim_zero2"), _cases(("all", "channels", "blocks"))),
+    "optim_ddp": Launch("optim_ddp", 2, lambda: build("optim_ddp"), _cases(("both", *SOME), "bf16-mixed")),
+    "optim_ddp_static": Launch("optim_ddp_static", 2, lambda: build("optim_ddp_static"), _cases(SOME)),
+    "optim_ddp_bf16": Launch("optim_ddp_bf16", 2, lambda: build("optim_ddp_bf16"), _cases(SOME)),
+    "optim_zero2": Launch("optim_zero2", 2, lambda: build("optim_zero2"), _cases(SOME)),
     "optim_fsdp": Launch(
         "optim_fsdp",
         2,
@@ -81,6 +76,8 @@ ROWS = {
     "PerformanceScore": ("score", "all"),
 }
 """Public name -> the techniques of the cases that show it works."""
+STRUCTURAL = ("ChannelPruning", "DepthPruning", "LowRankFactorization")
+"""What replaces parameters, which cannot be done while they are divided."""
 PRECISIONS = {"32-true": "32", "bf16-mixed": "bf16", "bf16-true": "bf16-true"}
 
 
@@ -91,7 +88,7 @@ def cell(name: str, launch: Launch) -> str:
     }
     words = ", ".join(short for precision, short in PRECISIONS.items() if precision in shown)
     divided = not launch.preset.startswith("optim_ddp")
-    return f"{words} ¹" if name in ("ChannelPruning", "DepthPruning") and divided else words or "-"
+    return f"{words} ¹" if name in STRUCTURAL and divided else words or "-"
 
 
 def table() -> str:
@@ -106,7 +103,7 @@ def table() -> str:
     notes = (
         "Cells name the precisions that tests run (32 is `32-true`, bf16 `bf16-mixed`), each straight and resumed; "
         f"{four} on four processes. Most cells are in the slow suite. ¹ Goes on from a file whose window is over; what "
-        "would remove channels or blocks of a divided model is refused."
+        "would replace parameters of a divided model is refused."
     )
     return "\n".join([*lines, "", notes])
 

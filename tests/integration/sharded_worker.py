@@ -20,6 +20,7 @@ from lightning_optim import (
     DepthPruning,
     DistillationModule,
     Feature,
+    LowRankFactorization,
     PerformanceScore,
     QuantizationAwareTraining,
     WeightPruning,
@@ -88,8 +89,12 @@ TECHNIQUES: dict[str, tuple[type, Any]] = {
     ),
     "channels": (Language, lambda: [ChannelPruning(0.5, **CHANNELS)]),
     "blocks": (Deep, lambda: [DepthPruning(0.5, start=2, end=6)]),
+    "low_rank": (Language, lambda: [LowRankFactorization(rank=8, start=2, end=6, include=["*.fc1", "*.fc2"])]),
 }
 """Name -> LightningModule and callbacks."""
+
+STRUCTURAL = ("channels", "blocks", "low_rank")
+"""What replaces parameters: done under DDP, and then divided."""
 
 
 def run(
@@ -135,9 +140,7 @@ def main() -> None:
         name, precision = case.split("/")
         folder = out / case.replace("/", "-")
         first = folder / "files" / "0.ckpt"
-        if name in ("channels", "blocks") and not launch.preset.startswith(
-            "optim_ddp"
-        ):  # pruned under DDP, then divided
+        if name in STRUCTURAL and not launch.preset.startswith("optim_ddp"):  # pruned under DDP, then divided
             straight = run(folder / "files", name, precision, build("optim_ddp"), **words)
         else:
             straight = run(folder / "files", name, precision, launch.strategy(), **words)

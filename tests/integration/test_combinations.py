@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
     WeightAveraging,
 )
+from torch import nn
 
 from helpers.models import (
     Classifier,
@@ -33,7 +34,15 @@ from lightning_optim import DistillationModule, Recipe, load_from_checkpoint
 CHANNELS = {"pruning_ratio": 0.5, "events": 2, "scope": "layer", "start": 2, "end": 6}
 WEIGHTS = {"sparsity": 0.5, "every_n_steps": 2, "start": 7, "end": 11}
 ROUNDING = {"weight_bits": 4, "start": 12, "freeze": 18}
+TWO = {"rank": 2, "start": 6, "end": 7}
 STACKS = {
+    "low rank + weights + rounding": {"low_rank": TWO, "weight_pruning": WEIGHTS, "quantization": ROUNDING},
+    "channels + low rank + weights + rounding": {
+        "channel_pruning": CHANNELS,
+        "low_rank": TWO,
+        "weight_pruning": WEIGHTS,
+        "quantization": ROUNDING,
+    },
     "weights + rounding": {"weight_pruning": WEIGHTS, "quantization": ROUNDING},
     "channels + rounding": {"channel_pruning": CHANNELS, "quantization": ROUNDING},
     "channels + weights + rounding": {
@@ -106,6 +115,7 @@ EXPECTED = {
 REFUSED = {
     ("several optimizers by hand", "distilled"): "optimizes manually",
     ("barebones", "scored"): "barebones=True\\) logs nothing",
+    ("compiled", "low rank"): "cannot be read inside a module that torch.compile compiled",
 }
 
 
@@ -135,25 +145,30 @@ def fit(tmp_path, run, recipe, *, taught):
 
 
 def assert_reached(student, recipe):
-    hidden = [student.net[place].weight for place in (0, 4)]
+    layers = [student.net[place] for place in (0, 4)]
+    hidden = [weight for layer in layers for weight in layer.parameters() if weight.ndim > 1]
     if recipe.channel_pruning is not None:
-        assert [tuple(weight.shape) for weight in hidden] == [(8, 12), (8, 8)]
+        assert [tuple(layer.weight.shape) for layer in layers] == [(8, 12), (8, 8)]
+    if recipe.low_rank is not None:
+        assert [layer.rank for layer in layers] == [2, 2]
     if recipe.weight_pruning is not None:
         numel = sum(weight.numel() for weight in hidden)
         assert sum(int((weight == 0).sum()) for weight in hidden) == int(0.5 * numel + 0.5)
-    assert [student.net[place].quantization_phase for place in (0, 4, 6)] == ["frozen"] * 3
+    linear = [layer for layer in student.net.modules() if isinstance(layer, nn.Linear)]
+    assert [layer.quantization_phase for layer in linear] == ["frozen"] * (3 if recipe.low_rank is None else 5)
 
 
 @pytest.mark.parametrize("run", RUNS)
 @pytest.mark.parametrize("taught", [False, True], ids=["alone", "distilled"])
 @pytest.mark.parametrize(
-    "stack", [stack if len(STACKS[stack]) == 3 else pytest.param(stack, marks=pytest.mark.slow) for stack in STACKS]
+    "stack", [stack if len(STACKS[stack]) == 4 else pytest.param(stack, marks=pytest.mark.slow) for stack in STACKS]
 )
 def test_what_was_asked_is_reached_and_the_file_reloads(tmp_path, stack, taught, run):
     recipe = Recipe(**STACKS[stack], distillation={"alpha": 0.5} if taught else None)
-    if taught and (run, "distilled") in REFUSED:
-        with pytest.raises(pl.utilities.exceptions.MisconfigurationException, match=REFUSED[run, "distilled"]):
-            fit(tmp_path, run, recipe, taught=True)
+    kinds = [*(["distilled"] if taught else []), *(["low rank"] if recipe.low_rank is not None else [])]
+    for refused in [REFUSED[run, kind] for kind in kinds if (run, kind) in REFUSED]:
+        with pytest.raises(pl.utilities.exceptions.MisconfigurationException, match=refused):
+            fit(tmp_path, run, recipe, taught=taught)
         return
     student, module, fitter = fit(tmp_path, run, recipe, taught=taught)
     assert_reached(student, recipe)

@@ -27,6 +27,8 @@ SLOW = (
     "channels-taylor/32-true",
     "blocks-stack/bf16-mixed",
     "blocks-influence-stack/32-true",
+    "low-rank/32-true",
+    "low-rank/bf16-mixed",
     "integers/bf16-mixed",
     "integers-residual/32-true",
     "integers-late/32-true",
@@ -69,6 +71,15 @@ def test_resumed_at_every_epoch_equals_uninterrupted(launched, case):
         assert_same_state(runs["straight"]["state"], run["state"]), name
         assert_same_state(runs["straight"]["masks"], run["masks"])
         assert run["step"] == 24
+
+
+@pytest.mark.parametrize("case", cases(lambda case: case.startswith("low-rank")))
+def test_layers_are_two_on_both_ranks_and_have_the_statistics_of_both(launched, case):
+    for rank in (0, 1):
+        run = results(launched, case, rank)["straight"]
+        shapes = {name: tuple(p.shape) for name, p in run["parameters"].items() if "reduce" in name}
+        assert shapes == {"net.0.reduce.weight": (4, 12), "net.4.reduce.weight": (4, 16)}
+        assert set(run["masks"]) == {f"net.{i}.{factor}.weight" for i in (0, 4) for factor in ("reduce", "expand")}
 
 
 @pytest.mark.parametrize("case", cases(lambda case: case.startswith(("channels", "both"))))

@@ -30,20 +30,39 @@ from helpers.models import (
     trainer,
     val_loader,
 )
-from helpers.techniques import TRIED, assert_reached, blocks, channels, integers, weights
+from helpers.techniques import (
+    TRIED,
+    assert_reached,
+    blocks,
+    channels,
+    integers,
+    low_rank,
+    names_without_factors,
+    weights,
+)
 from lightning_optim import ChannelPruning, CompressedCheckpoint, PerformanceScore, load_from_checkpoint
+
+
+def low_rank_then_weights(*, start=2, end=9, **arguments):
+    """Weights are pruned from where the layers become two."""
+    middle = (start + end) // 2
+    return [low_rank(start=start, end=middle, **arguments), weights(start=middle, end=end, **arguments)]
 
 
 def plainly(name):
     return lambda **arguments: [TRIED[name].make(**arguments)]
 
 
+SLOW = ("low rank and weights", "channels and low rank")
+"""Rows whose tests are slow ones: techniques that are tried alone here, and together in test_combinations.py."""
 CALLBACKS = {
     **{name: plainly(name) for name in TRIED},
     "weights, taylor": lambda **arguments: [weights(criterion="taylor", **arguments)],
     "channels, taylor": lambda **arguments: [channels(criterion="taylor", **arguments)],
     "channels and weights": lambda **arguments: [channels(**arguments), weights(**arguments)],
     "weights and channels": lambda **arguments: [weights(**arguments), channels(**arguments)],
+    "low rank and weights": low_rank_then_weights,
+    "channels and low rank": lambda **arguments: [low_rank(**arguments, rank=2), channels(**arguments)],
     "integers, histogram": lambda **arguments: [integers(observer="histogram", **arguments)],
     "weights and integers": lambda **arguments: [weights(**arguments), integers(**arguments)],
     "all": lambda **arguments: [integers(**arguments), channels(**arguments), weights(**arguments)],
@@ -62,10 +81,13 @@ MODELS = {name: TRIED[name].model if name in TRIED else Classifier for name in C
     STACKED, Stacked
 )
 CALLBACKS |= STACKED
+SLOW = (*SLOW, *STACKED)
 every_callback = pytest.mark.parametrize(
     ("make", "model"),
     [
-        pytest.param(CALLBACKS[name], MODELS[name], marks=[pytest.mark.slow] if name in STACKED else (), id=name)
+        pytest.param(
+            CALLBACKS[name], MODELS[name], marks=[pytest.mark.slow] if name in (*STACKED, *SLOW) else (), id=name
+        )
         for name in CALLBACKS
     ],
 )
@@ -87,9 +109,7 @@ def test_the_module_is_what_it_was_but_for_its_weights(tmp_path, make, model):
     assert_reached(module, callbacks)
     assert type(module) is model
     fewer = {"blocks": len(module.blocks)} if model is Stacked else {}
-    assert [name for name, _ in module.named_parameters()] == [
-        name for name, _ in new(model, **fewer).named_parameters()
-    ]
+    assert names_without_factors(module) == [name for name, _ in new(model, **fewer).named_parameters()]
     assert module.hparams == new(model).hparams
     for layer in module.modules():
         assert not layer._forward_pre_hooks
