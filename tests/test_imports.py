@@ -100,8 +100,6 @@ def test_importing_loads_nothing_heavy_and_touches_no_gpu():
 
 
 LONGEST_FILE, MOST_METHODS = 500, 25
-MORE_METHODS = {"ChannelPruning"}
-"""Classes that are to be split still."""
 
 
 def methods_of(node: ast.ClassDef) -> set[str]:
@@ -117,7 +115,7 @@ def test_no_class_holds_many_ideas():
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.ClassDef)
     }
-    assert {name for name, count in counts.items() if count > MOST_METHODS} <= MORE_METHODS
+    assert not {name: count for name, count in counts.items() if count > MOST_METHODS}
 
 
 def test_no_file_is_long():
