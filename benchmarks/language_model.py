@@ -1,8 +1,8 @@
 """A language model with a third of its blocks, or half of its inner channels, before and after recovery.
 
-The model is a Hugging Face folder (`--model`); the messages are Banking77's (`--data`, no labels used). It is fine-tuned
-first; then each criterion removes from a copy of it, and the copy is trained on. Perplexity is that of held-out
-messages. Removal takes the CPU seconds of one thread; one seed, as each row is minutes of training.
+The model is a Hugging Face folder (`--model`); the messages are Banking77's (`--data`, no labels used). It is
+fine-tuned first; then each criterion removes from a copy of it, and the copy is trained on. Perplexity is that of
+held-out messages. Removal takes the CPU seconds of one thread; one seed, as each row is minutes of training.
 
     python benchmarks/language_model.py --model FOLDER --data ../shared/data/banking77 --output FILE
 """
@@ -142,9 +142,9 @@ def main() -> None:
         f"`python benchmarks/language_model.py --model FOLDER --data DATA --steps {arguments.steps} --batch "
         f"{arguments.batch} --test {arguments.test} --output FILE`",
         "",
-        f"{arguments.model.name}: {sum(p.numel() for p in model.parameters()):,} parameters. Banking77's messages without "
-        f"labels; {arguments.steps} steps of {arguments.batch} messages of fine-tuning (AdamW, 1e-4), the same number of "
-        f"recovery (2e-4). Perplexity of {arguments.test} held-out messages. One seed. Seconds: CPU time of removing. "
+        f"{arguments.model.name}: {sum(p.numel() for p in model.parameters()):,} parameters. Banking77's messages, "
+        f"without labels; {arguments.steps} steps of {arguments.batch} messages of fine-tuning (AdamW, 1e-4), as many "
+        f"of recovery (2e-4). Perplexity of {arguments.test} held-out messages, one seed. Seconds: CPU time. "
         "Candidates are judged, and activations measured, on 24 messages of training.",
         "",
         f"| {' | '.join(COLUMNS)} |",

@@ -100,7 +100,7 @@ def test_layer_classes_are_written_as_torch_names():
 @pytest.mark.parametrize(
     ("words", "error"),
     [
-        ({"channel_prunning": 0.5}, "unknown keys 'channel_prunning'; known: description, channel_pruning"),
+        ({"channel_prunning": 0.5}, "unknown keys 'channel_prunning'; known: description, depth_pruning"),
         ({"weight_pruning": {"sparsty": 0.5}}, "`weight_pruning` has no argument 'sparsty'; known: sparsity"),
         ({"weight_pruning": 80}, r"`weight_pruning`: `sparsity` must be a fraction in \[0, 1\), got 80"),
         (

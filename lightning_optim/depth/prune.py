@@ -131,6 +131,7 @@ def prune_depth(
         RuntimeError: If the check finds that the removal as a whole is not the same as skipping the blocks.
 
     Examples:
+        >>> import torch
         >>> net = nn.Sequential(nn.Linear(8, 16), nn.Sequential(*(nn.Linear(16, 16) for _ in range(6))))
         >>> report = prune_depth(net, torch.randn(4, 8), pruning_ratio=0.5)
         >>> report.blocks, len(net[1])

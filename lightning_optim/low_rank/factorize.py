@@ -87,6 +87,7 @@ def factorize(
             arguments taken from a batch, or an argument is out of range. The model is then unchanged.
 
     Examples:
+        >>> import torch
         >>> _ = torch.manual_seed(0)
         >>> net = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 4))
         >>> report = factorize(net, [torch.randn(64, 32)], rank=8, progress_bar=False)

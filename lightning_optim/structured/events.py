@@ -210,7 +210,9 @@ def _scores(
         scores = group_scores(slices, allocation.criterion, allocation.reduction)
         return scores.view(-1, group.unit).mean(1).repeat_interleave(group.unit)
     except ValueError as error:
-        raise ValueError(f"group {prefix}{group.name}: {error}") from error
+        missing = [name for name in allocation.needs if name != "generator" and not statistics.get(name)]
+        hint = f" It needs {', '.join(missing)}, of which nothing was seen since the last event." if missing else ""
+        raise ValueError(f"group {prefix}{group.name}: {error}{hint}") from error
 
 
 def _slices(

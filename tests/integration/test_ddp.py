@@ -25,6 +25,7 @@ SLOW = (
     "channels/32-true",
     "channels/bf16-mixed",
     "channels-taylor/32-true",
+    "channels-activation/32-true",
     "blocks-stack/bf16-mixed",
     "blocks-influence-stack/32-true",
     "low-rank/32-true",

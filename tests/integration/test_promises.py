@@ -53,12 +53,13 @@ def plainly(name):
     return lambda **arguments: [TRIED[name].make(**arguments)]
 
 
-SLOW = ("low rank and weights", "channels and low rank")
+SLOW = ("low rank and weights", "channels and low rank", "channels, activation")
 """Rows whose tests are slow ones: techniques that are tried alone here, and together in test_combinations.py."""
 CALLBACKS = {
     **{name: plainly(name) for name in TRIED},
     "weights, taylor": lambda **arguments: [weights(criterion="taylor", **arguments)],
     "channels, taylor": lambda **arguments: [channels(criterion="taylor", **arguments)],
+    "channels, activation": lambda **arguments: [channels(criterion="activation", **arguments)],
     "channels and weights": lambda **arguments: [channels(**arguments), weights(**arguments)],
     "weights and channels": lambda **arguments: [weights(**arguments), channels(**arguments)],
     "low rank and weights": low_rank_then_weights,
