@@ -13,6 +13,7 @@ from lightning_optim import (
     ChannelPruning,
     DistillationModule,
     WeightPruning,
+    configs,
     export_pretrained,
     load_from_checkpoint,
     prune_channels,
@@ -36,35 +37,35 @@ def outputs(model, inputs):
 
 
 @pytest.mark.parametrize(
-    ("name", "layers", "changed"),
+    ("name", "layers", "numbers"),
     [
-        ("Llama", "*mlp*", {"intermediate_size": (64, 32)}),
-        pytest.param("Mistral", "*mlp*", {"intermediate_size": (64, 32)}, marks=slow),
-        pytest.param("Gemma 3", "*mlp*", {"intermediate_size": (64, 32)}, marks=slow),
-        ("Phi-3", "*mlp*", {"intermediate_size": (64, 32)}),
-        pytest.param("GPT-NeoX", "*mlp*", {"intermediate_size": (64, 32)}, marks=slow),
-        pytest.param("OPT", "*fc1", {"ffn_dim": (64, 32)}, marks=slow),
-        ("BERT", "*intermediate*", {"intermediate_size": (64, 32)}),
-        pytest.param("ModernBERT", "*mlp*", {"intermediate_size": (64, 32)}, marks=slow),
-        ("T5", "*DenseReluDense*", {"d_ff": (64, 32)}),
-        ("ViT", "*.mlp.fc1", {"intermediate_size": (64, 32)}),
-        pytest.param("Whisper", "*fc1", {"encoder_ffn_dim": (64, 32), "decoder_ffn_dim": (48, 24)}, marks=slow),
+        ("Llama", "*mlp*", {"intermediate_size": 32}),
+        pytest.param("Mistral", "*mlp*", {"intermediate_size": 32}, marks=slow),
+        pytest.param("Gemma 3", "*mlp*", {"intermediate_size": 32}, marks=slow),
+        ("Phi-3", "*mlp*", {"intermediate_size": 32}),
+        pytest.param("GPT-NeoX", "*mlp*", {"intermediate_size": 32}, marks=slow),
+        pytest.param("OPT", "*fc1", {"ffn_dim": 32}, marks=slow),
+        ("BERT", "*intermediate*", {"intermediate_size": 32}),
+        pytest.param("ModernBERT", "*mlp*", {"intermediate_size": 32}, marks=slow),
+        ("T5", "*DenseReluDense*", {"d_ff": 32}),
+        ("ViT", "*.mlp.fc1", {"intermediate_size": 32}),
+        pytest.param("Whisper", "*fc1", {"encoder_ffn_dim": 32, "decoder_ffn_dim": 24}, marks=slow),
         pytest.param(
             "CLIP",
             "*fc1",
-            {"text_config.intermediate_size": (64, 32), "vision_config.intermediate_size": (48, 24)},
+            {"text_config.intermediate_size": 32, "vision_config.intermediate_size": 24},
             marks=slow,
         ),
     ],
 )
-def test_a_pruned_model_is_read_again(name, layers, changed, tmp_path):
+def test_a_pruned_model_is_read_again(name, layers, numbers, tmp_path):
     about = MODELS[name]
     model = about.make()
     prune_channels(model, about.inputs, scope="layer", include=[layers])
     report = export_pretrained(model, tmp_path / "folder")
-    assert report.config == changed
     assert report.max_difference == 0.0
     loaded = read(tmp_path / "folder", about.kind)
+    assert {path: configs.value_at(loaded.config, path) for path in numbers} == numbers
     assert torch.equal(outputs(loaded, about.inputs), outputs(model, about.inputs))
     assert report.parameters == sum(p.numel() for p in loaded.parameters())
     assert json.loads((tmp_path / "folder" / "config.json").read_text())["architectures"] == [about.kind]
@@ -126,9 +127,8 @@ def test_a_checkpoint_of_pruned_channels_and_weights(tmp_path):
     zeros = WeightPruning(0.5, start=3, end=6, every_n_steps=1, module="model", include=["*mlp*"])
     fit(module, tmp_path, channels, zeros)
     again = load_from_checkpoint(Learner, tmp_path / "last.ckpt")
-    assert export_pretrained(again, tmp_path / "again").config == {"intermediate_size": (64, 32)}
-    report = export_pretrained(tmp_path / "last.ckpt", tmp_path / "folder", cls_or_module=Learner)
-    assert report.config == {"intermediate_size": (64, 32)}
+    assert again.model.config.intermediate_size == 32
+    export_pretrained(tmp_path / "last.ckpt", tmp_path / "folder", cls_or_module=Learner)
     loaded = read(tmp_path / "folder", "LlamaForCausalLM")
     module.eval()
     assert torch.equal(outputs(loaded, {"input_ids": IDS}), outputs(module.model, {"input_ids": IDS}))
