@@ -9,7 +9,7 @@ copy of the configuration in which one number differs: the parameters and attrib
 the proof. ``transformers`` is not imported: a model is recognized by what it has.
 """
 
-from lightning_optim.configs.following import apply, changes, follow, holder_of
+from lightning_optim.configs.following import apply, changes, follow
 from lightning_optim.configs.models import (
     build,
     config_failures,
@@ -34,7 +34,6 @@ __all__ = [
     "config_with",
     "counts",
     "follow",
-    "holder_of",
     "is_config_model",
     "kinds_of_blocks",
     "plain_name",

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lightning_optim.change import Kept, keep_channels
 from lightning_optim.checkpoint import inherit, plan_of
-from lightning_optim.configs import changes, config_models, holder_of, solve
+from lightning_optim.configs import changes, config_models, solve
 from lightning_optim.structure import change_configs
 from lightning_optim.structured.groups import Removal
 
@@ -110,10 +110,7 @@ class ChannelRemoval:
             solution = solve(model)
             if not solution.values or solution.unstated:
                 continue
-            wanted = {layer: dict(values) for layer, values in changes(model, solution.values).items()}
-            for path, value in solution.values.items():
-                holder, key, whole = holder_of(model, path, value)
-                wanted.setdefault(holder, {})[f"config.{key}"] = whole
+            wanted = changes(model, solution.values)
             dotted: dict[nn.Module, dict[str, object]] = {}
             for layer, values in wanted.items():
                 track(".".join(part for part in (name, layer) if part), tuple(values))

@@ -70,21 +70,50 @@ def test_an_unchanged_model_keeps_its_numbers(name):
     assert configs.solve(MODELS[name].make()) == configs.Solution({})
 
 
-@pytest.mark.parametrize("name", [pytest.param("Llama", marks=slow), "Phi-3"])
-def test_config_follows_pruned_channels(name):
-    model = MODELS[name].make()
-    inner = model.config
-    prune_channels(model, MODELS[name].inputs, scope="layer", include=["*mlp*"])
-    assert configs.follow(nn.ModuleDict({"net": model})) == {"net": configs.Solution({})}  # it follows when pruned
-    assert model.config.intermediate_size == 32
+def test_config_follows_a_model_that_was_cut():
+    model = MODELS["Llama"].make()
+    inner, inputs = model.config, MODELS["Llama"].inputs
+    for block in model.model.layers:
+        narrow(block.mlp, 32)
+    assert configs.follow(nn.ModuleDict({"net": model})) == {"net": configs.Solution({"intermediate_size": 32})}
     assert inner.intermediate_size == 64  # a teacher may hold it too
     assert all(layer.mlp.config is model.config for layer in model.model.layers)
-    fresh = MODELS[name].make(model.config)
+    fresh = MODELS["Llama"].make(model.config)
     fresh.load_state_dict(model.state_dict())
-    inputs = MODELS[name].inputs
     with torch.no_grad():
         torch.testing.assert_close(fresh(**inputs).logits, model(**inputs).logits, rtol=0, atol=0)
     assert configs.solve(model) == configs.Solution({})
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "path"),
+    [
+        ("Phi-3", "*mlp*", "intermediate_size"),
+        ("T5", "*DenseReluDense*", "d_ff"),
+        pytest.param("CLIP", "vision*fc1", "vision_config.intermediate_size", marks=slow),
+    ],
+)
+def test_config_follows_pruned_channels(name, layers, path):
+    model = MODELS[name].make()
+    before = configs.value_at(model.config, path)
+    prune_channels(model, MODELS[name].inputs, scope="layer", include=[layers])
+    assert configs.value_at(model.config, path) * 2 == before
+    assert configs.solve(model) == configs.Solution({})
+    held = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values()
+    leaf = path.rpartition(".")[2]
+    assert all(
+        config.to_dict().get(leaf, before // 2) == before // 2 for config in held if "text" not in config.model_type
+    )
+
+
+def test_several_items_of_a_list_follow():
+    model = MODELS["Swin"].make()
+    swin = model.swin.encoder.layers
+    swin[0].blocks = nn.ModuleList([swin[0].blocks[0]])
+    configs.apply(model, configs.solve(model).values)
+    assert model.config.depths == [1, 1]
+    configs.apply(model, {"num_heads.0": 1, "num_heads.1": 2})
+    assert model.config.num_heads == [1, 2]
 
 
 def test_numbers_on_modules_follow():
