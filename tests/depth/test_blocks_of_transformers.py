@@ -165,7 +165,7 @@ def test_the_outputs_are_those_of_skipped_blocks_and_the_configuration_follows(n
     assert {key: getattr(fresh.config, key) for key in followed} == followed
     rebuilt = type(model)(model.config).eval()
     rebuilt.load_state_dict(model.state_dict())
-    if name != "Qwen3 with windows":  # its class takes kinds of layers from the configuration, in order
+    if name != "Swin":  # its class shifts every other window, which the configuration cannot say of the blocks left
         assert torch.equal(logits(rebuilt, inputs), expected)
 
 
