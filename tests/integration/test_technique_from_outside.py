@@ -154,4 +154,4 @@ def test_the_command_show_prints_it(tmp_path, capsys):
 def test_the_documentations_table_has_its_row():
     rows = techniques_table().splitlines()
     assert "| `thin` | Thin | `ratio` | `start`, `end` |" in rows
-    assert rows.index("| `thin` | Thin | `ratio` | `start`, `end` |") == 3
+    assert rows.index("| `thin` | Thin | `ratio` | `start`, `end` |") == 4
