@@ -160,9 +160,9 @@ def _check_steps(milestones: Any, values: Any) -> None:
         raise ValueError(
             f"`milestones` and `values` must have one number for each step, got {len(milestones)} and {len(values)}."
         )
-    if not 0.0 < milestones[0] <= milestones[-1] <= 1.0 or any(a >= b for a, b in pairwise(milestones)):
+    if not 0.0 < milestones[0] <= milestones[-1] <= 1.0 or not all(a < b for a, b in pairwise(milestones)):
         raise ValueError(f"`milestones` must rise, each in (0, 1] (progress through the window), got {milestones!r}.")
-    if not 0.0 <= values[0] <= values[-1] == 1.0 or any(a > b for a, b in pairwise(values)):
+    if not 0.0 <= values[0] <= values[-1] == 1.0 or not all(a <= b for a, b in pairwise(values)):
         raise ValueError(
             f"`values` must not fall and end at 1 (fractions of the way to the final value), got {values!r}."
         )

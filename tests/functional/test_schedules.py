@@ -138,6 +138,8 @@ def test_multi_step_goes_from_initial_to_final_and_never_back(steps, a, b, final
         ({"milestones": [0.5, 1.0], "values": [0.9, 0.8]}, "`values` must not fall and end at 1"),
         ({"milestones": [0.5, 1.0], "values": [0.5, 0.8]}, "`values` must not fall and end at 1"),
         ({"milestones": [math.nan, 1.0], "values": [0.5, 1.0]}, "`milestones` must rise"),
+        ({"milestones": [0.2, math.nan, 1.0], "values": [0.1, 0.5, 1.0]}, "`milestones` must rise"),
+        ({"milestones": [0.2, 0.5, 1.0], "values": [0.1, math.nan, 1.0]}, "`values` must not fall"),
         ({"milestones": [0.5, 1.0], "values": [math.nan, 1.0]}, "`values` must not fall"),
         ({"milestones": "0.5"}, "`milestones` must be a list of numbers"),
         ({"values": ["a", 1.0, 1.0]}, "`values` must be a list of numbers"),

@@ -282,3 +282,18 @@ def test_models_of_transformers():
     quietly(t5, [{"input_ids": ids, "decoder_input_ids": ids}], rank=4)
     assert type(t5.encoder.block[0].layer[1].DenseReluDense.wo) is LowRank
     assert t5.generate(ids, max_new_tokens=3, min_new_tokens=3).shape == (2, 4)
+    sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 8, "vocab_size": 40}
+    gpt = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)).eval()
+    expected = gpt(ids).logits
+    layer = gpt.transformer.h[0].mlp.c_fc
+    basis = torch.eye(16).double()
+    Factorization({"transformer.h.0.mlp.c_fc": Factors(basis, basis)})(gpt)
+    torch.testing.assert_close(gpt(ids).logits, expected)
+    assert layer.weight.shape == (64, 16)  # as that of a Linear: its factors are two
+    report = quietly(gpt, [{"input_ids": ids}], rank=4)
+    assert len(report.ranks) == 7
+    assert report.ranks["transformer.h.1.mlp.c_proj"].parameters == (1024, 320)
+    plain = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)).eval()
+    conform(plain, report.plan)
+    plain.load_state_dict(gpt.state_dict())
+    assert torch.equal(plain(ids).logits, gpt(ids).logits)
