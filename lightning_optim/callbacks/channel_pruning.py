@@ -26,7 +26,7 @@ from lightning_optim.sharding import is_sharded
 from lightning_optim.structured.allocation import Allocation, one_pool
 from lightning_optim.structured.events import check_ratio
 from lightning_optim.structured.goal import Goal, smallest_ratio
-from lightning_optim.structured.live import Dense, LiveChannels, NothingPrunable
+from lightning_optim.structured.live import Dense, LiveChannels, NothingPrunable, reading_weights
 from lightning_optim.structured.optimizers import check_optimizer
 from lightning_optim.structured.removal import ChannelRemoval
 from lightning_optim.structured.renamed import renamed_groups
@@ -149,6 +149,7 @@ class ChannelPruning(CompressionCallback):
         self._dense: Dense | None = None
         self._reached: float | None = None
         self._statistics = Collected(self.allocation.needs)
+        self._batch = Collected(self.allocation.needs)
 
     # What the base asks for.
 
@@ -187,8 +188,8 @@ class ChannelPruning(CompressionCallback):
         self._recovery.end_batch()
         if not self.window.closed:
             self._inputs.begin_batch(pl_module)
-        if self._live is not None and self.window.within:
-            self._statistics.watch(self._live.weights())
+        if self._statistics and self.window.within:  # all layers: a resumed run learns its groups from a batch
+            self._batch.watch(reading_weights(self._target))
         self._recovery.begin_batch(self._target)
 
     def model_changed(self, pl_module: pl.LightningModule, changed: Changed) -> None:
@@ -209,6 +210,10 @@ class ChannelPruning(CompressionCallback):
     def finish_batch(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Read what was caught, and run the event that is due."""
         self._recovery.end_batch()
+        self._batch.stop()
+        if self._statistics and self.window.within:
+            names = list(reading_weights(self._target))
+            self._statistics.pool(self._batch, names, trainer, ranks_per_batch(trainer))
         if self._live is None and not self.window.closed:
             self._inputs.end_batch(pl_module)
             if self._inputs.inputs is not None:
@@ -233,10 +238,9 @@ class ChannelPruning(CompressionCallback):
             self._statistics.after_step({n: p for n, p in self._target.named_parameters() if id(p) in held})
 
     def count_step(self, optimizer: Optimizer) -> None:
-        """Count the step; the one that leads to an event ends the watch, before other techniques call the model."""
+        """Count the step, and end the watch of this batch before techniques call the model, or copies with its hooks."""
         super().count_step(optimizer)
-        if self._statistics.watching and self.window.due():
-            self._statistics.stop()
+        self._batch.stop()
 
     def apply_event(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Remove what the schedule asks now. A failed event leaves the model as it was."""
@@ -245,7 +249,7 @@ class ChannelPruning(CompressionCallback):
                 "ChannelPruning has an event before the first batch, and no example inputs yet. Pass `example_inputs`, "
                 "or start at step 1 or later."
             )
-        self._statistics.stop()
+        self._batch.stop()
         progress = self.window.progress()
         if progress > 0.0:  # the schedule begins with the dense model: nothing to rank
             self._live.begin_event()
@@ -257,7 +261,7 @@ class ChannelPruning(CompressionCallback):
         self._say(trainer, pl_module, self._live)
 
     def _remove(self, trainer: pl.Trainer, pl_module: pl.LightningModule, live: LiveChannels) -> None:
-        statistics = self._statistics.by_statistic(trainer, ranks_per_batch(trainer))
+        statistics = self._statistics.by_statistic()
         pools = live.pools(self.pruning_ratio, self._due)
         if self.target is not None:
             ratio = self._ratio_for(trainer, live, self.target, statistics)
@@ -416,7 +420,7 @@ class ChannelPruning(CompressionCallback):
     def release(self, pl_module: pl.LightningModule) -> None:
         """Remove what the fit installed, and restore momenta and learning rates."""
         self._inputs.release()
-        self._statistics.stop()
+        self._batch.stop()
         self._recovery.release()
         super().release(pl_module)
 

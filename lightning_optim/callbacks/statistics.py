@@ -136,16 +136,17 @@ class Collected:
         total = partial(_total, trainer, ranks_per_batch)
         return {statistic: collector.value(name, total) for statistic, collector in self._collectors.items()}
 
-    def by_statistic(self, trainer: pl.Trainer, ranks_per_batch: int) -> dict[str, dict[str, Tensor]]:
-        """Return each statistic by weight, of every weight that was seen on some process, of all processes together."""
-        found: dict[str, dict[str, Tensor]] = {}
-        for statistic, collector in self._collectors.items():
-            if collector.elementwise:  # all processes hold it
-                found[statistic] = {name: collector.value(name, _as_it_is) for name in collector.sums}
-            else:
-                total = partial(_total, trainer, ranks_per_batch)
-                found[statistic] = {name: collector.value(name, total) for name in sorted(collector.sums)}
-        return found
+    def by_statistic(self) -> dict[str, dict[str, Tensor]]:
+        """Return each statistic by weight, of every weight that was seen; what is read from inputs was pooled."""
+        return {
+            statistic: {name: collector.value(name, _as_it_is) for name in collector.sums}
+            for statistic, collector in self._collectors.items()
+        }
+
+    @property
+    def seen(self) -> bool:
+        """Whether something was read from inputs."""
+        return any(collector.sums for collector in self._collectors.values() if collector.reads_inputs)
 
     def clear(self) -> None:
         """Start over: an event has used what was collected."""

@@ -188,7 +188,8 @@ class InputNorm(_OfInputs):
 class InputMagnitude(_OfInputs):
     """Mean absolute value of each input feature over the places of a call, of a shape as :func:`squared_inputs`.
 
-    Of several processes the sum of their means: it ranks features of layers that the same batches reach.
+    Summed over the calls of a batch and over processes, averaged over batches: it ranks the features of layers that the
+    same batches reach.
     """
 
     title = "magnitudes of the layers' inputs"

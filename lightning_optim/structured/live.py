@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from lightning_optim.measure.latency import interleaved_latency
 from lightning_optim.measure.macs import count_macs
 from lightning_optim.measure.size import SIZES
-from lightning_optim.modules import copy_module
+from lightning_optim.modules import CONVOLUTIONS, LINEARS, copy_module
 from lightning_optim.patterns import Pattern
 from lightning_optim.structured.allocation import Allocation, Pool, Shortfall, one_pool, shortfall
 from lightning_optim.structured.events import Event, event_damage, plan_event
@@ -16,11 +16,20 @@ from lightning_optim.structured.find import ChannelReport, find_prunable, known_
 from lightning_optim.structured.goal import Goal
 from lightning_optim.structured.removal import apply_removal
 from lightning_optim.structured.traced import TracedModel
-from lightning_optim.target import ForwardInputs, Weight
+from lightning_optim.target import ForwardInputs, Weight, named_layers
 
-__all__ = ["Dense", "LiveChannels", "NothingPrunable"]
+__all__ = ["Dense", "LiveChannels", "NothingPrunable", "reading_weights"]
 
 Ratio = float | dict[Pattern, float]
+
+
+def reading_weights(target: nn.Module) -> dict[str, Weight]:
+    """Return the weights of a module's Linear and convolution layers, by name."""
+    return {
+        f"{name}.weight": Weight(f"{name}.weight", layer, layer.weight)
+        for name, layer in named_layers(target)
+        if isinstance(layer, (*LINEARS, *CONVOLUTIONS)) and isinstance(layer.weight, nn.Parameter)
+    }
 
 
 class NothingPrunable(ValueError):

@@ -12,7 +12,7 @@ from lightning_optim import ChannelPruning, DepthPruning, load_from_checkpoint
 
 pytest.importorskip("transformers", reason="the models of transformers: pip install 'transformers==5.24.*'")
 
-STEPS = 8
+EPOCHS = 4
 
 
 class Language(pl.LightningModule):
@@ -45,7 +45,7 @@ class Language(pl.LightningModule):
 def run(folder, callbacks, ckpt_path=None):
     ids = torch.randint(3, 50, (4, 6), generator=torch.Generator().manual_seed(1))
     trainer = pl.Trainer(
-        max_steps=STEPS,
+        max_epochs=EPOCHS,
         accelerator="cpu",
         logger=False,
         enable_progress_bar=False,
