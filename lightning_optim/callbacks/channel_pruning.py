@@ -238,7 +238,7 @@ class ChannelPruning(CompressionCallback):
             self._statistics.after_step({n: p for n, p in self._target.named_parameters() if id(p) in held})
 
     def count_step(self, optimizer: Optimizer) -> None:
-        """Count the step, and end the watch of this batch before techniques call the model, or copies with its hooks."""
+        """Count the step, and end the watch: techniques call the model now, or copies of it with its hooks."""
         super().count_step(optimizer)
         self._batch.stop()
 

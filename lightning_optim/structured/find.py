@@ -147,16 +147,17 @@ def known_groups(
     """
     wanted = list(names)
     traced = TracedModel(module, inputs) if traced is None else traced
-    plain, to_check = dict[str, ChannelGroup](), dict[str, Ways]()
-    for ways in _ways(module, traced).values():
+    plain, to_check, others = dict[str, ChannelGroup](), dict[str, Ways](), dict[str, Ways]()
+    for first, ways in _ways(module, traced).items():
         fitting = [way for way in ways if way.name in wanted]
         fitting = fitting or [way.named(name) for way in ways if way.proposed for name in wanted if name in way.outputs]
         if not fitting:
+            others[first] = ways
             continue
-        if in_attention(module, fitting[-1]) or fitting[-1].splits:
+        if len(fitting) > 1 or fitting[-1].proposed:  # the check tells which way is right
             to_check[fitting[0].name] = fitting
         plain[fitting[-1].name] = fitting[-1]
-    found = {**plain, **_checked(module, inputs, traced, to_check, {}).groups} if to_check else plain
+    found = {**plain, **_checked(module, inputs, traced, to_check, {}, others).groups} if to_check else plain
     return ChannelReport({name: found[name] for name in wanted if name in found})
 
 
@@ -211,13 +212,16 @@ def _checked(
     traced: TracedModel,
     candidates: Mapping[str, Ways],
     left_out: dict[str, str],
+    others: Mapping[str, Ways] | None = None,
 ) -> ChannelReport:
     """Try the groups, many at a time, in the parts of the model that hold their layers.
 
-    Attention that is refused alone is tried together with its likes: a stack may pass on what counts its heads.
+    Attention that is refused alone is tried together with its likes, ``others`` included: a stack may pass on what
+    counts its heads.
     """
     good, bad = _proven(module, inputs, traced, candidates)
-    likes = _likes(traced, {name: candidates[name] for name in bad if candidates[name][-1].proposed})
+    refused = {name: candidates[name] for name in bad if candidates[name][-1].proposed}
+    likes = [(names, cores) for names, cores in _likes(traced, {**refused, **(others or {})}) if names[0] in refused]
     more = {names[0]: list(proposals(module, cores)) for names, cores in likes if len(cores) > 1}
     if more:
         together, _ = _proven(module, inputs, traced, more)

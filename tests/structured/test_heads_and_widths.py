@@ -9,7 +9,7 @@ from torch import nn
 from helpers.nets import Net
 from lightning_optim import conform, prune_channels
 from lightning_optim.structured import check
-from lightning_optim.structured.events import find_prunable
+from lightning_optim.structured.events import find_prunable, known_groups
 from lightning_optim.structured.selection import select_roots
 from lightning_optim.structured.traced import TracedModel
 from lightning_optim.target import as_forward_calls
@@ -119,6 +119,14 @@ HEADS = {
         "attention.dense",
         2,
     ),
+    "Mixtral": (
+        "MixtralForCausalLM",
+        "MixtralConfig",
+        {**LLAMA, "num_key_value_heads": 4, "num_local_experts": 2},
+        IDS,
+        "o_proj",
+        2,
+    ),
     "gpt-oss, sinks": (
         "GptOssForCausalLM",
         "GptOssConfig",
@@ -178,6 +186,19 @@ def test_without_some_heads_a_model_equals_one_whose_heads_are_zero(name):
             rows_of_inputs(dense)[[not stays for stays in kept]] = 0
     wanted = {} if exact else {"atol": 1e-5, "rtol": 1e-4}
     torch.testing.assert_close(logits_of(model, inputs), logits_of(zeroed, inputs), **wanted)
+
+
+@pytest.mark.parametrize("name", ["T5", "Llama", "Llama, few keys", "Phi-3", "Mixtral"])
+def test_heads_are_found_again(name):
+    """A later event, and a resumed run, know the names alone."""
+    kind, config, arguments, inputs, _, _ = HEADS[name]
+    model = build(kind, config, arguments)
+    found = find_prunable(model, as_forward_calls(inputs), *select_roots(model, "", None, None)).groups
+    again = known_groups(model, as_forward_calls(inputs), found).groups
+    assert again.keys() == found.keys()
+    for key, group in found.items():
+        assert (again[key].unit, again[key].counts) == (group.unit, group.counts)
+        assert set(again[key].members) == set(group.members)
 
 
 def _outputs(found, names):
