@@ -1,4 +1,4 @@
-"""Tables for logs, drawn by rich."""
+"""Tables for logs, drawn by rich, and the figure of a report that draws itself."""
 
 import io
 from collections.abc import Iterable, Mapping, Sequence
@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-__all__ = ["by_reason", "by_stack", "render"]
+__all__ = ["by_reason", "by_stack", "new_figure", "render"]
 
 SHORTEST_RUN = 3
 """Smallest number of equal rows of a stack that are merged into one."""
@@ -27,6 +27,23 @@ def render(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) ->
     stream = io.StringIO()
     Console(file=stream, width=120).print(table)
     return stream.getvalue().rstrip()
+
+
+def new_figure(width: float, height: float) -> Any:
+    """Return an empty figure of matplotlib, which loads when one is drawn.
+
+    Args:
+        width: Inches.
+        height: Inches.
+
+    Raises:
+        ModuleNotFoundError: If matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("plots are drawn by matplotlib: pip install 'lightning-optim[report]'.") from error
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def by_stack(rows: Iterable[Sequence[Any]]) -> list[tuple[Any, ...]]:

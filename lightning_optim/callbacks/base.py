@@ -15,6 +15,7 @@ from lightning_optim.change import Change, Changed
 from lightning_optim.checks import check_name
 from lightning_optim.patterns import Pattern, check_patterns, pattern_name
 from lightning_optim.strategies.common import INSTEAD, check_supported
+from lightning_optim.structured.optimizers import check_optimizer
 from lightning_optim.window import Window
 
 __all__ = ["CompressionCallback", "builds_later", "callbacks_of", "compressions", "mro_names", "ranks_per_batch"]
@@ -128,6 +129,21 @@ class CompressionCallback(WindowedCallback):
         checkpoint.detach(pl_module)
 
     # What a subclass calls.
+
+    def check_holders(self, cannot: str) -> None:
+        """Refuse optimizers whose state cannot follow a change of the parameters that they hold.
+
+        Args:
+            cannot: What cannot be done then: ``"remove channels"``.
+
+        Raises:
+            MisconfigurationException: If there is one, while events are to come.
+        """
+        for optimizer in [] if self.window.closed else self._holders:
+            try:
+                check_optimizer(optimizer)
+            except ValueError as error:
+                raise MisconfigurationException(f"{type(self).__name__} cannot {cannot}: {error}") from error
 
     def check_peers(self, trainer: pl.Trainer) -> None:
         """Refuse another callback of the same technique that selects the same.

@@ -27,7 +27,6 @@ from lightning_optim.structured.allocation import Allocation, one_pool
 from lightning_optim.structured.events import check_ratio
 from lightning_optim.structured.goal import Goal, smallest_ratio
 from lightning_optim.structured.live import Dense, LiveChannels, NothingPrunable, reading_weights
-from lightning_optim.structured.optimizers import check_optimizer
 from lightning_optim.structured.removal import ChannelRemoval
 from lightning_optim.structured.renamed import renamed_groups
 from lightning_optim.structured.selection import refuse_shared, select_roots
@@ -188,7 +187,7 @@ class ChannelPruning(CompressionCallback):
         self._recovery.end_batch()
         if not self.window.closed:
             self._inputs.begin_batch(pl_module)
-        if self._statistics and self.window.within:  # all layers: a resumed run learns its groups from a batch
+        if self._batch.reads_inputs and self.window.within:  # all layers: a resumed run learns its groups from a batch
             self._batch.watch(reading_weights(self._target))
         self._recovery.begin_batch(self._target)
 
@@ -211,7 +210,7 @@ class ChannelPruning(CompressionCallback):
         """Read what was caught, and run the event that is due."""
         self._recovery.end_batch()
         self._batch.stop()
-        if self._statistics and self.window.within:
+        if self._batch.reads_inputs and self.window.within:
             names = list(reading_weights(self._target))
             self._statistics.pool(self._batch, names, trainer, ranks_per_batch(trainer))
         if self._live is None and not self.window.closed:
@@ -224,11 +223,7 @@ class ChannelPruning(CompressionCallback):
     def register_hooks(self, trainer: pl.Trainer) -> None:
         """Watch the optimizers, refuse those that cannot follow a removal, and warm up their learning rates."""
         super().register_hooks(trainer)
-        for optimizer in [] if self.window.closed else self._holders:
-            try:
-                check_optimizer(optimizer)
-            except ValueError as error:
-                raise MisconfigurationException(f"ChannelPruning cannot remove channels: {error}") from error
+        self.check_holders("remove channels")
         self._handles += self._recovery.warm_up(self._holders, lambda: self.window.step)
 
     def after_step(self, optimizer: Optimizer) -> None:

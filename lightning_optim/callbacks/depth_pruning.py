@@ -27,7 +27,6 @@ from lightning_optim.functional.schedules import SCHEDULES, Schedule
 from lightning_optim.measure.size import SIZES
 from lightning_optim.progress import progress_bar
 from lightning_optim.sharding import is_sharded
-from lightning_optim.structured.optimizers import check_optimizer
 from lightning_optim.target import ForwardInputs, Pattern, find_target
 from lightning_optim.window import Window
 
@@ -230,11 +229,7 @@ class DepthPruning(CompressionCallback):
     def register_hooks(self, trainer: pl.Trainer) -> None:
         """Watch the optimizers, and refuse those that cannot follow a removal."""
         super().register_hooks(trainer)
-        for optimizer in [] if self.window.closed else self._holders:
-            try:
-                check_optimizer(optimizer)
-            except ValueError as error:
-                raise MisconfigurationException(f"DepthPruning cannot remove blocks: {error}") from error
+        self.check_holders("remove blocks")
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int

@@ -24,7 +24,6 @@ from lightning_optim.patterns import Pattern
 from lightning_optim.progress import progress_bar
 from lightning_optim.provenance import as_plain
 from lightning_optim.sharding import is_sharded
-from lightning_optim.structured.optimizers import check_optimizer
 from lightning_optim.target import Weight, find_target, named_layers
 from lightning_optim.window import Window
 
@@ -202,11 +201,7 @@ class LowRankFactorization(CompressionCallback):
     def register_hooks(self, trainer: pl.Trainer) -> None:
         """Watch the optimizers, and refuse those that cannot follow."""
         super().register_hooks(trainer)
-        for optimizer in [] if self.window.closed else self._holders:
-            try:
-                check_optimizer(optimizer)
-            except ValueError as error:
-                raise MisconfigurationException(f"LowRankFactorization cannot replace layers: {error}") from error
+        self.check_holders("replace layers")
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int

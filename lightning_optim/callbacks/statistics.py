@@ -41,6 +41,11 @@ class Collected:
         return all(collector.elementwise for collector in self._collectors.values())
 
     @property
+    def reads_inputs(self) -> bool:
+        """Whether a statistic is read from the layers' inputs."""
+        return any(collector.reads_inputs for collector in self._collectors.values())
+
+    @property
     def watching(self) -> bool:
         """Whether inputs are watched now."""
         return bool(self._handles)
@@ -142,11 +147,6 @@ class Collected:
             statistic: {name: collector.value(name, _as_it_is) for name in collector.sums}
             for statistic, collector in self._collectors.items()
         }
-
-    @property
-    def seen(self) -> bool:
-        """Whether something was read from inputs."""
-        return any(collector.sums for collector in self._collectors.values() if collector.reads_inputs)
 
     def clear(self) -> None:
         """Start over: an event has used what was collected."""

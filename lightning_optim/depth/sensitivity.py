@@ -13,7 +13,7 @@ from lightning_optim.depth.stacks import find_stacks
 from lightning_optim.modules import copy_module
 from lightning_optim.progress import progress_bar
 from lightning_optim.structure import children_of
-from lightning_optim.tables import by_reason, render
+from lightning_optim.tables import by_reason, new_figure, render
 from lightning_optim.target import Pattern, as_forward_calls, find_target
 
 __all__ = ["BlockSensitivityReport", "block_sensitivity"]
@@ -59,14 +59,8 @@ class BlockSensitivityReport:
         Raises:
             ModuleNotFoundError: If matplotlib is not installed.
         """
-        try:
-            from matplotlib.figure import Figure
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(
-                "the bars are drawn by matplotlib: pip install 'lightning-optim[report]'."
-            ) from error
         names = list(self.scores)
-        figure = Figure(figsize=(5, 1.2 + 0.25 * len(names)), layout="constrained")
+        figure = new_figure(5, 1.2 + 0.25 * len(names))
         axes = figure.subplots()
         axes.barh(range(len(names)), [self.drop(name) for name in names])
         axes.set_yticks(range(len(names)), names)

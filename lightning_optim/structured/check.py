@@ -1,10 +1,8 @@
 """The check: whether a removal breaks a model, tried on copies before anything is committed."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +16,7 @@ from lightning_optim.structured.removal import apply_removal
 from lightning_optim.structured.tracing import without_cache
 from lightning_optim.target import ForwardInputs, map_inputs
 
-__all__ = ["SHAPE", "Damage", "damage", "prove_in_units", "trusted"]
+__all__ = ["SHAPE", "Damage", "damage", "trusted"]
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
 """Difference that sums in another order may make, as a fraction of the output's largest entry.
@@ -96,7 +94,6 @@ def _place(module: nn.Module, error: BaseException) -> str:
 
 
 Arithmetic = Callable[[], AbstractContextManager[object]]
-Judge = Callable[[nn.Module, ForwardInputs], None]
 
 
 def _with_random_weights(
@@ -210,45 +207,6 @@ def _tolerance(output: Tensor) -> float:
     if not output.is_floating_point():
         return 0.0
     return TOLERANCE.get(output.dtype, 16 * torch.finfo(output.dtype).eps)
-
-
-def prove_in_units(
-    module: nn.Module,
-    inputs: ForwardInputs,
-    units: Mapping[str, Judge],
-) -> None:
-    """Run a model once, and let judges look at its parts with what they receive.
-
-    What leaves inside a part concerns nothing outside of it, so the part alone is checked: copies are of the part, and
-    the cost grows with the number of parts.
-
-    Args:
-        module: The model, or a copy of it that shares its weights; nothing is written to it.
-        inputs: What its forward receives.
-        units: Name of a part -> called with it and what it receives, each time the part is called.
-    """
-    busy = False
-
-    def enter(unit: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        nonlocal busy
-        if not busy:  # copies of a part have its hooks
-            busy = True
-            try:
-                with torch.random.fork_rng(devices=[]):
-                    units[unit](layer, ForwardInputs(args, kwargs))
-            finally:
-                busy = False
-
-    handles = []
-    for unit in units:
-        layer = module.get_submodule(unit)
-        handles.append(layer.register_forward_pre_hook(partial(enter, unit), with_kwargs=True))
-    try:
-        with without_cache(module), torch.no_grad(), torch.random.fork_rng(devices=[]):
-            inputs.call_each(module)
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def trusted(groups: Iterable[str], breaks: Callable[[list[str]], Damage | None]) -> tuple[list[str], dict[str, str]]:

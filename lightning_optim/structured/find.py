@@ -287,10 +287,10 @@ def _reason(module: nn.Module, group: ChannelGroup, reason: str) -> str:
 
 
 def _probe(
-    part: nn.Module,
+    layer: nn.Module,
     received: ForwardInputs,
     traced: TracedModel,
-    unit: str,
+    part: str,
     groups: Mapping[str, ChannelGroup],
     names: Sequence[str],
 ) -> Damage | None:
@@ -301,7 +301,7 @@ def _probe(
         removal = traced.remove(leaving, tried)
     except FAILURES as error:
         return Damage(f"torch-pruning cannot remove its channels ({first_line(error, 120)})")
-    return damage(part, received, removal.below(unit))
+    return damage(layer, received, removal.below(part))
 
 
 def _some_channels(group: ChannelGroup) -> list[int]:

@@ -2,12 +2,15 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
+import torch
 from torch import nn
 
-from lightning_optim.structured.check import SHAPE, prove_in_units
+from lightning_optim.structured.check import SHAPE
 from lightning_optim.structured.groups import ChannelGroup
 from lightning_optim.structured.traced import TracedModel
+from lightning_optim.structured.tracing import without_cache
 from lightning_optim.target import ForwardInputs
 
 __all__ = ["Judge", "refused_in_parts"]
@@ -48,7 +51,7 @@ def refused_in_parts(
         whole = by_part.pop("", [])
         if by_part:
             parts = {part: partial(look, part, names) for part, names in by_part.items()}
-            prove_in_units(traced.copy, inputs, parts)
+            _look_at_parts(traced.copy, inputs, parts)
         if whole:
             look("", whole, module, inputs)
         left = [name for name, reason in found.items() if reason == SHAPE and len(around[name]) > 1]
@@ -56,3 +59,39 @@ def refused_in_parts(
             around[name].pop()
         refused.update({name: reason for name, reason in found.items() if name not in left})
     return refused
+
+
+def _look_at_parts(
+    module: nn.Module,
+    inputs: ForwardInputs,
+    looks: Mapping[str, Callable[[nn.Module, ForwardInputs], None]],
+) -> None:
+    """Run a model once, and look at its parts with what they receive.
+
+    Args:
+        module: The model, or a copy of it that shares its weights; nothing is written to it.
+        inputs: What its forward receives.
+        looks: Name of a part -> called with it and what it receives, each time the part is called.
+    """
+    busy = False
+
+    def enter(part: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        nonlocal busy
+        if not busy:  # copies of a part have its hooks
+            busy = True
+            try:
+                with torch.random.fork_rng(devices=[]):
+                    looks[part](layer, ForwardInputs(args, kwargs))
+            finally:
+                busy = False
+
+    handles = []
+    for part in looks:
+        layer = module.get_submodule(part)
+        handles.append(layer.register_forward_pre_hook(partial(enter, part), with_kwargs=True))
+    try:
+        with without_cache(module), torch.no_grad(), torch.random.fork_rng(devices=[]):
+            inputs.call_each(module)
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -20,7 +20,7 @@ from lightning_optim.structured.allocation import Allocation
 from lightning_optim.structured.events import ChannelReport, check_ratio, find_prunable, plan_event, statistics_of
 from lightning_optim.structured.removal import apply_removal
 from lightning_optim.structured.selection import refuse_shared, select_roots
-from lightning_optim.tables import render
+from lightning_optim.tables import new_figure, render
 from lightning_optim.target import ForwardInputs, Pattern, as_forward_calls, find_target
 
 __all__ = ["SensitivityReport", "sensitivity"]
@@ -76,14 +76,8 @@ class SensitivityReport:
         Raises:
             ModuleNotFoundError: If matplotlib is not installed.
         """
-        try:
-            from matplotlib.figure import Figure
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(
-                "the heat map is drawn by matplotlib: pip install 'lightning-optim[report]'."
-            ) from error
         names = self._by_drop()
-        figure = Figure(figsize=(2.5 + 0.8 * len(self.ratios), 1.2 + 0.3 * len(names)), layout="constrained")
+        figure = new_figure(2.5 + 0.8 * len(self.ratios), 1.2 + 0.3 * len(names))
         axes = figure.subplots()
         image = axes.imshow([self.drops(name) for name in names], aspect="auto", cmap="viridis_r")
         axes.set_yticks(range(len(names)), names)
