@@ -103,8 +103,9 @@ def proposals(module: nn.Module, cores: Sequence[Core]) -> Iterator[ChannelGroup
             if pieces < 2:  # nothing could leave, and so nothing be proven
                 continue
             channels = heads.width * (heads.queries if by_queries else heads.shared)
-            alone = heads.each > 1 and len(members) > 2  # one key/value head may stay: it has several queries
-            fewest = max(heads.shared, FEWEST_HEADS) if by_queries else 1 if alone else FEWEST_HEADS
+            fewest = max(heads.shared, FEWEST_HEADS) if by_queries else FEWEST_HEADS
+            if not by_queries and heads.each > 1 and len(_projections(module, cores[0])) > 1:
+                fewest = 1  # one key/value head may stay: it has several queries
             group = ChannelGroup(
                 name,
                 channels,
@@ -221,18 +222,20 @@ def _members(
     yield _member(core.writer, "in", [piece(("q", head)) for head in range(heads.queries)], heads.width, heads.width)
 
 
-def _member(name: str, side: str, pieces: Sequence[int | None], width: int, unit: int) -> Member:
-    """Return a member whose channels are equal runs, each of one piece of the group."""
+def _member(
+    name: str, side: str, pieces: Sequence[int | None], width: int, unit: int, leaf: str | None = None
+) -> Member:
+    """Return a member whose channels are equal runs, each of one piece of the group; of a layer or a vector in it."""
     index, root = [], []
     for place, piece in enumerate(pieces):
         if piece is not None:
             index += [place * width + offset for offset in range(width)]
             root += [piece * unit + offset % unit for offset in range(width)]
-    return Member(name, side, tuple(index), tuple(root))
+    return Member(name, side, tuple(index), tuple(root), None if leaf is None else (leaf, 0))
 
 
 def _tables(module: nn.Module, cores: Sequence[Core], heads: Heads, by_queries: bool) -> Iterator[Member]:
-    """Yield what holds one number a query head: a table of biases, or a parameter of the attention."""
+    """Yield what holds a number a query head (a table of biases, a parameter), or one a channel (a norm of queries)."""
     every = range(heads.queries)
     root = tuple(heads.width * (head if by_queries else head // heads.each) for head in every)
     for name in dict.fromkeys(name for core in cores for name in core.sources):
@@ -244,9 +247,14 @@ def _tables(module: nn.Module, cores: Sequence[Core], heads: Heads, by_queries: 
         layer = module.get_submodule(owner)
         if isinstance(layer, EMBEDDINGS) or is_linear(layer):
             continue
-        dims = [dim for dim, size in enumerate(layer._parameters[leaf].shape) if size == heads.queries]  # type: ignore[union-attr]
+        shape = layer.get_parameter(leaf).shape
+        dims = [dim for dim, size in enumerate(shape) if size == heads.queries]
         if dims:
             yield Member(owner, "out", tuple(every), root, (leaf, dims[-1]))
+        elif shape == (heads.queries * heads.width,):
+            yield _member(owner, "out", [place // heads.width for place in root], heads.width, heads.width, leaf)
+        elif shape == (heads.shared * heads.width,) and not by_queries:
+            yield _member(owner, "out", range(heads.shared), heads.width, heads.width, leaf)
 
 
 def _with_numbers(
@@ -278,7 +286,7 @@ def _with_numbers(
 
     own, wholes = counted(configs=False)
     of_config, _ = counted(configs=True)
-    tie = next((f"{type(module.get_submodule(layer).config).__name__}" for layer, _, _ in of_config), "")
+    tie = next((f"config {id(module.get_submodule(layer).config)}" for layer, _, _ in of_config), "")
     yield replace(group, counts=tuple(own))
     if wholes:
         yield replace(group, counts=tuple(own + wholes))

@@ -127,6 +127,14 @@ HEADS = {
         "o_proj",
         2,
     ),
+    "GPT-J": (
+        "GPTJForCausalLM",
+        "GPTJConfig",
+        {**TEXT, "n_embd": 32, "n_layer": 1, "n_head": 4, "rotary_dim": 4, "n_positions": 16},
+        IDS,
+        "out_proj",
+        1,
+    ),
     "gpt-oss, sinks": (
         "GptOssForCausalLM",
         "GptOssConfig",
@@ -186,6 +194,16 @@ def test_without_some_heads_a_model_equals_one_whose_heads_are_zero(name):
             rows_of_inputs(dense)[[not stays for stays in kept]] = 0
     wanted = {} if exact else {"atol": 1e-5, "rtol": 1e-4}
     torch.testing.assert_close(logits_of(model, inputs), logits_of(zeroed, inputs), **wanted)
+
+
+def test_norms_over_all_heads_lose_their_entries():
+    """OLMo 2 norms all queries together: what stays is normed over what stays."""
+    model = build("Olmo2ForCausalLM", "Olmo2Config", {**LLAMA, "num_key_value_heads": 4})
+    prune_channels(model, IDS, scope="layer", include=["*self_attn.[qkv]_proj"])
+    attention = model.model.layers[1].self_attn
+    assert (attention.q_norm.weight.shape, attention.k_norm.weight.shape) == ((16,), (8,))
+    assert model.config.num_attention_heads == 4
+    logits_of(model, IDS)
 
 
 @pytest.mark.parametrize("name", ["T5", "Llama", "Llama, few keys", "Phi-3", "Mixtral"])
