@@ -324,7 +324,14 @@ class ChannelPruning(CompressionCallback):
             macs = self.target is not None and self.target.figure == "macs"
             try:
                 self._live = LiveChannels.find(
-                    self._target, self._prefix, inputs, self._selected, self.allocation, check=self.check, macs=macs
+                    self._target,
+                    self._prefix,
+                    inputs,
+                    self._selected,
+                    self.allocation,
+                    check=self.check,
+                    macs=macs,
+                    progress=bool(getattr(trainer, "progress_bar_callback", None)),
                 )
             except NothingPrunable as error:
                 raise MisconfigurationException(f"ChannelPruning {error}") from error

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lightning_optim import configs
 from lightning_optim.checkpoint import load_from_checkpoint
+from lightning_optim.checks import check_flags
 from lightning_optim.export.gptq import GPTQ, gptq_config, packed_layers, unpacked_state
 from lightning_optim.export.integer import rounds, rounds_output
 from lightning_optim.export.pretrained_inputs import synthetic_inputs
@@ -22,6 +23,7 @@ from lightning_optim.export.pretrained_report import PretrainedReport
 from lightning_optim.files import folder_written_aside
 from lightning_optim.modules import copy_module, without_compiler
 from lightning_optim.outputs import output_tensors
+from lightning_optim.progress import progress_bar
 from lightning_optim.quantization.layers import STATE, QuantizedLayer
 from lightning_optim.sharding import is_sharded, own_class
 from lightning_optim.tables import by_reason
@@ -61,6 +63,7 @@ def export_pretrained(
     module: str | None = None,
     cls_or_module: Any = None,
     example_inputs: Any = None,
+    progress: bool = True,
 ) -> PretrainedReport:
     """Write a Hugging Face folder whose configuration states the pruned shapes, for every tool that reads such folders.
 
@@ -88,6 +91,7 @@ def export_pretrained(
             :func:`lightning_optim.load_from_checkpoint` takes it.
         example_inputs: Inputs of the model's forward to compare on, or a list of such: a tensor, a tuple, or a dict of
             keyword arguments. By default random tokens, pixels or features of the model's sizes.
+        progress: Show a progress bar on rank zero where it takes longer than two seconds.
 
     Returns:
         What was written, how large it is and how far its answers are from the module's.
@@ -100,26 +104,37 @@ def export_pretrained(
     """
     if quantization not in QUANTIZATIONS:
         raise ValueError(f"`quantization` must be None or 'gptq', got {quantization!r}.")
+    check_flags(progress=progress)
     folder = Path(folder)
     _check_folder(folder)
     outer = _loaded(module_or_checkpoint, cls_or_module)
     name, model = _find_model(outer, module)
     tokenizer = _find_tokenizer(outer) if tokenizer is None else tokenizer
     _check_model(name, model)
-    solution = configs.solve(model)
-    if solution.unstated:
-        raise ValueError(_refusal(model, solution.unstated))
-    reference = _reference(model)
-    with torch.random.fork_rng(devices=[]), torch.no_grad(), _quiet():
+    with (
+        progress_bar("export_pretrained", 5, shown=progress) as advance,
+        torch.random.fork_rng(devices=[]),
+        torch.no_grad(),
+        _quiet(),
+    ):
+        solution = configs.solve(model)
+        if solution.unstated:
+            raise ValueError(_refusal(model, solution.unstated))
+        advance()
+        reference = _reference(model)
         calls = _calls(reference, example_inputs)
         expected = [_answers(reference, call, "The model") for call in calls]
         packed = packed_layers(reference) if quantization == "gptq" else {}
+        advance()
         with folder_written_aside(folder) as temporary:
             written = _write(model, reference, solution.values, packed, temporary)
             _write_tokenizer(tokenizer, temporary)
+            advance()
             loaded = _read_back(model, temporary, packed)
             _check_kinds(model, loaded)
+            advance()
             got = [_answers(loaded, call, "The folder's model") for call in calls]
+            advance()
             difference = _compared(model, expected, got, rounded=bool(packed))
             report = replace(written, max_difference=difference, files=_files(temporary))
             _keep_others(folder, temporary, tokenizer is not None)

@@ -106,6 +106,11 @@ def _convolution(inputs: Tensor, weight: Tensor, bias: Tensor | None, *how: Any)
     return product if bias is None else product + bias.view(-1, *[1] * (product.ndim - 2))
 
 
+def _grouped(left: Tensor, right: Tensor, offsets: Tensor | None = None, *others: Any, **how: Any) -> Tensor:
+    """A product for each group of rows, as experts take it."""
+    return _product(lambda a, b: torch.nn.functional.grouped_mm(a, b, offs=offsets), left, right)
+
+
 # Sums are taken over the entries that are there. So are means and variances where they keep their dimension, to be put
 # against the same channels: a norm. A mean that is read as a value of its own would change with every channel that
 # leaves, so NaN passes.
@@ -221,5 +226,7 @@ _RULES: dict[Any, Callable[..., Any]] = {
 }
 """How each operator that takes entries together treats those that are absent."""
 
+if hasattr(aten, "_grouped_mm"):
+    _RULES[aten._grouped_mm.default] = _grouped
 if hasattr(aten, "_fused_rms_norm"):  # of GPUs; elsewhere it is written out
     _RULES[aten._fused_rms_norm.default] = _rms_norm

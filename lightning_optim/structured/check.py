@@ -1,8 +1,10 @@
 """The check: whether a removal breaks a model, tried on copies before anything is committed."""
 
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +27,9 @@ In float64 it stays below 1e-10; scrambled heads of a ViT-small made 9e-3. Only 
 compared in a smaller dtype.
 """
 
+
+_HIDDEN = re.compile(r"hidden_states?$|model_output$")
+"""Fields of an output of transformers that hold hidden states, of an encoder or of a part."""
 
 SHAPE = "the output would change its shape"
 """Why a removal is refused in a part that may return more than the model uses."""
@@ -190,7 +195,14 @@ def _breaks_training(whole: nn.Module, removed: nn.Module, inputs: ForwardInputs
 
 def _outputs(module: nn.Module, inputs: ForwardInputs) -> list[Tensor]:
     with without_cache(module), torch.no_grad(), torch.random.fork_rng(devices=[]):
-        return output_tensors(inputs.call_each(module))
+        return output_tensors([_main_outputs(returned) for returned in inputs.call_each(module)])
+
+
+def _main_outputs(returned: Any) -> Any:
+    """Return an output without the hidden states on the side of logits: their width is the model's own affair."""
+    if not isinstance(returned, Mapping) or not any(str(key).startswith("logits") for key in returned):
+        return returned
+    return {key: value for key, value in returned.items() if _HIDDEN.search(str(key)) is None}
 
 
 def _difference(left: Tensor, right: Tensor) -> float:

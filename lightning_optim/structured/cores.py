@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lightning_optim.structured.groups import is_linear, is_root
 
-__all__ = ["Core", "CoreFinder", "CoreNode"]
+__all__ = ["Core", "CoreFinder", "CoreNode", "Step"]
 
 _REARRANGED = re.compile(r"view|reshape|transpose|permute|clone|copy|squeeze|alias|^t?backward")
 _MOST_NODES = 3000
@@ -42,15 +42,17 @@ class CoreNode(nn.Module):
     """An attention as a node of torch-pruning's graph."""
 
 
-class _Step(torch.autograd.Function):
-    """One step of autograd's graph from the projections to the output layer."""
+class Step(torch.autograd.Function):
+    """One step of autograd's graph, from whatever it should lead to, with given values."""
 
     @staticmethod
-    def forward(ctx: Any, inputs: Tensor, *sources: Tensor) -> Tensor:
-        return inputs.clone()
+    def forward(ctx: Any, values: Tensor, *sources: Tensor) -> Tensor:
+        """Return the values."""
+        return values.clone()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[None, ...]:
+        """Fail: a trace computes no gradients."""
         raise NotImplementedError
 
 
@@ -64,7 +66,7 @@ class CoreFinder:
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.cores: dict[str, Core] = {}
-        self.nodes: dict[Any, CoreNode] = {}
+        self.nodes: dict[Any, nn.Module] = {}
         self._names = {layer: name for name, layer in module.named_modules()}
         self._parameters = {parameter: name for name, parameter in module.named_parameters()}
         self._outputs: dict[Any, tuple[str, Tensor]] = {}
@@ -105,7 +107,7 @@ class CoreFinder:
         if not self._counts_heads(core):
             return None
         self.cores.setdefault(writer, core)
-        step: Tensor = _Step.apply(args[0].detach(), *(output for _, output in outputs))  # type: ignore[no-untyped-call]
+        step: Tensor = Step.apply(args[0].detach(), *(output for _, output in outputs))  # type: ignore[no-untyped-call]
         self.nodes[step.grad_fn] = CoreNode()
         return (step, *args[1:])
 

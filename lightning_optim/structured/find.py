@@ -101,7 +101,13 @@ def _matches(pattern: Pattern, group: ChannelGroup, target: nn.Module, prefix: s
 
 
 def find_prunable(
-    module: nn.Module, inputs: ForwardInputs, roots: Iterable[str], left_alone: Mapping[str, str], *, check: bool = True
+    module: nn.Module,
+    inputs: ForwardInputs,
+    roots: Iterable[str],
+    left_alone: Mapping[str, str],
+    *,
+    check: bool = True,
+    progress: bool = False,
 ) -> ChannelReport:
     """Find the groups that can be pruned without harm.
 
@@ -116,6 +122,7 @@ def find_prunable(
         left_alone: Names of layers whose outputs must stay -> why.
         check: Try each group on copies of the model, and leave those whole that a layer may read which no example
             reaches. Without it attention is left alone.
+        progress: Show a progress bar on rank zero while they are tried, where it takes longer than two seconds.
     """
     traced = TracedModel(module, inputs)
     unreached = unreached_layers(module, inputs, traced)
@@ -128,7 +135,7 @@ def find_prunable(
     left_out |= dict.fromkeys(unreached, _UNREACHED)
     candidates = {name: each for name, each in ways.items() if name not in left_out}
     if check:
-        return _checked(module, inputs, traced, candidates, left_out)
+        return _checked(module, inputs, traced, candidates, left_out, progress=progress)
     heads = {name for name, each in candidates.items() if in_attention(module, each[-1])}
     left_out |= dict.fromkeys(heads, "attention heads cannot be told without check=True")
     return ChannelReport({name: each[-1] for name, each in candidates.items() if name not in heads}, left_out)
@@ -184,19 +191,23 @@ def _left_out(
 ) -> dict[str, str]:
     """Return why groups are left out that need not be tried."""
     left_out = {}
+    tables = {name: layer for name, layer in module.named_modules() if isinstance(layer, EMBEDDINGS)}
+    selected = [tables[name].weight for name in roots & tables.keys()]
+    chosen_tables = {name for name, layer in tables.items() if any(layer.weight is weight for weight in selected)}
     for name, group in groups.items():
         outputs = group.outputs or {name}
         if group.proposed:  # a table of biases follows its heads, whether tables are selected or not
-            outputs = {layer for layer in outputs if not isinstance(module.get_submodule(layer), EMBEDDINGS)}
-        tables = {layer for layer in outputs if isinstance(module.get_submodule(layer), EMBEDDINGS)}
-        if tables & roots:  # whoever takes a table in means the width of everything that is added to its rows
-            tied = {layer for layer in tables if left_alone.get(layer, "").startswith("shared with")}
-            outputs = {layer for layer in outputs if left_alone.get(layer) != NOT_INCLUDED} - tied
-        chosen = sorted(outputs & left_alone.keys())
-        if chosen:
-            reason = left_alone[chosen[0]]
-            left_out[name] = reason if chosen[0] == name else f"coupled with {chosen[0]} ({reason})"
-        elif not outputs & roots:
+            outputs = outputs - tables.keys()
+        if outputs & chosen_tables:  # whoever takes a table in means the width of everything that is added to its rows
+            must_stay = {
+                layer for layer in outputs - chosen_tables if left_alone.get(layer, NOT_INCLUDED) != NOT_INCLUDED
+            }
+        else:
+            must_stay = outputs & left_alone.keys()
+        if must_stay:
+            first = min(must_stay)
+            left_out[name] = left_alone[first] if first == name else f"coupled with {first} ({left_alone[first]})"
+        elif not outputs & (roots | chosen_tables):
             left_out[name] = "not selected"
         elif group.problem:
             left_out[name] = group.problem
@@ -213,18 +224,20 @@ def _checked(
     candidates: Mapping[str, Ways],
     left_out: dict[str, str],
     others: Mapping[str, Ways] | None = None,
+    *,
+    progress: bool = False,
 ) -> ChannelReport:
     """Try the groups, many at a time, in the parts of the model that hold their layers.
 
     Attention that is refused alone is tried together with its likes, ``others`` included: a stack may pass on what
     counts its heads.
     """
-    good, bad = _proven(module, inputs, traced, candidates)
+    good, bad = _proven(module, inputs, traced, candidates, progress=progress)
     refused = {name: candidates[name] for name in bad if candidates[name][-1].proposed}
     likes = [(names, cores) for names, cores in _likes(traced, {**refused, **(others or {})}) if names[0] in refused]
     more = {names[0]: list(proposals(module, cores)) for names, cores in likes if len(cores) > 1}
     if more:
-        together, _ = _proven(module, inputs, traced, more)
+        together, _ = _proven(module, inputs, traced, more, progress=progress)
         good |= together
         for names, _ in likes:
             if names[0] in together:
@@ -248,7 +261,12 @@ def _likes(traced: TracedModel, refused: Mapping[str, Ways]) -> list[tuple[list[
 
 
 def _proven(
-    module: nn.Module, inputs: ForwardInputs, traced: TracedModel, candidates: Mapping[str, Ways]
+    module: nn.Module,
+    inputs: ForwardInputs,
+    traced: TracedModel,
+    candidates: Mapping[str, Ways],
+    *,
+    progress: bool = False,
 ) -> tuple[dict[str, ChannelGroup], dict[str, str]]:
     """Return the groups that can be pruned, in the first way that is right, and why the others cannot."""
     good: dict[str, ChannelGroup] = {}
@@ -261,7 +279,7 @@ def _proven(
         return refused
 
     firsts = {name: ways[0] for name, ways in candidates.items()}
-    bad = refused_in_parts(module, inputs, traced, firsts, judge)
+    bad = refused_in_parts(module, inputs, traced, firsts, judge, progress=progress)
     return {name: good[name] for name in candidates if name in good}, bad
 
 

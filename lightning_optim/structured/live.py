@@ -87,6 +87,7 @@ class LiveChannels:
         *,
         check: bool,
         macs: bool,
+        progress: bool = False,
     ) -> "LiveChannels":
         """Find the groups of a dense model.
 
@@ -98,12 +99,13 @@ class LiveChannels:
             allocation: How channels are chosen.
             check: Try every group on copies.
             macs: Whether its multiplications are counted.
+            progress: Show a progress bar on rank zero while they are tried.
 
         Raises:
             NothingPrunable: If nothing can be removed.
             ValueError: If the model cannot be traced.
         """
-        report = find_prunable(target, inputs, *selected, check=check)
+        report = find_prunable(target, inputs, *selected, check=check, progress=progress)
         if not report.groups:
             raise NothingPrunable(f"can remove nothing: {report.reasons()}.")
         dense = Dense(

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lightning_optim.progress import progress_bar
 from lightning_optim.structured.check import SHAPE
 from lightning_optim.structured.groups import ChannelGroup
 from lightning_optim.structured.traced import TracedModel
@@ -20,7 +21,13 @@ Judge = Callable[[Sequence[str], str, nn.Module, ForwardInputs], Mapping[str, st
 
 
 def refused_in_parts(
-    module: nn.Module, inputs: ForwardInputs, traced: TracedModel, groups: Mapping[str, ChannelGroup], judge: Judge
+    module: nn.Module,
+    inputs: ForwardInputs,
+    traced: TracedModel,
+    groups: Mapping[str, ChannelGroup],
+    judge: Judge,
+    *,
+    progress: bool = False,
 ) -> dict[str, str]:
     """Return the groups that break something, with the reasons.
 
@@ -35,6 +42,7 @@ def refused_in_parts(
         traced: Its trace with these inputs.
         groups: The groups by name.
         judge: Called for each call of a part with the groups that belong to it.
+        progress: Show a progress bar on rank zero where it takes longer than two seconds.
     """
     around = {name: traced.around(group) for name, group in groups.items()}
     refused: dict[str, str] = {}
@@ -45,15 +53,18 @@ def refused_in_parts(
             by_part.setdefault(around[name][-1], []).append(name)
         found: dict[str, str] = {}
 
-        def look(part: str, names: list[str], layer: nn.Module, received: ForwardInputs) -> None:
-            found.update(judge([name for name in names if name not in found], part, layer, received))  # noqa: B023
+        with progress_bar("checking channels", len(by_part), shown=progress) as advance:
 
-        whole = by_part.pop("", [])
-        if by_part:
-            parts = {part: partial(look, part, names) for part, names in by_part.items()}
-            _look_at_parts(traced.copy, inputs, parts)
-        if whole:
-            look("", whole, module, inputs)
+            def look(part: str, names: list[str], layer: nn.Module, received: ForwardInputs) -> None:
+                found.update(judge([name for name in names if name not in found], part, layer, received))  # noqa: B023
+                advance()
+
+            whole = by_part.pop("", [])
+            if by_part:
+                parts = {part: partial(look, part, names) for part, names in by_part.items()}
+                _look_at_parts(traced.copy, inputs, parts)
+            if whole:
+                look("", whole, module, inputs)
         left = [name for name, reason in found.items() if reason == SHAPE and len(around[name]) > 1]
         for name in left:
             around[name].pop()

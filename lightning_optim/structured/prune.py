@@ -8,6 +8,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from lightning_optim.checkpoint import plain_plan
+from lightning_optim.checks import check_flags
 from lightning_optim.functional.channels import ChannelCriterion
 from lightning_optim.measure.size import SIZES
 from lightning_optim.structured.allocation import Allocation, one_pool, shortfall
@@ -73,8 +74,9 @@ def prune_channels(
     module: str | None = None,
     include: Sequence[Pattern] | None = None,
     exclude: Sequence[Pattern] | None = None,
+    progress: bool = True,
 ) -> PruningReport:
-    """Remove channels from a model in place, once; the words are those of ``ChannelPruning``.
+    """Remove channels from a model in place, once; the arguments are those of ``ChannelPruning``.
 
     The pruned model is an ordinary model of its class with smaller layers: train it, save it, export it. Build its
     optimizer afterwards. Files that a Trainer saves from a LightningModule pruned here are loaded by
@@ -98,12 +100,13 @@ def prune_channels(
         module: Dotted name of the module to prune; default the whole model.
         include: Exactly the layers whose outputs may leave, instead of all but embeddings and the last Linear/Conv.
         exclude: Layers whose outputs stay.
+        progress: Show a progress bar on rank zero where it takes longer than two seconds.
 
     Returns:
         What left, and why other layers were left alone.
 
     Raises:
-        ValueError: If nothing can be removed, the model cannot be traced, or a word is out of range.
+        ValueError: If nothing can be removed, the model cannot be traced, or an argument is out of range.
         RuntimeError: If the check finds that the removal as a whole would do damage.
 
     Examples:
@@ -114,13 +117,16 @@ def prune_channels(
         ({'0': (32, 8)}, torch.Size([8, 8]))
     """
     ratio = check_ratio(pruning_ratio)
+    check_flags(progress=progress)
     allocation = Allocation.of(criterion, scope=scope, reduction=reduction, round_to=round_to)
     prefix, target = find_target(model, module)
     refuse_shared(model, target, prefix)
     inputs = as_forward_calls(example_inputs)
     if round_to is None and any(parameter.device.type == "cuda" for parameter in target.parameters()):
         allocation = allocation.rounded(8)
-    found = find_prunable(target, inputs, *select_roots(target, prefix, include, exclude), check=check)
+    found = find_prunable(
+        target, inputs, *select_roots(target, prefix, include, exclude), check=check, progress=progress
+    )
     if not found.groups:
         raise ValueError(f"prune_channels can remove nothing: {found.reasons()}.")
     removal, channels = _planned(target, inputs, found, ratio, allocation, prefix, check)

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch_pruning.ops import OPTYPE, module2type
 from torch_pruning.pruner.function import BasePruningFunc, ConvPruner
 
-from lightning_optim.modules import RECURRENT, Conv1D
+from lightning_optim.modules import RECURRENT, Conv1D, Experts
 from lightning_optim.structured.cores import CoreNode
+from lightning_optim.structured.experts import outer_dims, outer_width
 from lightning_optim.structured.splits import Part
 
 __all__ = ["own_pruners"]
@@ -95,9 +96,8 @@ class _PerChannel(BasePruningFunc):  # type: ignore[misc]
                     layer._parameters[name] = nn.Parameter(small)
                 else:
                     layer._buffers[name] = small
-        for name, value in list(vars(layer).items()):
-            if type(value) is int and value == width and _WIDTH.fullmatch(name):
-                setattr(layer, name, width - len(idxs))
+        if width is not None:
+            _count(layer, width, width - len(idxs))
         return layer
 
     prune_in_channels = prune_out_channels
@@ -145,6 +145,42 @@ class _Cores(BasePruningFunc):  # type: ignore[misc]
     get_in_channels = get_out_channels
 
 
+class _Routers(BasePruningFunc):  # type: ignore[misc]
+    """A router that multiplies by a weight of its own, ``[experts, inputs]``."""
+
+    def prune_out_channels(self, layer: nn.Module, idxs: Sequence[int]) -> nn.Module:
+        raise ValueError(f"{type(layer).__name__} cannot lose outputs")
+
+    def prune_in_channels(self, layer: Any, idxs: Sequence[int]) -> Any:
+        width = layer.weight.shape[1]
+        layer.weight = nn.Parameter(_without(layer.weight, idxs, 1))
+        _count(layer, width, width - len(idxs))
+        return layer
+
+    def get_out_channels(self, layer: Any) -> int:
+        return int(layer.weight.shape[0])
+
+    def get_in_channels(self, layer: Any) -> int:
+        return int(layer.weight.shape[1])
+
+
+class _Experts(BasePruningFunc):  # type: ignore[misc]
+    """The numbers of experts follow their outer channels; their parameters lose them one by one."""
+
+    def prune_out_channels(self, layer: nn.Module, idxs: Sequence[int]) -> nn.Module:
+        width = outer_width(layer)
+        if width is not None:
+            _count(layer, width, width - len(idxs))
+        return layer
+
+    prune_in_channels = prune_out_channels
+
+    def get_out_channels(self, layer: nn.Module) -> int | None:
+        return outer_width(layer)
+
+    get_in_channels = get_out_channels
+
+
 class _Parts(BasePruningFunc):  # type: ignore[misc]
     """A part of a split: it loses nothing itself."""
 
@@ -178,13 +214,32 @@ def own_pruners(graph: Any, module: nn.Module) -> dict[type[nn.Module], Any]:
     ]
     layers = list(module.modules())
     pruners |= {type(layer): _Conv1D() for layer in layers if isinstance(layer, Conv1D)}
+    pruners |= {type(layer): _Experts() for layer in layers if isinstance(layer, Experts) and outer_dims(layer)}
     for layer in layers:
         pruners |= {type(layer): pruner for classes, pruner in kinds if isinstance(layer, classes)}
     plain = {type(layer) for layer in layers if module2type(layer) in (OPTYPE.ELEMENTWISE, OPTYPE.IN)} - pruners.keys()
     for cls in plain:
         if all(_channels_by_shape(layer) for layer in layers if type(layer) is cls):
             pruners[cls] = _PerChannel()
+        elif all(_routes(layer, module) for layer in layers if type(layer) is cls):
+            pruners[cls] = _Routers()
     return pruners
+
+
+def _routes(layer: nn.Module, module: nn.Module) -> bool:
+    """Tell whether a layer has a matrix with a row for each expert, perhaps a bias, and nothing else."""
+    experts = {each.num_experts for each in module.modules() if isinstance(each, Experts)}
+    own = {name: tuple(tensor.shape) for name, tensor in _own_tensors(layer).items()}
+    weight = own.pop("weight", ())
+    bias = own.pop("bias", weight[:1])
+    return not layer._modules and not own and len(weight) == 2 and weight[0] in experts and bias == weight[:1]
+
+
+def _count(layer: nn.Module, before: int, after: int) -> None:
+    """Change the numbers of a layer that count its channels."""
+    for name, value in list(vars(layer).items()):
+        if type(value) is int and value == before and _WIDTH.fullmatch(name):
+            setattr(layer, name, after)
 
 
 def _own_tensors(layer: nn.Module) -> dict[str, Tensor]:

@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lightning_optim.errors import FAILURES, first_line
-from lightning_optim.modules import CONVOLUTIONS, TRANSPOSED, copy_module
+from lightning_optim.modules import CONVOLUTIONS, EMBEDDINGS, TRANSPOSED, Conv1D, copy_module
 from lightning_optim.structured.cores import Core
-from lightning_optim.structured.groups import ChannelGroup, Member, Removal, blocks_of, is_root, outputs_of
+from lightning_optim.structured.experts import ALIGNED, outer_dims
+from lightning_optim.structured.groups import ChannelGroup, Member, Removal, blocks_of, is_linear, is_root, outputs_of
 from lightning_optim.structured.reach import called_layers, parameters_behind
 from lightning_optim.structured.splits import blocks_of_parts
 from lightning_optim.structured.tracing import Untraceable, trace
-from lightning_optim.structured.walk import Item, Walker
+from lightning_optim.structured.walk import Item, Side, Walker
 from lightning_optim.target import ForwardInputs, is_computed
 
 __all__ = ["TracedModel"]
@@ -58,7 +59,12 @@ class TracedModel:
                 f"{type(module).__name__} cannot be traced ({first_line(error, 120)}). Prune a part of it: "
                 "`module='the part'`."
             ) from error
-        self._walker = Walker(self._trace.graph)
+        ties = _ties(self._names)
+        called = self._trace.graph.module2node
+        self._walker = Walker(
+            self._trace.graph, {side: [t for t in tied if t[0] in called] for side, tied in ties.items()}
+        )
+        self._uncalled = {side: [t for t in tied if t[0] not in called] for side, tied in ties.items()}
         self._found: list[ChannelGroup] | None = None
 
     @property
@@ -158,7 +164,7 @@ class TracedModel:
 
     def _read(self, group: list[Item]) -> ChannelGroup:
         root, channels = group[0].dep.target.module, len(group[0].idxs)
-        members, blocks, fewest = [], self._taken_along(root), 1
+        members, blocks, fewest, multiple = list[Member](), self._taken_along(root), 1, 1
         of_parts, splits = blocks_of_parts(group)
         blocks = math.lcm(blocks, of_parts)
         for item in group:
@@ -166,7 +172,13 @@ class TracedModel:
             if layer not in self._names:  # an operation, or a parameter that no layer holds
                 continue
             side = self._side(item)
-            members.append(Member(self._names[layer], side, tuple(item.idxs), tuple(item.root_idxs)))
+            own = tuple(item.idxs), tuple(item.root_idxs)
+            outer = outer_dims(layer)
+            if outer:
+                members += [Member(self._names[layer], each.side, *own, (each.leaf, each.dim)) for each in outer]
+                multiple = ALIGNED if channels % ALIGNED == 0 else 1
+            else:
+                members.append(Member(self._names[layer], side, *own))
             blocks = math.lcm(blocks, blocks_of(layer))
             if side == "out" and isinstance(layer, (*CONVOLUTIONS, *TRANSPOSED)) and blocks_of(layer) > 1:
                 fewest = 2  # with one output a block it would be a depthwise convolution
@@ -179,6 +191,7 @@ class TracedModel:
             least=fewest * blocks,
             splits=splits,
             problem=problem,
+            multiple=multiple,
         )
 
     def _taken_along(self, root: nn.Module) -> int:
@@ -246,18 +259,25 @@ class TracedModel:
                 target = item.dep.target
                 if target.module in self._names or isinstance(target.module, nn.Parameter):
                     yield target.module, item.dep.handler, target.pruning_dim, item.idxs
+                for layer, outputs in self._uncalled.get((target.module, self._side(item) == "out"), ()):
+                    yield layer, self._handler(layer, outputs), None, item.idxs
+                for each in outer_dims(target.module) if target.module in self._names else ():
+                    parameter = target.module.get_parameter(each.leaf)
+                    yield parameter, self._handler(parameter, outputs=True), each.dim, item.idxs
             return
         for member in group.members:
             layer = self._layers[member.layer]
             if member.parameter is not None:
                 leaf, dim = member.parameter
-                parameter = layer._parameters[leaf]
-                pruner = self._trace.graph.get_pruner_of_module(parameter)
-                yield parameter, pruner.prune_out_channels, dim, member.leaving(leaving)
+                parameter = layer.get_parameter(leaf)
+                yield parameter, self._handler(parameter, outputs=True), dim, member.leaving(leaving)
                 continue
-            pruner = self._trace.graph.get_pruner_of_module(layer)
-            handler = pruner.prune_out_channels if member.side == "out" else pruner.prune_in_channels
-            yield layer, handler, None, member.leaving(leaving)
+            yield layer, self._handler(layer, member.side == "out"), None, member.leaving(leaving)
+
+    def _handler(self, target: nn.Module | nn.Parameter, outputs: bool) -> Any:
+        """Return torch-pruning's function that removes channels of a layer or a parameter."""
+        pruner = self._trace.graph.get_pruner_of_module(target)
+        return pruner.prune_out_channels if outputs else pruner.prune_in_channels
 
 
 class _Left:
@@ -326,6 +346,21 @@ class _Left:
                 if not _same(found.kept.get(first), found.kept.get(other)):
                     raise ValueError(f"{first} and {other} are one tensor and would lose different channels")
         return found
+
+
+def _ties(layers: Iterable[nn.Module]) -> dict[Side, list[Side]]:
+    """Return the layers whose outputs, or inputs, are entries of one tensor."""
+    holders: dict[tuple[nn.Parameter, int], list[Side]] = {}
+    for layer in layers:
+        if is_linear(layer) or isinstance(layer, EMBEDDINGS):
+            weight = (
+                layer.get_parameter("weight") if isinstance(layer._parameters.get("weight"), nn.Parameter) else None
+            )
+            for outputs in (True,) if isinstance(layer, EMBEDDINGS) else (True, False):
+                dim = 1 if isinstance(layer, (Conv1D, *EMBEDDINGS)) is outputs else 0
+                if weight is not None:
+                    holders.setdefault((weight, dim), []).append((layer, outputs))
+    return {side: [other for other in sides if other != side] for sides in holders.values() for side in sides}
 
 
 def _same(first: Tensor | None, second: Tensor | None) -> bool:

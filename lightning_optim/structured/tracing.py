@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lightning_optim._upstream import tree_flatten, tree_unflatten
 from lightning_optim.modules import RECURRENT, without_fast_path
 from lightning_optim.structured.cores import Core, CoreFinder, CoreNode
+from lightning_optim.structured.experts import cut_experts
 from lightning_optim.structured.reach import called_layers, differentiable
 from lightning_optim.structured.splits import SplitTracer, map_parts
 from lightning_optim.target import ForwardInputs, named_layers
@@ -72,6 +73,7 @@ def trace(module: nn.Module, inputs: ForwardInputs, *, cores: bool = True) -> Tr
             called_layers(model) as names,
             tracer.following(model),
             finder.following(),
+            cut_experts(model, finder.nodes),
             without_cache(model),
             tracer,
         ):

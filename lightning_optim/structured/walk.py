@@ -1,18 +1,24 @@
 """Walks through torch-pruning's graph: from some outputs of a layer to everything that loses channels with them."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from torch import nn
 
-__all__ = ["Item", "Walker"]
+from lightning_optim.structured.groups import is_root, outputs_of
+
+__all__ = ["Item", "Side", "Walker"]
 
 READS_PER_NODE = 4
 """Walks that end took 1.1 (Swin), 0.6 (BERT) and fewer."""
 
 INDICES_PER_CHANNEL = 8
 """Of the widest layer; no walk that ends finds more in a step."""
+
+
+Side = tuple[nn.Module, bool]
+"""A layer, and whether its outputs are meant, or else its inputs."""
 
 
 class _Index(NamedTuple):
@@ -47,10 +53,13 @@ class Walker:
 
     Args:
         graph: torch-pruning's graph.
+        ties: A layer and whether its outputs are meant -> the same of layers that hold the same tensor, and lose the
+            same entries of it.
     """
 
-    def __init__(self, graph: Any) -> None:
+    def __init__(self, graph: Any, ties: Mapping[Side, Sequence[Side]]) -> None:
         self.graph = graph
+        self.ties = ties
         widths = (
             max(parameter.shape)
             for layer in graph.module2node
@@ -67,12 +76,10 @@ class Walker:
         Raises:
             RuntimeError: If the walk does not end.
         """
-        from torch_pruning.dependency import Dependency
-
         node = self.graph.module2node[layer]
-        handler = self.graph.get_pruner_of_module(layer).prune_out_channels
         begin = [_Index(channel, channel) for channel in sorted(channels)]
-        first = Dependency(handler, handler, source=node, target=node)
+        first = self._at((layer, True), node)
+        handler = first.handler
         steps: list[tuple[Any, Sequence[Any]]] = [(first, begin)]
         seen = {(node, handler, tuple(begin))}
         waiting: list[tuple[Any, Sequence[Any]]] = [(first, begin)]
@@ -82,8 +89,8 @@ class Walker:
             left -= 1
             if left < 0:
                 raise RuntimeError("its walk through the graph does not end")
-            for following in dependency.target.dependencies:
-                if not following.is_triggered_by(dependency.handler):
+            for following in self._following(dependency):
+                if self._is_broadcast(following):
                     continue
                 reached = self._mapped(following, indices)
                 key = (following.target, following.handler, tuple(reached))
@@ -92,6 +99,29 @@ class Walker:
                     steps.append((following, reached))
                     waiting.append((following, reached))
         return _merged(steps)
+
+    def _at(self, side: Side, source: Any) -> Any:
+        """Return the dependency that enters the graph at a layer."""
+        from torch_pruning.dependency import Dependency
+
+        layer, outputs = side
+        pruner = self.graph.get_pruner_of_module(layer)
+        handler = pruner.prune_out_channels if outputs else pruner.prune_in_channels
+        return Dependency(handler, handler, source=source, target=self.graph.module2node[layer])
+
+    def _following(self, dependency: Any) -> Iterator[Any]:
+        for following in dependency.target.dependencies:
+            if following.is_triggered_by(dependency.handler):
+                yield following
+        side = dependency.target.module, self.graph.is_out_channel_pruning_fn(dependency.handler)
+        for tied in self.ties.get(side, ()):
+            yield self._at(tied, dependency.target)
+
+    def _is_broadcast(self, dependency: Any) -> bool:
+        """Tell whether a dependency leads to the one output of a layer, such as a gate of all channels."""
+        layer = dependency.target.module
+        outputs = isinstance(layer, nn.Module) and self.graph.is_out_channel_pruning_fn(dependency.handler)
+        return outputs and is_root(layer) and outputs_of(layer) == 1
 
     def _mapped(self, dependency: Any, indices: Sequence[Any]) -> Sequence[Any]:
         for mapping in dependency.index_mapping:

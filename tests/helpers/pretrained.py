@@ -49,9 +49,30 @@ MODELS = {
     "Qwen3": Model("Qwen3ForCausalLM", "Qwen3Config", {**GROUPED, "head_dim": 16}),
     "Gemma": Model("GemmaForCausalLM", "GemmaConfig", {**GROUPED, "num_key_value_heads": 1, "head_dim": 8}),
     "Gemma 3": Model("Gemma3ForCausalLM", "Gemma3TextConfig", {**GROUPED, "head_dim": 8, "sliding_window": 4}),
+    "Gemma 2": Model("Gemma2ForCausalLM", "Gemma2Config", {**GROUPED, "head_dim": 8}),
+    "OLMo 2": Model("Olmo2ForCausalLM", "Olmo2Config", GROUPED),
+    "Mixtral": Model("MixtralForCausalLM", "MixtralConfig", {**GROUPED, "num_local_experts": 2}),
+    "Qwen2-MoE": Model(
+        "Qwen2MoeForCausalLM",
+        "Qwen2MoeConfig",
+        {**GROUPED, "num_experts": 4, "moe_intermediate_size": 48, "shared_expert_intermediate_size": 48},
+    ),
+    "gpt-oss": Model(
+        "GptOssForCausalLM",
+        "GptOssConfig",
+        {**GROUPED, "head_dim": 8, "num_local_experts": 2, "num_experts_per_tok": 2},
+    ),
+    "Falcon": Model(
+        "FalconForCausalLM",
+        "FalconConfig",
+        {**TEXT, "num_attention_heads": 8, "num_kv_heads": 4, "new_decoder_architecture": True},
+    ),
     "Phi": Model("PhiForCausalLM", "PhiConfig", TEXT),
     "Phi-3": Model("Phi3ForCausalLM", "Phi3Config", TEXT),
     "GPT-NeoX": Model("GPTNeoXForCausalLM", "GPTNeoXConfig", TEXT),
+    "GPT-J": Model(
+        "GPTJForCausalLM", "GPTJConfig", {**TOKENS, "n_embd": 32, "n_layer": 3, "n_head": 4, "rotary_dim": 4}
+    ),
     "GPT-2": Model("GPT2LMHeadModel", "GPT2Config", {**TOKENS, "n_embd": 32, "n_layer": 3, "n_head": 4}),
     "OPT": Model(
         "OPTForCausalLM",
@@ -60,6 +81,11 @@ MODELS = {
         | {"num_attention_heads": 4, "max_position_embeddings": 16},
     ),
     "BERT": Model("BertForMaskedLM", "BertConfig", {**TEXT, "max_position_embeddings": 16}),
+    "DeBERTa-v2": Model(
+        "DebertaV2ForSequenceClassification",
+        "DebertaV2Config",
+        {**TEXT, "relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 4},
+    ),
     "ModernBERT": Model(
         "ModernBertForSequenceClassification",
         "ModernBertConfig",
@@ -72,17 +98,24 @@ MODELS = {
         | {"num_heads": 4, "decoder_start_token_id": 0},
         SEQUENCES,
     ),
+    "BART": Model(
+        "BartForConditionalGeneration",
+        "BartConfig",
+        {**TOKENS, "d_model": 32, "encoder_layers": 3, "decoder_layers": 3, "encoder_attention_heads": 4}
+        | {"decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "decoder_start_token_id": 2},
+        SEQUENCES,
+    ),
     "ViT": Model("ViTForImageClassification", "ViTConfig", {**SIZES, **IMAGE}, {"pixel_values": PIXELS}),
     "Swin": Model(
         "SwinForImageClassification",
         "SwinConfig",
-        {"embed_dim": 16, "depths": [2, 1], "num_heads": [2, 4], "window_size": 4, "image_size": 16, "patch_size": 2},
+        {"embed_dim": 16, "depths": [4, 1], "num_heads": [2, 4], "window_size": 4, "image_size": 16, "patch_size": 2},
         {"pixel_values": PIXELS},
     ),
     "Whisper": Model(
         "WhisperForConditionalGeneration",
         "WhisperConfig",
-        {**TOKENS, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 64}
+        {**TOKENS, "d_model": 32, "encoder_layers": 3, "decoder_layers": 3, "encoder_ffn_dim": 64}
         | {"decoder_ffn_dim": 48, "encoder_attention_heads": 4, "decoder_attention_heads": 4, "num_mel_bins": 8}
         | {"max_source_positions": 10, "max_target_positions": 16, "decoder_start_token_id": 1},
         {"input_features": SPEECH, "decoder_input_ids": IDS},

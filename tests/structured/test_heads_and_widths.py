@@ -260,7 +260,8 @@ def test_experts_lose_the_same_inner_channels(kind, config, more):
     torch.testing.assert_close(logits_of(model, IDS), logits_of(zeroed, IDS), atol=1e-5, rtol=1e-4)
 
 
-WIDTHS = ("Llama", "Qwen3", "Gemma", "Phi", "Phi-3", "NeoX", "ModernBERT", "BERT", "OPT", "GPT-2")
+WIDTHS = ("Llama", "Qwen3", "Gemma", "Phi", "Phi-3", "NeoX", "ModernBERT", "BERT", "OPT", "GPT-2", "Mixtral")
+WIDTHS += ("gpt-oss, sinks", "T5", "BART")  # experts; an encoder and a decoder that share their table
 
 
 @pytest.mark.parametrize("name", WIDTHS)
@@ -274,6 +275,29 @@ def test_the_residual_width_is_removed_where_the_table_is_included(name):
     conform(fresh, report.plan)
     fresh.load_state_dict(model.state_dict())
     assert torch.equal(logits_of(model, inputs), logits_of(fresh, inputs))
+
+
+def test_widths_that_share_a_table_leave_together():
+    """The head of a masked language model reads the table that its encoder reads, after a layer of its own."""
+    model = build("BertForMaskedLM", "BertConfig", LLAMA)
+    report = prune_channels(model, IDS, pruning_ratio=0.25, include=[nn.Embedding])
+    assert list(report.channels.values()) == [(32, 24)]
+    assert model.cls.predictions.decoder.weight is model.bert.embeddings.word_embeddings.weight
+    assert model.cls.predictions.transform.dense.weight.shape == (24, 24)
+
+
+def test_a_gate_of_one_number_does_not_keep_the_residual_width():
+    model = build(
+        "Qwen2MoeForCausalLM",
+        "Qwen2MoeConfig",
+        {**LLAMA, "num_experts": 4, "num_key_value_heads": 8, "moe_intermediate_size": 48}
+        | {"shared_expert_intermediate_size": 48},
+    )
+    report = prune_channels(model, IDS, pruning_ratio=0.25, include=[nn.Embedding])
+    assert list(report.channels.values()) == [(32, 24)]
+    block = model.model.layers[0].mlp
+    assert (block.experts.hidden_dim, block.gate.hidden_dim, block.shared_expert_gate.weight.shape) == (24, 24, (1, 24))
+    logits_of(model, IDS)
 
 
 def test_an_excluded_layer_keeps_the_residual_width():
