@@ -123,6 +123,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=100, help="of fine-tuning, and of recovery")
     parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--judged", type=int, default=24, help="messages of training on which candidates are judged")
     parser.add_argument("--test", type=int, default=128, help="held-out messages")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -140,12 +141,12 @@ def main() -> None:
         f"{time.strftime('%Y-%m-%d')}, {platform.machine()}, one thread; torch {torch.__version__}; transformers "
         f"{transformers.__version__}.",
         f"`python benchmarks/language_model.py --model FOLDER --data DATA --steps {arguments.steps} --batch "
-        f"{arguments.batch} --test {arguments.test} --output FILE`",
+        f"{arguments.batch} --judged {arguments.judged} --test {arguments.test} --output FILE`",
         "",
         f"{arguments.model.name}: {sum(p.numel() for p in model.parameters()):,} parameters. Banking77's messages, "
         f"without labels; {arguments.steps} steps of {arguments.batch} messages of fine-tuning (AdamW, 1e-4), as many "
         f"of recovery (2e-4). Perplexity of {arguments.test} held-out messages, one seed. Seconds: CPU time. "
-        "Candidates are judged, and activations measured, on 24 messages of training.",
+        f"Candidates are judged, and activations measured, on {arguments.judged} messages of training.",
         "",
         f"| {' | '.join(COLUMNS)} |",
         f"|{' --- |' * len(COLUMNS)}",
@@ -160,7 +161,7 @@ def main() -> None:
     train(model, training, steps=arguments.steps, size=arguments.batch, rate=1e-4)
     size = sum(p.numel() for p in model.parameters())
     write(("nothing", "", f"{size:,}", "", f"{before:.1f}", f"{perplexity(model, held_out):.2f}"))
-    judged = next(training.batches(24))
+    judged = next(training.batches(arguments.judged))
     blocks = model.config.num_hidden_layers // 3
     for (what, criterion), remove in removals(judged, blocks).items():
         smaller = copy.deepcopy(model).eval()
