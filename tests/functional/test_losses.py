@@ -135,11 +135,24 @@ def plain_bce(s, t, temperature):
     return temperature**2 * (cross - F.binary_cross_entropy(p, p))
 
 
+def plain_reverse_kd(s, t, temperature):
+    return plain_kd(t, s, temperature)
+
+
+def plain_jsd(s, t, temperature, beta=0.5):
+    p, q = F.softmax(t / temperature, 1), F.softmax(s / temperature, 1)
+    m = beta * p + (1 - beta) * q
+    both = beta * (p * (p / m).log()).sum(1) + (1 - beta) * (q * (q / m).log()).sum(1)
+    return temperature**2 * both.mean()
+
+
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 4.0])
 @pytest.mark.parametrize(
     ("name", "plain"),
     [
         ("kd", plain_kd),
+        ("reverse_kd", plain_reverse_kd),
+        ("jsd", plain_jsd),
         ("listwise", plain_kd),
         ("logit_std", plain_logit_std),
         ("dkd", plain_dkd),
@@ -190,6 +203,68 @@ def test_kd_by_hand():
     teacher = torch.tensor([[0.8, 0.2]]).log()
     expected = 0.8 * math.log(1.6) + 0.2 * math.log(0.4)
     assert losses.kd(torch.zeros(1, 2), teacher, temperature=1.0).item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_reverse_kd_by_hand():
+    """Student (0.8, 0.2), teacher (0.5, 0.5): the same sum as for kd, with the two exchanged."""
+    student = torch.tensor([[0.8, 0.2]]).log()
+    expected = 0.8 * math.log(1.6) + 0.2 * math.log(0.4)
+    assert losses.reverse_kd(student, torch.zeros(1, 2)).item() == pytest.approx(expected, rel=1e-6)
+    assert losses.kd(student, torch.zeros(1, 2), temperature=1.0).item() != pytest.approx(expected, rel=1e-2)
+
+
+def test_jsd_by_hand():
+    """Teacher (0.8, 0.2), student (0.4, 0.6), beta 0.25: the mixture is (0.5, 0.5)."""
+    teacher, student = torch.tensor([[0.8, 0.2]]).log(), torch.tensor([[0.4, 0.6]]).log()
+    to_teacher = 0.8 * math.log(1.6) + 0.2 * math.log(0.4)
+    to_student = 0.4 * math.log(0.8) + 0.6 * math.log(1.2)
+    expected = 0.25 * to_teacher + 0.75 * to_student
+    assert losses.jsd(student, teacher, beta=0.25).item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_jsd_is_between_kd_and_reverse_kd():
+    """Agarwal et al.: divided by beta it tends to KL(teacher || student) at 0, by 1 - beta to the reverse at 1."""
+    student, teacher = logits(0), logits(1)
+    near_kd, near_reverse = losses.jsd(student, teacher, beta=1e-3), losses.jsd(student, teacher, beta=1 - 1e-3)
+    assert near_kd.item() / 1e-3 == pytest.approx(losses.kd(student, teacher, temperature=1.0).item(), rel=2e-2)
+    assert near_reverse.item() / 1e-3 == pytest.approx(losses.reverse_kd(student, teacher).item(), rel=2e-2)
+    assert losses.jsd(student, teacher).item() == pytest.approx(losses.jsd(teacher, student).item(), rel=1e-5)
+    for beta, instead in ((0.0, "loss='kd'"), (1.0, "loss='reverse_kd'"), (-0.1, "got -0.1"), (math.nan, "got nan")):
+        with pytest.raises(ValueError, match=instead):
+            losses.jsd(student, teacher, beta=beta)
+
+
+@pytest.mark.parametrize("name", ["kd", "reverse_kd", "jsd", "listwise"])
+@pytest.mark.parametrize("both", [False, True])
+def test_excluded_classes_have_no_gradient(name, both):
+    """A class at -inf counts as absent; where only the teacher excludes it, the reverse divergence is infinite."""
+    student, teacher = logits(0), logits(1)
+    teacher[:, 0] = -torch.inf
+    if both:
+        student[:, 0] = -torch.inf
+    loss = call(name, student.requires_grad_(), teacher)
+    if name == "reverse_kd" and not both:
+        assert loss.item() == math.inf
+        return
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert torch.isfinite(student.grad).all()
+    if both:
+        assert loss.item() == pytest.approx(call(name, logits(0)[:, 1:], logits(1)[:, 1:]).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", [name for name in sorted(LOSSES) if getattr(LOSSES[name], "by_rows", False)])
+def test_losses_by_rows_are_means_of_one_value_a_row(name):
+    targets = {"targets": TARGETS} if "targets" in LOSSES[name].needs else {}
+    rows = [
+        LOSSES[name](logits(0)[row, None], logits(1)[row, None], **{key: x[row, None] for key, x in targets.items()})
+        for row in range(ROWS)
+    ]
+    assert call(name, logits(0), logits(1)).item() == pytest.approx(torch.stack(rows).mean().item(), rel=1e-5)
+
+
+def test_every_loss_but_those_over_the_batch_goes_by_rows():
+    assert {name for name in LOSSES if not getattr(LOSSES[name], "by_rows", False)} == {"dist"}
 
 
 @settings(deadline=None, max_examples=25)

@@ -20,11 +20,13 @@ from lightning_optim.functional.losses.logits import (
     cosine,
     dist,
     dkd,
+    jsd,
     kd,
     label_smoothing,
     listwise,
     logit_std,
     mse,
+    reverse_kd,
 )
 
 __all__ = [
@@ -39,11 +41,13 @@ __all__ = [
     "dkd",
     "ensemble_logits",
     "hint",
+    "jsd",
     "kd",
     "label_smoothing",
     "listwise",
     "logit_std",
     "mse",
+    "reverse_kd",
     "rkd",
     "similarity_preserving",
 ]

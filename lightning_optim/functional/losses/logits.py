@@ -1,8 +1,9 @@
 """Losses of logits: ``loss(student_logits, teacher_logits, *, temperature=..., **options) -> scalar``.
 
 Both tensors are ``[rows, classes]``. A loss with ``needs=("targets",)`` gets the labels too. Attributes say more about
-it: ``elementwise`` (entry by entry, so the dimension of the classes does not matter), ``binary`` (each logit is an
-answer of its own) and ``teacher_free`` (it uses no teacher).
+it: ``by_rows`` (a mean of one value per row, so rows may be compared some at a time), ``elementwise`` (entry by entry,
+so the dimension of the classes does not matter), ``binary`` (each logit is an answer of its own) and ``teacher_free``
+(it uses no teacher).
 """
 
 import math
@@ -12,8 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_optim.functional.losses.probabilities import (
+    check_classes,
+    check_targets,
+    check_temperature,
+    divergence,
+    log_probabilities,
+)
 from lightning_optim.functional.losses.shapes import same_shape
-from lightning_optim.functional.rows import IGNORED
 from lightning_optim.registry import Registry
 
 __all__ = [
@@ -23,11 +30,13 @@ __all__ = [
     "cosine",
     "dist",
     "dkd",
+    "jsd",
     "kd",
     "label_smoothing",
     "listwise",
     "logit_std",
     "mse",
+    "reverse_kd",
 ]
 
 Loss = Callable[..., Tensor]
@@ -58,8 +67,75 @@ def kd(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 4
     References:
         Hinton et al. 2015, "Distilling the Knowledge in a Neural Network".
     """
-    student, teacher = _log_softmax(student_logits, teacher_logits, temperature)
-    return _divergence(student, teacher).mean() * temperature**2
+    student, teacher = log_probabilities(student_logits, teacher_logits, temperature)
+    return divergence(student, teacher).mean() * temperature**2
+
+
+@LOSSES.register("reverse_kd")
+def reverse_kd(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
+    """``T**2 * KL(softmax(student / T) || softmax(teacher / T))``: :func:`kd` with the two exchanged.
+
+    :func:`kd` asks the student to cover everything that the teacher finds likely; this loss asks it to avoid what the
+    teacher finds unlikely. A student too small for all of the teacher's answers then keeps the main ones. Reduction,
+    arguments and errors as for :func:`kd`; the papers use T = 1.
+
+    Returns:
+        A float32 scalar >= 0; 0 for equal probabilities. Infinite if the teacher's logit of a class is ``-inf`` and the
+        student's is not: use :func:`kd` or :func:`jsd` with teachers that exclude classes.
+
+    Examples:
+        >>> round(reverse_kd(torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 0.0]]), temperature=1.0).item(), 4)
+        0.3278
+
+    References:
+        Gu et al. 2024, "MiniLLM: Knowledge Distillation of Large Language Models"; Agarwal et al. 2024, "On-Policy
+        Distillation of Language Models: Learning from Self-Generated Mistakes" (GKD).
+    """
+    student, teacher = log_probabilities(student_logits, teacher_logits, temperature)
+    return divergence(teacher, student).mean() * temperature**2
+
+
+@LOSSES.register("jsd")
+def jsd(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0, beta: float = 0.5) -> Tensor:
+    """Generalized Jensen-Shannon divergence: both compared with their mixture.
+
+    ``T**2 * (beta * KL(teacher || m) + (1 - beta) * KL(student || m))`` with ``m = beta * teacher + (1 - beta) *
+    student``, all probabilities at temperature T. It is bounded, by ``T**2 * ln 2`` at 0.5. Near 0 it behaves like
+    :func:`kd` (``jsd / beta`` tends to it), near 1 like :func:`reverse_kd` (``jsd / (1 - beta)`` tends to it).
+    Reduction: mean over the rows, sum over the classes, times T².
+
+    Args:
+        student_logits: ``[rows, classes]``, any float dtype.
+        teacher_logits: The same shape; ``-inf`` for a class that is excluded.
+        temperature: > 0; the paper uses 1.
+        beta: The teacher's share of the mixture, between 0 and 1 (both excluded). It also sets the size of the loss,
+            which vanishes at both ends; to move from :func:`kd` to :func:`reverse_kd` use one of them.
+
+    Returns:
+        A float32 scalar >= 0; 0 for equal probabilities.
+
+    Raises:
+        ValueError: If the shapes differ, ``temperature`` is not positive, ``beta`` is not between 0 and 1, or a row has
+            fewer than 2 classes.
+
+    Examples:
+        >>> round(jsd(torch.tensor([[99.0, 0.0]]), torch.tensor([[0.0, 99.0]])).item(), 4)  # ln 2
+        0.6931
+
+    References:
+        Agarwal et al. 2024, "On-Policy Distillation of Language Models: Learning from Self-Generated Mistakes",
+        equation 1 (arXiv 2306.13649, 2023).
+    """
+    if not 0.0 < beta < 1.0:
+        raise ValueError(
+            f"`beta` must be between 0 and 1, got {beta}. At both ends the divergence is 0: use loss='kd' (0) or "
+            "loss='reverse_kd' (1)."
+        )
+    student, teacher = log_probabilities(student_logits, teacher_logits, temperature)
+    finite = student.clamp_min(torch.finfo(torch.float32).min)  # the gradient of logaddexp(-inf, -inf) is NaN
+    mixture = torch.logaddexp(teacher + math.log(beta), finite + math.log1p(-beta))
+    divergences = beta * divergence(mixture, teacher) + (1.0 - beta) * divergence(mixture, student)
+    return divergences.mean() * temperature**2
 
 
 @LOSSES.register("logit_std")
@@ -72,7 +148,7 @@ def logit_std(student_logits: Tensor, teacher_logits: Tensor, *, temperature: fl
     References:
         Sun et al. 2024, "Logit Standardization in Knowledge Distillation".
     """
-    _check_classes(student_logits)
+    check_classes(student_logits)
     return kd(_standardized(student_logits), _standardized(teacher_logits), temperature=temperature)
 
 
@@ -109,11 +185,11 @@ def dkd(
     References:
         Zhao et al. 2022, "Decoupled Knowledge Distillation", equation 7.
     """
-    student, teacher = _log_softmax(student_logits, teacher_logits, temperature)
-    _check_targets(targets, student)
+    student, teacher = log_probabilities(student_logits, teacher_logits, temperature)
+    check_targets(targets, student)
     index = targets.long().unsqueeze(-1)
-    binary = _divergence(_target_and_rest(student, index), _target_and_rest(teacher, index))
-    others = _divergence(_without(student, index), _without(teacher, index))
+    binary = divergence(_target_and_rest(student, index), _target_and_rest(teacher, index))
+    others = divergence(_without(student, index), _without(teacher, index))
     return (target_weight * binary.mean() + other_weight * others.mean()) * temperature**2
 
 
@@ -165,7 +241,7 @@ def dist(
     References:
         Huang et al. 2022, "Knowledge Distillation from A Stronger Teacher".
     """
-    student, teacher = _log_softmax(student_logits, teacher_logits, temperature)
+    student, teacher = log_probabilities(student_logits, teacher_logits, temperature)
     if student.shape[0] < 2:
         raise ValueError(
             "loss 'dist' compares each class over the batch and needs at least 2 rows, got 1. Pass drop_last=True to "
@@ -215,7 +291,7 @@ def bce(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 
 
     Arguments, result and errors as for :func:`kd`.
     """
-    _check_temperature(temperature)
+    check_temperature(temperature)
     student, teacher = (x / temperature for x in same_shape(student_logits, teacher_logits))
     yes = F.logsigmoid(teacher).exp() * (F.logsigmoid(teacher) - F.logsigmoid(student))
     no = F.logsigmoid(-teacher).exp() * (F.logsigmoid(-teacher) - F.logsigmoid(-student))
@@ -243,7 +319,7 @@ def cosine(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
         ValueError: If the shapes differ or a row has one entry.
     """
     student, teacher = same_shape(student_logits, teacher_logits)
-    _check_classes(student)
+    check_classes(student)
     return 1.0 - F.cosine_similarity(student, teacher, dim=-1).mean()
 
 
@@ -274,13 +350,13 @@ def listwise(
         Cao et al. 2007, "Learning to Rank: From Pairwise Approach to Listwise Approach" (top-one probabilities);
         Tang and Wang 2018, "Ranking Distillation".
     """
-    student, teacher = _log_softmax(student_logits, teacher_logits, temperature)
+    student, teacher = log_probabilities(student_logits, teacher_logits, temperature)
     if top_k is not None:
         if not 1 <= top_k <= teacher.shape[-1]:
             raise ValueError(f"`top_k` must be in [1, {teacher.shape[-1]}] (the items), got {top_k}.")
         teacher, items = teacher.topk(top_k, -1)
         teacher, student = teacher.log_softmax(-1), student.gather(-1, items)
-    return _divergence(student, teacher).mean() * temperature**2
+    return divergence(student, teacher).mean() * temperature**2
 
 
 @LOSSES.register("label_smoothing", needs=("targets",))
@@ -308,57 +384,17 @@ def label_smoothing(
     """
     if not 0.0 <= smoothing <= 1.0:
         raise ValueError(f"`smoothing` must be a fraction in [0, 1], got {smoothing}.")
-    _check_classes(student_logits)
-    _check_targets(targets, student_logits)
+    check_classes(student_logits)
+    check_targets(targets, student_logits)
     return F.cross_entropy(student_logits.float(), targets.long(), label_smoothing=smoothing)
 
 
 label_smoothing.teacher_free = True  # type: ignore[attr-defined]
 
-
-def _log_softmax(student: Tensor, teacher: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    _check_temperature(temperature)
-    student, teacher = same_shape(student, teacher)
-    _check_classes(student)
-    return (student / temperature).log_softmax(-1), (teacher / temperature).log_softmax(-1)
-
-
-def _divergence(student: Tensor, teacher: Tensor) -> Tensor:
-    """Return KL(teacher || student) of log probabilities, summed over the classes; excluded classes count as 0."""
-    weighted = teacher.exp() * (teacher - student)
-    return torch.where(teacher == -torch.inf, torch.zeros_like(weighted), weighted).sum(-1)
+for _loss in (kd, reverse_kd, jsd, logit_std, dkd, mse, bce, cosine, listwise, label_smoothing):
+    _loss.by_rows = True  # type: ignore[attr-defined]
 
 
 def _standardized(logits: Tensor) -> Tensor:
     logits = logits.float()
     return (logits - logits.mean(-1, keepdim=True)) / (logits.std(-1, keepdim=True) + 1e-7)
-
-
-def _check_classes(logits: Tensor) -> None:
-    """Reject one logit per row: its softmax is always 1, so the teacher would have no effect."""
-    if logits.shape[-1] < 2:
-        raise ValueError(
-            f"the loss compares the classes of a row and needs at least 2, got logits {tuple(logits.shape)}. One logit "
-            "per row is a binary answer: use loss='bce' (loss='mse' for a number)."
-        )
-
-
-def _check_targets(targets: Tensor, logits: Tensor) -> None:
-    """Reject labels that are not classes of the rows; values are checked on the CPU only, to wait for no device."""
-    if targets.shape != logits.shape[:-1]:
-        raise ValueError(
-            f"`targets` must be one class per row, {tuple(logits.shape[:-1])}, got {tuple(targets.shape)}."
-        )
-    if targets.device.type != "cpu" or not targets.numel():
-        return
-    low, high = (int(end) for end in targets.masked_fill(targets == IGNORED, 0).aminmax())
-    if low < 0 or high >= logits.shape[-1]:
-        raise ValueError(
-            f"`targets` must be classes from 0 to {logits.shape[-1] - 1}, got {low if low < 0 else high}. Label "
-            f"unlabeled rows {IGNORED}."
-        )
-
-
-def _check_temperature(temperature: float) -> None:
-    if not temperature > 0.0 or math.isinf(temperature):
-        raise ValueError(f"`temperature` must be a finite number > 0, got {temperature}. 4.0 is usual.")
