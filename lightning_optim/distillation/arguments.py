@@ -1,16 +1,18 @@
 """Checks of a DistillationModule's arguments: students that can be distilled, and values in range."""
 
-from typing import Any
+from typing import Any, cast
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
 from lightning_optim.checks import check_count, listed
 from lightning_optim.distillation.hooks import is_lightning
+from lightning_optim.distillation.subclass_points import SubclassPoints
 from lightning_optim.target import ForwardInputs
 
-__all__ = ["SEVERAL", "apply_example", "check_student", "classes_of", "optimizers_of"]
+__all__ = ["SEVERAL", "apply_example", "check_chunk_size", "check_student", "classes_of", "optimizers_of"]
 
 SEVERAL = (
     "distillation adds one loss to one optimizer, and the student configures {}. Give it one optimizer (with parameter "
@@ -40,6 +42,33 @@ def classes_of(places: Any) -> list[int]:
     for place in classes:
         check_count("teacher_classes", place, 0)
     return classes
+
+
+def check_chunk_size(points: SubclassPoints, size: Any) -> int | str | None:
+    """Return the number of rows compared at a time, after a check that the losses can be.
+
+    Args:
+        points: The distillation module.
+        size: What the user passed.
+    """
+    if size is None or size == "auto":
+        return cast("str | None", size)
+    if isinstance(size, str):
+        raise ValueError(f"`chunk_size` must be a number of rows >= 1, 'auto' or None, got {size!r}.")
+    check_count("chunk_size", size, 1)
+    over_batch = points._objective.over_batch
+    if over_batch:
+        raise ValueError(
+            f"loss {over_batch[0]!r} needs all rows of a batch at once, so `chunk_size={size}` cannot hold. Leave "
+            "`chunk_size` out, or choose another loss; a loss of your own that is a mean of one value per row says so: "
+            "`loss.by_rows = True`."
+        )
+    if is_overridden("kd_loss", points, SubclassPoints):
+        raise ValueError(
+            f"{type(points).__name__}.kd_loss gets all rows of a batch, so `chunk_size={size}` cannot hold. Leave "
+            "`chunk_size` out, or pass your function as `loss`, with `by_rows = True` on it."
+        )
+    return int(size)
 
 
 def optimizers_of(configured: Any) -> list[Any]:

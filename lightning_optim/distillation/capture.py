@@ -101,6 +101,11 @@ class Capture:
         layer._compiled_call_impl = call
         self._restore.append(lambda: setattr(layer, "_compiled_call_impl", compiled))
 
+    def clear(self) -> None:
+        """Forget the calls up to now."""
+        for calls in self.calls.values():
+            calls.clear()
+
     def outputs(self, name: str) -> list[Tensor]:
         """Return the tensors that a layer returned, one per call."""
         return [tensor_of(output) for _, output in self.calls[name]]

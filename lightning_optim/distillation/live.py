@@ -1,14 +1,25 @@
 """The live teacher of a distillation: what it answers to the inputs of the student."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_optim.distillation.capture import Capture, find_layer
+from lightning_optim.distillation.heads import (
+    Answer,
+    Head,
+    HeadAnswer,
+    find_head,
+    is_hugging_face,
+    outputs_of,
+    proven,
+    stopped_at,
+    without_labels,
+)
 from lightning_optim.distillation.positions import one_a_row
 from lightning_optim.distillation.subclass_points import SubclassPoints
 from lightning_optim.distillation.teacher import Teacher, shared_parameters
@@ -24,6 +35,8 @@ class LiveTeacher:
     points: SubclassPoints
     autocast: torch.dtype | None
     teacher: Teacher | None = None
+    _heads: dict[int, Head | None] = field(default_factory=dict)
+    """The head of each teacher, by its number; None if it cannot be called alone. Found in the first batch."""
 
     def set(self, teacher: Any) -> None:
         """Take a teacher, or None.
@@ -43,7 +56,7 @@ class LiveTeacher:
             for feature in self.points.features:
                 find_layer(handle.networks[0], feature.teacher, "feature of the teacher")
             handle.freeze()
-        self.teacher = handle
+        self.teacher, self._heads = handle, {}
 
     def required(self) -> Teacher:
         """Return the teacher.
@@ -68,16 +81,76 @@ class LiveTeacher:
         own = self.points.teacher_inputs(item)
         return inputs if own is None else as_forward_inputs(own)
 
-    def ask(self, inputs: ForwardInputs, item: Any) -> tuple[list[Tensor], dict[str, Tensor]]:
-        """Return the logits of each teacher, and the outputs of the first one's layers that features name."""
-        teacher = self.required()
+    def ask(
+        self, inputs: ForwardInputs, item: Any, *, classes: int | None = None
+    ) -> tuple[list[Answer], dict[str, Tensor]]:
+        """Return what each teacher answers, and the outputs of the first one's layers that features name.
+
+        Args:
+            inputs: The arguments of the student's forward.
+            item: The batch without its index.
+            classes: Number of the student's classes, if it is enough to have the teachers' logits row by row: those of
+                a teacher whose head can be called alone are then not computed yet. None: compute them.
+        """
+        teacher, own = self.required(), self.inputs_for(inputs, item)
         names = dict.fromkeys(feature.teacher for feature in self.points.features)
+        answers: list[Answer] = []
         with Capture(teacher.networks[0], names, "feature of the teacher") as captured:
-            logits = [self.points.get_logits(answer) for answer in teacher(self.inputs_for(inputs, item))]
+            for number, network in enumerate(teacher.networks):
+                answer: Answer | None = None
+                if classes is not None:
+                    answer = self._up_to_head(number, own, classes, () if number else names)
+                if answer is None:
+                    if not number:
+                        captured.clear()
+                    answer = self._logits(network, own)
+                answers.append(answer)
         for name in names:
             if not captured.calls[name]:
                 raise RuntimeError(f"the teacher's layer {name!r} is never called by its forward. Name another layer.")
-        return logits, {name: captured.outputs(name)[0] for name in names}
+        return answers, {name: captured.outputs(name)[0] for name in names}
+
+    def _logits(self, network: nn.Module, inputs: ForwardInputs) -> Tensor:
+        if is_hugging_face(network):  # it would compute a loss, for which nobody asks
+            inputs = replace(inputs, kwargs=without_labels(network, inputs.kwargs or {}))
+        return self.points.get_logits(self.required().answer(network, inputs))
+
+    def _up_to_head(
+        self, number: int, inputs: ForwardInputs, classes: int, features: Collection[str]
+    ) -> HeadAnswer | None:
+        """Return the answer of a teacher whose head can be called alone; None if it cannot."""
+        teacher, network = self.required(), self.required().networks[number]
+        known = self._heads.get(number)
+        if known is not None:
+            layer: nn.Module | None = known.layer
+        elif number in self._heads:
+            layer = None
+        else:
+            outputs = classes if self.points.teacher_classes is None else max(self.points.teacher_classes) + 1
+            layer = find_head(network, outputs, features)
+        self._heads[number] = None
+        if layer is None:
+            return None
+        try:
+            with stopped_at(network, layer) as calls:
+                logits = self._logits(network, inputs)
+        except (ValueError, RuntimeError):
+            if known is not None:
+                raise
+            return None  # its forward needs all logits: ask for them
+        if len(calls) != 1:
+            return None
+        hidden, output = calls[0]
+        head = known or proven(network, layer, output, logits)
+        self._heads[number] = head
+        if head is None:
+            return None
+
+        def of(rows: Tensor) -> Tensor:
+            with torch.no_grad(), teacher.precision(rows.device):
+                return head(rows)
+
+        return HeadAnswer(hidden, (*hidden.shape[:-1], outputs_of(layer)), of)
 
     def combine(self, answers: Sequence[Tensor], dim: int, *, one_logit: bool) -> Tensor:
         """Return the logits of all teachers combined.
@@ -101,7 +174,7 @@ class LiveTeacher:
         """
         points = self.points
         own = map_inputs(lambda tensor: tensor.to(points.device), self.inputs_for(inputs, item))
-        answers = [points.get_logits(answer) for answer in self.required()(own)]
+        answers = [self._logits(network, own) for network in self.required().networks]
         if len(answers) == 1:
             return answers[0].float()
         first = one_a_row(answers[0])

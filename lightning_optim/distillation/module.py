@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from lightning_optim import checkpoint
 from lightning_optim.change import Changed
 from lightning_optim.checks import check_path, listed
-from lightning_optim.distillation.arguments import SEVERAL, check_student, classes_of, optimizers_of
+from lightning_optim.distillation.arguments import SEVERAL, check_chunk_size, check_student, classes_of, optimizers_of
 from lightning_optim.distillation.cached import CachedTeacher
 from lightning_optim.distillation.checkpoints import Checkpoints
 from lightning_optim.distillation.features import Feature
@@ -57,7 +57,7 @@ class DistillationModule(StandsForStudent, SubclassPoints):
             None: ``"kd"``, or ``"bce"`` if a row has one logit.
         alpha: Weight of the distillation loss in [0, 1], or a :class:`Ramp`.
         temperature: > 0, or a :class:`Ramp`; None: each loss uses the value of its paper (kd 4, dkd 4, logit_std 2,
-            dist 1). Losses without temperature do not get it.
+            dist, jsd and reverse_kd 1). Losses without temperature do not get it.
         logits_from: Name of the student's layer whose output are the logits, if its step does not call its own
             ``forward`` but, for example, ``self.net(x)``: ``"net"``.
         features: ``(student layer, teacher layer[, loss[, weight]])`` each, or :class:`Feature`; see
@@ -66,6 +66,10 @@ class DistillationModule(StandsForStudent, SubclassPoints):
             :class:`IndexedDataset` without augmentation.
         teacher_classes: Indices of the teacher's outputs that are the student's classes, in the student's order.
         teacher_autocast: Dtype of the teacher's autocast (``torch.bfloat16``); None: its own precision.
+        chunk_size: Rows (samples, or positions of sequences) that are compared at a time, so that no loss keeps tensors
+            of the logits' size; the gradients are the same. An int >= 1; ``"auto"``: all at once below 64 MB of
+            float32 logits, else 16 MB; None: all at once. The head of a teacher that returns its last Linear's output
+            is called for the same rows, so its logits are never whole.
         example_inputs: Arguments of the student's forward, which size projectors. Default: its ``example_input_array``,
             or else the first training batch.
         optimizer: For a plain student: ``parameters -> optimizer``, such as ``partial(torch.optim.Adam, lr=1e-3)``.
@@ -114,6 +118,7 @@ class DistillationModule(StandsForStudent, SubclassPoints):
         cache: str | Path | None = None,
         teacher_classes: Sequence[int] | None = None,
         teacher_autocast: torch.dtype | None = None,
+        chunk_size: int | str | None = "auto",
         example_inputs: Any = None,
         optimizer: Callable[[Any], Optimizer] | None = None,
         task_loss: Callable[[Tensor, Any], Tensor] | None = None,
@@ -140,7 +145,7 @@ class DistillationModule(StandsForStudent, SubclassPoints):
         self._live = LiveTeacher(self, teacher_autocast)
         self._cached = None if cache is None else CachedTeacher(self, self._live, Path(cache))
         self._matching = FeatureMatching(self, self._live, example_inputs)
-        comparison = LogitComparison(self, self._ramps, self._live)
+        comparison = LogitComparison(self, self._ramps, self._live, check_chunk_size(self, chunk_size))
         self._step = Step(self, self._ramps, self._live, self._cached, self._matching, comparison)
         self._checkpoints = Checkpoints(self._step)
         self.set_teacher(teacher)

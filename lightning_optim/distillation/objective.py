@@ -16,6 +16,8 @@ __all__ = ["LogitLosses"]
 DEFAULT = "kd"
 DEFAULT_OF_ONE = "bce"
 """The default if a row has one logit, which has no softmax."""
+BY_ROWS = "by_rows"
+"""The mark of a loss that is a mean of one value per row."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ class LogitLosses:
         values = {}
         for name, function in losses.functions.items():
             own, rows = arguments, (student_logits, teacher_logits)
-            if labeled is not None and "targets" in getattr(_unwrapped(function), "needs", ()):
+            if labeled is not None and _needs_labels(function):
                 rows = (student_logits[labeled], teacher_logits[labeled])
                 own = {**arguments, "targets": arguments["targets"][labeled]}
                 if not len(rows[0]):
@@ -87,6 +89,21 @@ class LogitLosses:
     def total(self, losses: Mapping[str, Tensor]) -> Tensor:
         """Return the weighted sum, float32; an unknown loss has weight 1."""
         return torch.stack([self.weights.get(name, 1.0) * value.float() for name, value in losses.items()]).sum()
+
+    def shares(self, targets: Any, part: slice, rows: int) -> dict[str, Tensor | float]:
+        """Return the weight of a part of the rows in the mean of each loss: losses with labels count labeled rows.
+
+        Args:
+            targets: Labels of all rows; None: none.
+            part: Which rows.
+            rows: Number of all rows.
+        """
+        of_rows = len(range(*part.indices(rows))) / rows
+        labeled: Tensor | float = of_rows
+        if isinstance(targets, Tensor) and targets.shape == (rows,):
+            counts = targets != IGNORED
+            labeled = counts[part].sum() / counts.sum().clamp_min(1)
+        return {name: labeled if _needs_labels(function) else of_rows for name, function in self.functions.items()}
 
     @property
     def needs(self) -> set[str]:
@@ -104,12 +121,21 @@ class LogitLosses:
         return self._all("elementwise")
 
     @property
+    def over_batch(self) -> list[str]:
+        """Names of the losses that may compare rows with each other, so that they need all rows at once."""
+        return [name for name, function in self.functions.items() if not getattr(_unwrapped(function), BY_ROWS, False)]
+
+    @property
     def teacher_free(self) -> bool:
         """Whether no loss uses a teacher."""
         return self._all("teacher_free")
 
     def _all(self, mark: str) -> bool:
         return all(getattr(_unwrapped(function), mark, False) for function in self.functions.values())
+
+
+def _needs_labels(function: Any) -> bool:
+    return "targets" in getattr(_unwrapped(function), "needs", ())
 
 
 def _unwrapped(function: Any) -> Any:

@@ -157,6 +157,10 @@ class Rows:
         """Return the rows of logits, ``[rows, classes]``."""
         return rows_of(logits, self.keep, self.dim)
 
+    def count(self, logits: Tensor) -> int:
+        """Return the number of rows of logits that count."""
+        return logits.numel() // logits.shape[self.dim] if self.keep is None else int(self.keep.sum())
+
 
 class Positions:
     """Finds the rows of each call, and remembers the layout of earlier batches.

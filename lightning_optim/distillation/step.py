@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_optim.distillation.cached import CachedTeacher
 from lightning_optim.distillation.capture import Capture
+from lightning_optim.distillation.heads import Answer
 from lightning_optim.distillation.hooks import as_student, is_lightning
 from lightning_optim.distillation.indexed import without_index
 from lightning_optim.distillation.live import LiveTeacher
@@ -91,23 +92,28 @@ class Step:
         parts: dict[str, Tensor] = {}
         for number, (inputs, output) in enumerate(calls):
             self.matching.note_example(inputs)
-            answers, layers = self._answers(inputs, batch)
+            logits = one_a_row(self.points.get_logits(output)) if alpha > 0.0 else None
+            answers, layers = self._answers(inputs, batch, logits)
             losses = self.matching.losses(captured, layers, number)
-            if alpha > 0.0:
+            if logits is not None:
                 loss = find_loss(output)
                 loss = task if loss is None and len(calls) == 1 else loss
-                logits = one_a_row(self.points.get_logits(output))
                 with torch.autocast(logits.device.type, enabled=False):
                     losses |= self.comparison.losses(logits, answers, inputs, item, batch_idx, loss)
             for name, value in losses.items():
                 parts[name] = parts.get(name, 0.0) + value / len(calls)
         return parts
 
-    def _answers(self, inputs: ForwardInputs, batch: Any) -> tuple[list[Tensor], dict[str, Tensor]]:
-        """Return the logits of each teacher and the outputs of the layers that features name."""
+    def _answers(
+        self, inputs: ForwardInputs, batch: Any, logits: Tensor | None
+    ) -> tuple[list[Answer], dict[str, Tensor]]:
+        """Return what each teacher answers, and the outputs of the layers that features name."""
         if self.cached is not None and self.cached.cache is not None:
             return [self.cached.read(inputs, batch)], {}
-        return self.live.ask(inputs, without_index(batch)) if self.needs_teacher else ([], {})
+        if not self.needs_teacher:
+            return [], {}
+        classes = None if logits is None or not self.comparison.takes_rows(logits) else logits.shape[-1]
+        return self.live.ask(inputs, without_index(batch), classes=classes)
 
     def _total(self, task: Tensor, parts: Mapping[str, Tensor], alpha: float) -> Tensor:
         loss = task if alpha == 0.0 else (1.0 - alpha) * task

@@ -73,7 +73,7 @@ class Teacher:
 
     def __call__(self, inputs: ForwardInputs) -> list[Any]:
         """Return the output of each network."""
-        return [self._answer(network, inputs) for network in self.networks]
+        return [self.answer(network, inputs) for network in self.networks]
 
     def logits(
         self, inputs: ForwardInputs, get_logits: Callable[[Any], Tensor], *, dim: int = -1, binary: bool = False
@@ -91,7 +91,8 @@ class Teacher:
         """
         return ensemble_logits(logits, self.weights, dim=dim, binary=binary)
 
-    def _answer(self, network: nn.Module, inputs: ForwardInputs) -> Any:
+    def answer(self, network: nn.Module, inputs: ForwardInputs) -> Any:
+        """Return the output of one of the networks."""
         if any(module.training for module in network.modules()):
             network.eval()
         device, dtype = _first_device(inputs), _dtype_of(network)
@@ -99,7 +100,7 @@ class Teacher:
             network.to(device)
         moved = map_inputs(_moving(device, dtype), inputs)
         try:
-            with torch.no_grad(), self._precision(device):
+            with torch.no_grad(), self.precision(device):
                 return moved.call(network)
         except (AttributeError, LookupError, TypeError) as error:
             raise ValueError(
@@ -108,7 +109,8 @@ class Teacher:
                 "`teacher_inputs(batch)` to pass other arguments."
             ) from error
 
-    def _precision(self, device: torch.device | None) -> contextlib.AbstractContextManager[Any]:
+    def precision(self, device: torch.device | None) -> contextlib.AbstractContextManager[Any]:
+        """Return the context in which the networks compute: the autocast that was asked for, or none."""
         kind = "cpu" if device is None else device.type
         if not torch.amp.is_autocast_available(kind):
             return contextlib.nullcontext()

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_optim.functional.chunks import chunk_rows
+
 __all__ = [
     "IGNORED",
     "class_dims",
@@ -107,10 +109,20 @@ def tells_shift(logits: Tensor, labels: Tensor, loss: Tensor) -> bool | None:
         None if it is neither (label smoothing, weights, added terms), or both.
     """
     with torch.no_grad():
-        own = task_cross_entropy(logits, labels, 2)
-        following = task_cross_entropy(logits, labels_of_next(labels), 2)
-        near = [bool((value - loss.float()).abs() <= _CLOSE * (1.0 + loss.float().abs())) for value in (own, following)]
+        means = (_mean_cross_entropy(logits, own) for own in (labels, labels_of_next(labels)))
+        near = [bool((value - loss.float()).abs() <= _CLOSE * (1.0 + loss.float().abs())) for value in means]
     return near[1] if near[0] != near[1] else None
+
+
+def _mean_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the mean cross-entropy of the labeled positions; it keeps no tensor like the logits."""
+    size = chunk_rows("auto", logits.shape[1], logits.shape[2])
+    sums = [
+        F.cross_entropy(some.float(), own, reduction="sum")
+        for row, wanted in zip(logits, labels, strict=True)
+        for some, own in zip(row.split(size), wanted.split(size), strict=True)
+    ]
+    return torch.stack(sums).sum() / (labels != IGNORED).sum()
 
 
 def task_cross_entropy(logits: Tensor, labels: Tensor, dim: int) -> Tensor:
