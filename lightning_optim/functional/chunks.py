@@ -130,7 +130,11 @@ class _LossByChunks(torch.autograd.Function):
         return torch.stack(totals).sum(), values
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, of_total: Tensor, of_sums: Tensor) -> tuple[Tensor, None, None, None, None]:
+        if torch.is_grad_enabled():  # create_graph=True
+            raise RuntimeError(
+                "a loss compared in chunks of rows has no second derivative. Compare all rows at once: "
+                "`chunk_size=None`."
+            )
         (gradient,) = ctx.saved_tensors
         return gradient * (of_total / ctx.rows), None, None, None, None

@@ -21,7 +21,7 @@ def log_probabilities(student: Tensor, teacher: Tensor, temperature: float) -> t
 
 def divergence(student: Tensor, teacher: Tensor) -> Tensor:
     """Return KL(teacher || student) of log probabilities, summed over the classes; excluded classes count as 0."""
-    difference = torch.where(teacher == -torch.inf, 0.0, teacher - student)
+    difference = (teacher - student).masked_fill_(teacher == -torch.inf, 0.0)
     return (teacher.exp() * difference).sum(-1)
 
 
