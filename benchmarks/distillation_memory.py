@@ -6,7 +6,10 @@ of the process's resident memory in two steps after two others, above what it wa
 (``MALLOC_MMAP_THRESHOLD_``). It includes what operators need inside. Time is that of whole steps (forward, backward,
 SGD) in one process, the variants in turns; its ratio is to the step of the student alone in the same round.
 
-    python benchmarks/distillation_memory.py > benchmarks/distillation_memory_cpu_2026-11-30.md
+torchtune and Liger are installed without their dependencies (``pip install --no-deps --target PEERS torchtune
+liger-kernel``), of which these losses need none.
+
+    python benchmarks/distillation_memory.py --peers PEERS > benchmarks/distillation_memory_cpu_2026-11-30.md
 """
 
 import argparse
@@ -14,10 +17,13 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
-from importlib.util import find_spec
+from functools import partial
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from inspect import signature
 from pathlib import Path
 from statistics import median
 
@@ -29,12 +35,14 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lightning_optim import DistillationModule
+from lightning_optim.distillation import LogitCache, Teacher
+from lightning_optim.distillation.indexed import Indexed
 
 TOKENS = {32_000: 1_024, 150_000: 256}
 BATCH = 2
 STUDENT, TEACHER = (256, 2), (512, 4)
 ALPHA, TEMPERATURE = 0.5, 2.0
-SGD = 1e-3
+sgd = partial(torch.optim.SGD, lr=1e-3)
 
 Step = Callable[[], None]
 
@@ -54,7 +62,7 @@ def batch_of(vocabulary: int, masked: float) -> dict[str, Tensor]:
 
 
 def stepping(student: nn.Module, loss: Callable[[], Tensor]) -> Step:
-    optimizer = torch.optim.SGD(student.parameters(), SGD)
+    optimizer = sgd(student.parameters())
 
     def step() -> None:
         loss().backward()
@@ -67,7 +75,6 @@ def stepping(student: nn.Module, loss: Callable[[], Tensor]) -> Step:
 def distilled(vocabulary: int, masked: float = 0.0, **options: object) -> Step:
     student, teacher = llama(*STUDENT, vocabulary, 0), llama(*TEACHER, vocabulary, 1)
     options = {"alpha": ALPHA, "temperature": TEMPERATURE, **options}
-    sgd = lambda parameters: torch.optim.SGD(parameters, SGD)  # noqa: E731
     module = DistillationModule(student, teacher, optimizer=sgd, **options)
     batch = batch_of(vocabulary, masked)
     return stepping(student, lambda: module.training_step(batch, 0))
@@ -86,7 +93,6 @@ class Whole(nn.Module):
 
 def distilled_by_whole(vocabulary: int) -> Step:
     student, teacher = llama(*STUDENT, vocabulary, 0), Whole(llama(*TEACHER, vocabulary, 1))
-    sgd = lambda parameters: torch.optim.SGD(parameters, SGD)  # noqa: E731
     module = DistillationModule(student, teacher, optimizer=sgd, alpha=ALPHA, temperature=TEMPERATURE)
     batch = batch_of(vocabulary, 0.0)
     return stepping(student, lambda: module.training_step(batch, 0))
@@ -115,39 +121,83 @@ def plain_loop(vocabulary: int) -> Step:
 
 
 def torchtune_chunked(vocabulary: int) -> Step:
-    """Torchtune's chunked forward KL: temperature 1, and both models' logits whole, given in 8 chunks of tokens."""
-    from torchtune.modules.loss import ForwardKLWithChunkedOutputLoss
-
+    """Torchtune's chunked forward KL, temperature 1; its file alone, because the package imports torchao."""
+    found = find_spec("torchtune")
+    assert found is not None
+    assert found.submodule_search_locations is not None
+    file = Path(found.submodule_search_locations[0]) / "modules" / "loss" / "kd_losses.py"
+    spec = spec_from_file_location("kd_losses", file)
+    assert spec is not None
+    assert spec.loader is not None
+    kd_losses = module_from_spec(spec)
+    spec.loader.exec_module(kd_losses)
     student, teacher = llama(*STUDENT, vocabulary, 0), llama(*TEACHER, vocabulary, 1).eval()
-    batch, kl = batch_of(vocabulary, 0.0), ForwardKLWithChunkedOutputLoss(8)
+    batch, kl = batch_of(vocabulary, 0.0), kd_losses.ForwardKLWithChunkedOutputLoss(8)
 
     def loss() -> Tensor:
         answer = student(**batch)
         with torch.no_grad():
             taught = teacher(input_ids=batch["input_ids"]).logits
-        labels = batch["labels"][:, 1:]
-        kd = kl(answer.logits[:, :-1].chunk(8, 1), taught[:, :-1].chunk(8, 1), labels)
+        kd = kl(answer.logits[:, :-1].chunk(8, 1), taught[:, :-1].chunk(8, 1), batch["labels"][:, 1:])
         return (1.0 - ALPHA) * answer.loss + ALPHA * kd
 
     return stepping(student, loss)
+
+
+def liger_fused(vocabulary: int) -> Step:
+    """Liger's fused linear loss in plain torch (beta 0 is forward KL): it multiplies both heads itself."""
+    from liger_kernel.chunked_loss.jsd_loss import LigerFusedLinearJSDLoss
+
+    student, teacher = llama(*STUDENT, vocabulary, 0), llama(*TEACHER, vocabulary, 1).eval()
+    batch = batch_of(vocabulary, 0.0)
+    fused = LigerFusedLinearJSDLoss(
+        1.0 - ALPHA, ALPHA, beta=0.0, temperature=TEMPERATURE, compiled=False, chunk_size=128
+    )
+
+    def loss() -> Tensor:
+        ids, labels = batch["input_ids"], batch["labels"]
+        ours = student.model(input_ids=ids).last_hidden_state[:, :-1].flatten(0, 1)
+        with torch.no_grad():
+            theirs = teacher.model(input_ids=ids).last_hidden_state[:, :-1].flatten(0, 1)
+        return fused(ours, student.lm_head.weight, theirs, teacher.lm_head.weight, labels[:, 1:].flatten())
+
+    return stepping(student, loss)
+
+
+def from_cache(vocabulary: int) -> Step:
+    """The likeliest 32 words of each position from a file."""
+    folder = tempfile.mkdtemp()
+    teacher, batch = Teacher([llama(*TEACHER, vocabulary, 1)]), batch_of(vocabulary, 0.0)
+    teacher.freeze()
+    index = torch.arange(BATCH)
+    with torch.no_grad():
+        logits = teacher.networks[0](input_ids=batch["input_ids"]).logits
+    counted = torch.cat([batch["labels"][:, 1:] != -100, torch.zeros(BATCH, 1, dtype=torch.bool)], 1)
+    file = Path(folder) / "teacher.bin"
+    answers = [(index, logits, counted)]
+    LogitCache.build(file, answers, teacher=teacher.checksum(), rows=BATCH, top_k=32, progress=False)
+    del logits, answers
+    student = llama(*STUDENT, vocabulary, 0)
+    module = DistillationModule(student, optimizer=sgd, alpha=ALPHA, temperature=1.0, cache=file, cache_top_k=32)
+    module._cached.cache = LogitCache(file)
+    return stepping(student, lambda: module.training_step(Indexed(batch, index), 0))
 
 
 VARIANTS: dict[str, Callable[[int], Step]] = {
     "student alone": plain,
     "own loop, `F.kl_div`": plain_loop,
     "torchtune, 8 chunks": torchtune_chunked,
+    "Liger, both heads fused": liger_fused,
     "`kd`, whole": lambda vocabulary: distilled(vocabulary, chunk_size=None),
     "`kd`, chunked, teacher's logits whole": distilled_by_whole,
     "`kd`, chunked": distilled,
     "`kd`, chunked, 3/4 of the tokens are prompt": lambda vocabulary: distilled(vocabulary, 0.75),
-    "`dkd`, whole": lambda vocabulary: distilled(vocabulary, loss="dkd", chunk_size=None),
     "`dkd`, chunked": lambda vocabulary: distilled(vocabulary, loss="dkd"),
     "`reverse_kd`, chunked": lambda vocabulary: distilled(vocabulary, loss="reverse_kd"),
     "`jsd`, chunked": lambda vocabulary: distilled(vocabulary, loss="jsd"),
+    "`kd`, cached, 32 words": from_cache,
 }
-if find_spec("torchtune") is None:
-    del VARIANTS["torchtune, 8 chunks"]
-TIMED = [name for name in VARIANTS if not name.startswith(("`dkd", "`reverse", "`jsd"))]
+UNTIMED = ("`dkd", "`reverse", "`jsd")
 
 
 def peak(name: str, vocabulary: int) -> float:
@@ -167,8 +217,8 @@ def memory(field: str) -> float:
     return 1024.0 * next(int(line.split()[1]) for line in lines if line.startswith(field))
 
 
-def peak_alone(name: str, vocabulary: int) -> float:
-    command = [sys.executable, __file__, "--cell", name, str(vocabulary)]
+def peak_alone(name: str, vocabulary: int, peers: str) -> float:
+    command = [sys.executable, __file__, "--peers", peers, "--cell", name, str(vocabulary)]
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1000000", "MALLOC_TRIM_THRESHOLD_": "1000000"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     return float(done.stdout.split()[-1])
@@ -191,8 +241,14 @@ def ratios(names: list[str], vocabulary: int, rounds: int) -> dict[str, list[flo
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--peers", default="", help="folder in which torchtune and Liger are installed")
     parser.add_argument("--cell", nargs=2)
     arguments = parser.parse_args()
+    sys.path.append(arguments.peers)
+    if not arguments.peers:
+        del VARIANTS["torchtune, 8 chunks"], VARIANTS["Liger, both heads fused"]
+    if "cache_top_k" not in signature(DistillationModule).parameters:
+        del VARIANTS["`kd`, cached, 32 words"]
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     prepare(threads=1)
@@ -206,8 +262,9 @@ def main() -> None:
         unit = 4 * tokens * vocabulary
         print(f"## {vocabulary:,} words, {tokens:,} tokens (a unit is {unit / 1e6:.0f} MB)\n")
         print("| | peak, units | above the student alone | step, ratio (median, range) |\n| --- | --- | --- | --- |")
-        peaks = {name: peak_alone(name, vocabulary) / unit for name in VARIANTS}
-        spent = ratios(TIMED, vocabulary, arguments.rounds)
+        peaks = {name: peak_alone(name, vocabulary, arguments.peers) / unit for name in VARIANTS}
+        timed = [name for name in VARIANTS if not name.startswith(UNTIMED)]
+        spent = ratios(timed, vocabulary, arguments.rounds)
         for name, used in peaks.items():
             shown = spent.get(name)
             told = f"{median(shown):.2f} ({min(shown):.2f} to {max(shown):.2f})" if shown else ""

@@ -258,6 +258,7 @@ FUNCTIONS = {
         "loss": lambda v: v is None or (isinstance(v, str) and v in LOSSES),
         "alpha": lambda v: is_number(v, 0, 1),
         "temperature": lambda v: v is None or is_number(v, 1e-6, 1e6),
+        "chunk_size": lambda v: v is None or v == "auto" or (type(v) is int and v >= 1),
         "logits_from": lambda v: v == "",
         "features": lambda v: isinstance(v, (list, dict, str)) and not v,
         "cache": lambda v: v is None or (isinstance(v, str) and v != ""),

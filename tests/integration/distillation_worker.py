@@ -40,6 +40,7 @@ class InDDPIndexed(InDDP):
 def module(name: str, folder: Path) -> DistillationModule:
     words = {
         "kd": {},
+        "chunks": {"loss": {"reverse_kd": 1.0, "jsd": 1.0}, "chunk_size": 3},
         "ramps": {"alpha": Ramp(0.9, 0.1, "cosine"), "temperature": Ramp(4.0, 1.0)},
         "cache": {"cache": folder / "logits.cache"},
     }.get(name, {"features": HINT})

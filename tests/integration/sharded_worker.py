@@ -42,13 +42,14 @@ class Deep(Language):
 
 
 class Distilled(DistillationModule):
-    """The small model learns from a wider one, from its logits and from a layer through a projector."""
+    """The small model learns from a wider one, from its logits in chunks and from a layer through a projector."""
 
     def __init__(self) -> None:
         torch.manual_seed(5)
         teacher = Language(width=48)
         torch.manual_seed(3)
-        super().__init__(Language(), teacher, features=[Feature("net.blocks.0", "net.blocks.0", "hint")])
+        features = [Feature("net.blocks.0", "net.blocks.0", "hint")]
+        super().__init__(Language(), teacher, features=features, chunk_size=5)
         self.losses = []
 
     def train_dataloader(self):

@@ -21,6 +21,8 @@ SLOW = (
     "hint/32-true",
     "hint/bf16-true",
     "ramps/32-true",
+    "chunks/32-true",
+    "chunks/bf16-mixed",
     "ema/32-true",
     "weights/32-true",
     "integers/32-true",
