@@ -79,15 +79,28 @@ def find_head(network: nn.Module, classes: int, whole: Collection[str] = ()) -> 
         classes: The least number of outputs.
         whole: Names of layers whose outputs are needed: none of them may be the head, or hold it.
     """
-    if is_compiled(network) or getattr(network, "_compiled_call_impl", None) is not None or is_sharded(network):
+    if is_compiled(network) or is_sharded(network):
         return None
-    named = [module.get_output_embeddings() for module in network.modules() if is_hugging_face(module)]
-    chosen = [layer for layer in named if isinstance(layer, LINEARS)]
+    models: list[Any] = [module for module in network.modules() if is_hugging_face(module)]
+    named = [model.get_output_embeddings() for model in models]
+    chosen: list[Any] = [layer for layer in named if isinstance(layer, LINEARS)]
     layers = chosen or [layer for layer in network.modules() if isinstance(layer, LINEARS)]
     head = next((layer for layer in reversed(layers) if outputs_of(layer) >= classes), None)
-    names = [name for name, layer in network.named_modules(remove_duplicate=False) if layer is head]
-    above = any(f".{name}.".startswith(f".{held}.") or not held for name in names for held in whole)
-    return None if above else head
+    for name, layer in network.named_modules(remove_duplicate=False):
+        if layer is head and (_is_compiled_in(network, name) or any(_holds(other, name) for other in whole)):
+            return None
+    return head
+
+
+def _holds(outer: str, inner: str) -> bool:
+    return not outer or f"{inner}.".startswith(f"{outer}.")
+
+
+def _is_compiled_in(network: nn.Module, name: str) -> bool:
+    """Whether a layer or one around it was compiled in place: hooks would be compiled too, anew in each step."""
+    parts = name.split(".")
+    around = (network.get_submodule(".".join(parts[:depth])) for depth in range(len(parts) + 1))
+    return any(getattr(module, "_compiled_call_impl", None) is not None for module in around)
 
 
 def outputs_of(layer: nn.Module) -> int:
@@ -116,8 +129,7 @@ def stopped_at(network: nn.Module, head: nn.Module) -> Iterator[list[tuple[Tenso
         return args, without_labels(model, kwargs)
 
     hooks = [head.register_forward_pre_hook(shorten), head.register_forward_hook(note)]
-    models = [module for module in network.modules() if is_hugging_face(module)]
-    hooks += [model.register_forward_pre_hook(unlabeled, with_kwargs=True) for model in models]
+    hooks += [model.register_forward_pre_hook(unlabeled, with_kwargs=True) for model in _outermost(network)]
     try:
         yield calls
     finally:
@@ -144,6 +156,15 @@ def proven(network: nn.Module, head: nn.Module, output: Tensor, logits: Tensor) 
 def is_hugging_face(module: nn.Module) -> bool:
     """Whether a module is a model of transformers, told by the name of its base class."""
     return any(base.__name__ == "PreTrainedModel" for base in type(module).__mro__)
+
+
+def _outermost(network: nn.Module) -> Iterator[nn.Module]:
+    """Yield the Hugging Face models in a network that are in no other; they pass no labels on."""
+    if is_hugging_face(network):
+        yield network
+        return
+    for child in network.children():
+        yield from _outermost(child)
 
 
 def without_labels(model: nn.Module, kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -164,7 +164,8 @@ def _by_chunks(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the weighted sum of the losses, and each of them, compared ``size`` rows at a time."""
     places = RowPlaces.of(logits, taught.rows.dim, taught.rows.keep)
-    count, targets = len(places), arguments.get("targets")
+    targets: Any = arguments.get("targets")
+    count = len(places)
     sliced = isinstance(targets, Tensor) and targets.ndim > 0 and len(targets) == count
 
     def compare(ours: Tensor, part: slice) -> tuple[Tensor, Tensor]:

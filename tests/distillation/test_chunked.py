@@ -328,14 +328,17 @@ def test_a_new_head_or_teacher_is_found_again():
     assert module.training_step((IDS, IDS), 0).item() == pytest.approx(first, rel=1e-6) != second
 
 
-@pytest.mark.parametrize("whole", [False, True])
-def test_a_compiled_teacher_is_asked_for_all(whole):
+@pytest.mark.parametrize("how", ["wrapped", "in place", "its head"])
+def test_a_compiled_teacher_is_asked_for_all(how):
     by = made(Text, 1)
     expected = learned(made(Text, 0), copy.deepcopy(by), (IDS, IDS), chunk_size=None)
-    if whole:
-        by.compile(backend="eager")
-    else:
+    if how == "wrapped":
         by = torch.compile(by, backend="eager")
+    else:
+        (by if how == "in place" else by.head).compile(backend="eager")
+    module = DistillationModule(made(Text, 0), by, optimizer=sgd, chunk_size=4)
+    module.training_step((IDS, IDS), 0)
+    assert module._live._heads == {0: None}
     assert_same(learned(made(Text, 0), by, (IDS, IDS), chunk_size=4), expected)
 
 
