@@ -47,7 +47,7 @@ class Residual(nn.Module):
 
 
 def mlp(width: int) -> tuple[nn.Module, Tensor]:
-    """Return four hidden layers of one width, and a batch for them."""
+    """Return an MLP of four hidden layers of one width, and a batch for it."""
     hidden = [layer for _ in range(LAYERS) for layer in (nn.Linear(width, width), nn.ReLU())]
     return nn.Sequential(*hidden, nn.Linear(width, CLASSES)), torch.randn(BATCH, width)
 
@@ -105,7 +105,7 @@ class StepClock(pl.Callback):
 
 
 class TimedPruning(ChannelPruning):
-    """ChannelPruning that knows what its own work took, in CPU time."""
+    """ChannelPruning that measures the CPU time of its start and its event."""
 
     def start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *, fresh: bool) -> None:
         began = time.thread_time()
@@ -153,7 +153,7 @@ def run_once(name: str, *, check: bool) -> dict[str, float]:
 
 
 def run_case(name: str) -> list[dict[str, float]]:
-    """Return the smallest of each figure over the rounds, without and with the check, and the peak of the memory."""
+    """Return the minimum of each figure over the rounds, and the peak memory, without and with the check."""
     before, found = peak_memory(), []
     for check in (False, True):
         rounds = [run_once(name, check=check) for _ in range(CASES[name][2])]
@@ -231,16 +231,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, help="file for the table; default the terminal")
     parser.add_argument("--case", choices=CASES, help=argparse.SUPPRESS)
-    words = parser.parse_args()
+    args = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    if words.case:
-        print(json.dumps(run_case(words.case)))
+    if args.case:
+        print(json.dumps(run_case(args.case)))
         return
     text = report()
     print(text)
-    if words.output is not None:
-        words.output.write_text(text + "\n", encoding="utf-8")
+    if args.output is not None:
+        args.output.write_text(text + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

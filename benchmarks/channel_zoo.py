@@ -140,7 +140,7 @@ def outputs(model: nn.Module, inputs: ForwardInputs) -> list[Tensor]:
 
 
 def health(model: nn.Module, dense: nn.Module, inputs: ForwardInputs) -> tuple[str, str]:
-    """Say whether the output keeps its shape, and whether gradients reach what they reach in the dense model."""
+    """Describe whether the output keeps its shape and gradients reach the same parameters as in the dense model."""
     reached = []
     shapes = []
     for net in (dense, model):
@@ -169,7 +169,7 @@ def row(
 
 
 def plainly(model: nn.Module, inputs: ForwardInputs) -> dict[str, list[int]]:
-    """Prune half of the channels as torch-pruning's own pages do: everything but the last layer, no head counts.
+    """Prune half of the channels as in torch-pruning's documentation: all layers but the last, heads ignored.
 
     Returns the outputs removed from each layer that a group begins with.
     """
@@ -187,7 +187,7 @@ def plainly(model: nn.Module, inputs: ForwardInputs) -> dict[str, list[int]]:
 
 
 def verdict(dense: nn.Module, inputs: ForwardInputs, removed: dict[str, list[int]]) -> str:
-    """Say whether this removal equals setting the same channels to zero."""
+    """Describe whether this removal equals setting the same channels to zero."""
     return str(damage(dense, inputs, TracedModel(dense, inputs).remove(removed)) or "equals")
 
 
@@ -196,7 +196,7 @@ def too_long(*_: object) -> None:
 
 
 def attempt(name: str, inputs: ForwardInputs, dense: nn.Module, include: dict[str, Any]) -> tuple[list[str], str]:
-    """Return the rows of one model, and what was said about it."""
+    """Return the rows of one model, and the notes on it."""
     ours, theirs = copy.deepcopy(dense), copy.deepcopy(dense)
     start = time.perf_counter()
     report = prune_channels(ours, inputs, scope="layer", **include)

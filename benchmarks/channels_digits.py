@@ -39,7 +39,7 @@ ROWS = (
 
 
 def export(model: nn.Module, images: Tensor) -> onnxruntime.InferenceSession:
-    """Return an ONNX Runtime session of one thread for these images' shape."""
+    """Return a single-threaded ONNX Runtime session for images of this shape."""
     file = io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -50,7 +50,7 @@ def export(model: nn.Module, images: Tensor) -> onnxruntime.InferenceSession:
 
 
 def runtime_call(model: nn.Module, images: Tensor) -> Callable[[], object]:
-    """Return a call of the exported model, after comparing its answer with torch's."""
+    """Return a function that runs the exported model, after comparing its output with torch's."""
     session = export(model, images)
     feed = {session.get_inputs()[0].name: images.numpy()}
     (answer,) = session.run(None, feed)
@@ -82,18 +82,18 @@ def speed(model: nn.Module, dense: nn.Module, images: Tensor) -> list[float]:
 
 
 def bare(model: nn.Module) -> nn.Module:
-    """Return the layers without the LightningModule around them, which the exporter would have to see through."""
+    """Return the layers without the LightningModule around them."""
     return model.net
 
 
 def spread(values: list[float], form: str) -> str:
-    """Write the mean of the seeds, and each where they differ."""
+    """Format the mean over the seeds, with each value where they differ."""
     texts = [format(value, form) for value in values]
     return texts[0] if len(set(texts)) == 1 else f"{mean(values):{form}} ({', '.join(texts)})"
 
 
 def row_of(run: Run, seeds: int, dense: list[nn.Module]) -> str:
-    """Train a row with every seed and measure it; the first row's models are what the others are compared with."""
+    """Train a row with every seed and measure it; the first row is the baseline of the others."""
     images = splits()["test"][: max(BATCHES)][0]
     accuracies, parameters, macs, ratios = [], [], [], []
     for seed in range(seeds):
@@ -132,17 +132,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--output", type=Path, help="file for the table; default the terminal")
-    words = parser.parse_args()
+    args = parser.parse_args()
     prepare(threads=THREADS)
     columns = ["", "parameters", "MACs", "test accuracy", "each seed"]
     columns += [f"{where}, batch {batch}" for batch in BATCHES for where in ("torch", "ONNX Runtime")]
-    lines = [introduction(words.seeds), f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
+    lines = [introduction(args.seeds), f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
     dense: list[nn.Module] = []
-    lines += [row_of(run, words.seeds, dense) for run in ROWS]
+    lines += [row_of(run, args.seeds, dense) for run in ROWS]
     text = "\n".join(lines)
     print(text)
-    if words.output is not None:
-        words.output.write_text(text + "\n", encoding="utf-8")
+    if args.output is not None:
+        args.output.write_text(text + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

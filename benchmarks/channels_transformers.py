@@ -1,4 +1,4 @@
-"""What channels of a transformer cost to remove: growth with the number of blocks, and models of 5 to 135 M parameters.
+"""Cost of removing channels of transformers: growth with the number of blocks, and models of 5 to 135 M parameters.
 
 Random Llamas (grouped queries, tied table) of `transformers`. For each a process of its own calls `prune_channels`
 (half of the inner channels of every block, and heads), and another one trains a few steps: the start of the fit and one

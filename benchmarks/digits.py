@@ -41,24 +41,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--output", type=Path, required=True, help="the Markdown file to write")
-    words = parser.parse_args()
+    args = parser.parse_args()
     prepare(threads=THREADS)
     lines = [
         f"""# Pruned digit readers
 
 {platform.machine()} CPU; torch {torch.__version__}, lightning {lightning.__version__}.
-`python benchmarks/digits.py --seeds {words.seeds} --output {words.output.name}`
+`python benchmarks/digits.py --seeds {args.seeds} --output {args.output.name}`
 
 A residual conv net of about 20 k weights, {EPOCHS} epochs of 958 scans, tested on 719 (one is 0.14 points). Test
-accuracy in percent, mean ± standard deviation over {words.seeds} seeds. Differences below 1 point are noise.
+accuracy in percent, mean ± standard deviation over {args.seeds} seeds. Differences below 1 point are noise.
 """,
         "| | test accuracy | each seed |\n|---|---|---|",
     ]
     for row in ROWS:
-        found = [100 * train(row, seed=seed)[1] for seed in range(words.seeds)]
+        found = [100 * train(row, seed=seed)[1] for seed in range(args.seeds)]
         each = ", ".join(f"{value:.2f}" for value in found)
         lines.append(f"| {row.name} | {mean(found):.2f} ± {stdev(found):.2f} | {each} |")
-    words.output.write_text("\n".join([*lines, ""]))
+    args.output.write_text("\n".join([*lines, ""]))
 
 
 if __name__ == "__main__":

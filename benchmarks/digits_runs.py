@@ -15,15 +15,15 @@ __all__ = ["BATCH_SIZE", "EPOCHS", "SMALL_WIDTH", "TEST_IMAGES", "THREADS", "Run
 TEST_IMAGES = 719
 BATCH_SIZE = 64
 WIDTH = 13
-SMALL_WIDTH = 7  # about as many parameters as are left when half of the channels are gone
+SMALL_WIDTH = 7  # about the parameters of the net without half of its channels
 EPOCHS = 20
 Scans = dict[str, TensorDataset]
-THREADS = 1  # the net is too small for more: two threads save a tenth, and cost tenfold on a busy machine
+THREADS = 1  # two threads save 10 % on such a small net, and cost ten times as much on a busy machine
 
 
 @dataclass(frozen=True)
 class Run:
-    """A row: its name, what makes the callback that compresses while it trains, and how wide it begins."""
+    """A row: its name, the factory of its callback, and the initial width of the net."""
 
     name: str
     compression: Callable[[], pl.Callback] | None = None

@@ -106,12 +106,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--output", type=Path, help="file for the table; default the terminal")
-    words = parser.parse_args()
+    args = parser.parse_args()
     warnings.simplefilter("ignore")
     prepare(threads=THREADS)
     scans = splits()
     found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for seed in range(words.seeds):
+    for seed in range(args.seeds):
         for setting, (labelled, everything) in settings(scans, seed).items():
             for row, value in rows_of(labelled, everything, seed, scans).items():
                 found[row][setting].append(value)
@@ -120,8 +120,8 @@ def main() -> None:
     lines = [
         "# A teacher for a small digit reader\n",
         f"{platform.machine()}, {THREADS} thread; torch {torch.__version__}, lightning {lightning.__version__}.",
-        f"`python benchmarks/distillation_digits.py --seeds {words.seeds}`\n",
-        f"Test accuracy, %, on {TEST_IMAGES} images, {words.seeds} seeds, mean ± standard deviation. Teacher of "
+        f"`python benchmarks/distillation_digits.py --seeds {args.seeds}`\n",
+        f"Test accuracy, %, on {TEST_IMAGES} images, {args.seeds} seeds, mean ± standard deviation. Teacher of "
         f"{sizes[0]:,} parameters, student of {sizes[1]:,}; {STEPS} steps each. One test image is "
         f"{100 / TEST_IMAGES:.2f} points.\n",
         f"| | {' | '.join(names)} |",
@@ -133,8 +133,8 @@ def main() -> None:
     ]
     text = "\n".join(lines) + "\n"
     print(text)
-    if words.output:
-        words.output.write_text(text)
+    if args.output:
+        args.output.write_text(text)
 
 
 if __name__ == "__main__":

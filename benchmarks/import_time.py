@@ -30,16 +30,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--output", type=Path, help="file for the table; default the terminal")
-    words = parser.parse_args()
+    args = parser.parse_args()
     times: dict[str, list[float]] = {module: [] for module in MODULES}
-    for _ in range(words.rounds):
+    for _ in range(args.rounds):
         for module in MODULES:
             times[module].append(seconds(module))
     base = median(times[MODULES[0]])
     lines = [
         "# Import time\n",
         f"2026-11-29, {platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}.",
-        f"`python benchmarks/import_time.py --rounds {words.rounds}`\n",
+        f"`python benchmarks/import_time.py --rounds {args.rounds}`\n",
         "CPU seconds of a new process, processes in turns.\n",
         "| | best | median | / lightning.pytorch |",
         "| --- | ---: | ---: | ---: |",
@@ -50,8 +50,8 @@ def main() -> None:
     ]
     text = "\n".join(lines) + "\n"
     print(text)
-    if words.output:
-        words.output.write_text(text, encoding="utf-8")
+    if args.output:
+        args.output.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -210,18 +210,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--output", type=Path, help="a file for what is printed at the end")
-    words = parser.parse_args()
+    args = parser.parse_args()
     prepare(threads=THREADS)
     warnings.simplefilter("ignore")
     began = time.perf_counter()
-    lines = [introduction(words.seeds)]
+    lines = [introduction(args.seeds)]
     for name in NETS:
-        lines += table(name, words.seeds)
+        lines += table(name, args.seeds)
     text = "\n".join(lines)
     print(text)
     print(f"{time.perf_counter() - began:.0f} s")
-    if words.output is not None:
-        words.output.write_text(text.rstrip() + "\n", encoding="utf-8")
+    if args.output is not None:
+        args.output.write_text(text.rstrip() + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -114,13 +114,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--output", type=Path, help="file for the tables; default the terminal")
-    words = parser.parse_args()
+    args = parser.parse_args()
     warnings.simplefilter("ignore")
     prepare(threads=THREADS)
     scans = splits()
     with tempfile.TemporaryDirectory() as folder:
         scores = Scores(scans, folder)
-        for seed in range(words.seeds):
+        for seed in range(args.seeds):
             dense, _ = train(Run("float"), seed=seed)
             scores.add("float", dense, export=False)
             longer = further(dense, scans, [], seed)
@@ -132,10 +132,10 @@ def main() -> None:
                 scores.add(f"w{bits}a8, the control, then after training", after(longer, scans, bits, seed))
                 within = further(dense, scans, [aware(bits, start=0, freeze=0.8)], seed)
                 scores.add(f"w{bits}a8, QAT in 5 epochs", within)
-    text = render(scores, words.seeds)
+    text = render(scores, args.seeds)
     print(text)
-    if words.output:
-        words.output.write_text(text)
+    if args.output:
+        args.output.write_text(text)
 
 
 def render(scores: Scores, seeds: int) -> str:

@@ -120,7 +120,7 @@ def size_rows(folder: Path) -> Iterator[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, help="file for the tables; default the terminal")
-    words = parser.parse_args()
+    args = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
@@ -140,8 +140,8 @@ def main() -> None:
         ]
     text = "\n".join(lines) + "\n"
     print(text)
-    if words.output:
-        words.output.write_text(text)
+    if args.output:
+        args.output.write_text(text)
 
 
 if __name__ == "__main__":

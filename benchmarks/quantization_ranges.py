@@ -1,4 +1,4 @@
-"""What it costs to fold the ranges of a step, in one process and pooled over two (gloo).
+"""Cost of folding the ranges of a step, in one process and pooled over two (gloo).
 
 One reduction serves all layers of a model, so its cost hardly depends on their number. Wall time, median.
 

@@ -196,21 +196,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--steps", type=int, default=20)
-    words = parser.parse_args()
+    args = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     print("# Cost of a training step with quantization-aware training\n")
     print(
         f"{platform.machine()}, one thread; torch {torch.__version__}, lightning {lightning.__version__}, torchao "
         f"{version('torchao')}, nncf {version('nncf')}.\n"
-        f"`python benchmarks/quantization_step.py --rounds {words.rounds} --steps {words.steps}`\n"
+        f"`python benchmarks/quantization_step.py --rounds {args.rounds} --steps {args.steps}`\n"
     )
     print(
         f"Batch {BATCH}, Adam, 8-bit weights per channel and 8-bit activations unless said. CPU time in a Trainer with "
-        f"all hooks, mean of the faster steps of {words.rounds * (words.steps - SKIPPED)}; the variants take turns."
+        f"all hooks, mean of the faster steps of {args.rounds * (args.steps - SKIPPED)}; the variants take turns."
     )
     for model in MODELS:
-        print(table(model, words.rounds, words.steps), flush=True)
+        print(table(model, args.rounds, args.steps), flush=True)
 
 
 if __name__ == "__main__":

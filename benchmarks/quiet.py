@@ -1,4 +1,4 @@
-"""What the benchmarks share: one thread count, and no lines of the Trainer."""
+"""Shared by the benchmarks: a fixed number of threads, and no log lines of the Trainer."""
 
 import logging
 
@@ -8,6 +8,6 @@ __all__ = ["prepare"]
 
 
 def prepare(*, threads: int) -> None:
-    """Fix the number of threads, so that runs repeat, and hide the lines of the Trainer and the callbacks."""
+    """Fix the number of threads, so that runs repeat, and hide the log lines of the Trainer and the callbacks."""
     torch.set_num_threads(threads)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)

@@ -1,4 +1,4 @@
-"""How steady P is for a model that does not change, and what PerformanceScore adds to an epoch.
+"""Variation of P for an unchanged model, and the time that PerformanceScore adds to an epoch.
 
 python benchmarks/score_cost.py > benchmarks/score_cost_cpu_2026-11-24.md
 """
@@ -20,7 +20,7 @@ from lightning_optim import PerformanceScore
 
 
 class Frozen(pl.LightningModule):
-    """Trains with learning rate 0: P may differ between epochs by the noise of the clock alone."""
+    """Trains with learning rate 0, so that P differs between epochs only by the noise of the clock."""
 
     def __init__(self, net: nn.Module, *shape: int) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ MODELS = {"MLP 1.3 M": mlp, "conv net": conv, "transformer": transformer}
 
 
 class Clock(pl.callbacks.Checkpoint):
-    """Scores, epoch times, and the time PerformanceScore took (it is the callback before)."""
+    """Records scores, epoch times, and the time of PerformanceScore, the callback before it."""
 
     def __init__(self, score: PerformanceScore) -> None:
         self.scores, self.epochs, self.costs = [], [], []
@@ -106,14 +106,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--seconds", type=float, default=10.0, help="length of an epoch")
-    words = parser.parse_args()
+    args = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     print(
         f"""# PerformanceScore on a model that does not change
 
 {platform.machine()}, one thread; torch {torch.__version__}, lightning {lightning.__version__}.
-`python benchmarks/score_cost.py --epochs {words.epochs} --seconds {words.seconds:g}`
+`python benchmarks/score_cost.py --epochs {args.epochs} --seconds {args.seconds:g}`
 Load average when it began: {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores.
 
 Weights 0.4 size, 0.6 inference time. Spread: standard deviation of P over mean P. Cost: the callback's wall time at an
@@ -122,7 +122,7 @@ epoch's end over the epoch.
     )
     print("| model | P, each epoch | spread | epoch, s | cost |\n|---|---|---|---|---|")
     for name, build in MODELS.items():
-        clock = run(build(), words.epochs, words.seconds)
+        clock = run(build(), args.epochs, args.seconds)
         scores, epochs = torch.tensor(clock.scores), torch.tensor(clock.epochs)
         each = ", ".join(f"{value:.3f}" for value in clock.scores)
         cost = float((torch.tensor(clock.costs) / epochs).mean())

@@ -1,4 +1,4 @@
-"""CPU time of training steps in a Trainer, for the benchmarks that compare what a technique adds to one."""
+"""CPU time of training steps in a Trainer, shared by the benchmarks of a technique's overhead."""
 
 import time
 from collections.abc import Iterable, Sequence
@@ -28,7 +28,7 @@ class _Ends(pl.Callback):
 def step_seconds(
     module: pl.LightningModule, loader: Iterable[Any], folder: str, callbacks: Sequence[pl.Callback] = (), skip: int = 4
 ) -> list[float]:
-    """Train one epoch in a Trainer of its own, and return the CPU time of each step but the first ones."""
+    """Train one epoch in a new Trainer, and return the CPU time of each step except the first ones."""
     begins = _Begins()
     ends = _Ends(begins)
     trainer = pl.Trainer(
@@ -46,6 +46,6 @@ def step_seconds(
 
 
 def faster(seconds: list[float]) -> float:
-    """Return the mean of the faster steps, the 5th to the 40th hundredth: the slow half is what neighbours do."""
+    """Return the mean of the faster steps, percentiles 5 to 40; other processes slow down the rest."""
     ordered = sorted(seconds)
     return fmean(ordered[len(ordered) * 5 // 100 : max(len(ordered) * 40 // 100, 1)])

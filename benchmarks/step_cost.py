@@ -1,4 +1,4 @@
-"""What a pruning technique adds to a training step, and to a checkpoint.
+"""Overhead of pruning techniques on a training step and on a checkpoint.
 
 A 10 M-parameter MLP, batch 256, on one thread. Every variant trains in a Lightning Trainer of its own; the variants
 take turns, round after round in one run, and each one's figure is the smallest CPU time of a step (from the start of
@@ -50,7 +50,7 @@ class MLP(pl.LightningModule):
 
 
 class StepClock(pl.Callback):
-    """CPU time of each step; put first, so that it sees all of the others' work but its own end."""
+    """CPU time of each step; the first callback, so that the work of all others is included."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
@@ -155,18 +155,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--steps", type=int, default=12)
-    words = parser.parse_args()
+    args = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     print("# Cost of a training step and of a checkpoint, with and without masks\n")
     print(f"{platform.machine()}, one thread; torch {torch.__version__}, lightning {lightning.__version__}.")
-    print(f"`python benchmarks/step_cost.py --rounds {words.rounds} --steps {words.steps}`\n")
+    print(f"`python benchmarks/step_cost.py --rounds {args.rounds} --steps {args.steps}`\n")
     print(
         "10 M-parameter MLP, batch 256, 80 % zeros, masks on, no event inside the timed steps. CPU time, minimum over"
     )
-    print(f"{words.rounds * (words.steps - 2)} steps; the variants take turns.")
+    print(f"{args.rounds * (args.steps - 2)} steps; the variants take turns.")
     for optimizer in ("sgd", "adam"):
-        print(table(optimizer, words.rounds, words.steps))
+        print(table(optimizer, args.rounds, args.steps))
 
 
 if __name__ == "__main__":

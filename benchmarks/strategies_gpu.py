@@ -98,7 +98,7 @@ CASES: dict[str, tuple[str, bool]] = {
 
 
 class Clock(pl.Callback):
-    """Takes the time between two synchronisations: the warm-up's end, and the end."""
+    """Measures the time between two synchronizations: after the warm-up, and at the end."""
 
     def __init__(self, warm_up: int, steps: int) -> None:
         self.first, self.last = warm_up, warm_up + steps - 1
@@ -153,11 +153,11 @@ def measure(size: Size, case: str, warm_up: int, steps: int, accelerator: str = 
     }
 
 
-def launch(size: str, case: str, words: argparse.Namespace) -> dict[str, float]:
+def launch(size: str, case: str, args: argparse.Namespace) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out.json"
         asked = ["--out", str(out), "--size", size, "--case", case]
-        numbers = ["--warm-up", str(words.warm_up), "--steps", str(words.steps)]
+        numbers = ["--warm-up", str(args.warm_up), "--steps", str(args.steps)]
         subprocess.run([sys.executable, __file__, *asked, *numbers], check=True, stdout=subprocess.DEVNULL)
         return dict(json.loads(out.read_text()))
 

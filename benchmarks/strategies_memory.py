@@ -1,4 +1,4 @@
-"""What the presets hold and send, counted on ranks, beside what the cost model of `recommend` says.
+"""Memory and traffic of the presets, counted on ranks and predicted by the cost model of `recommend`.
 
 A GPT of 857 k parameters (4 blocks of width 128, 4 samples of 32 tokens per rank) takes two steps with Adam under each
 preset, on gloo ranks of one thread. Held: the bytes of each rank's own weights, gradients and optimizer states; the
@@ -45,7 +45,7 @@ def load_worker() -> ModuleType:
 
 
 def count(world: int) -> list[dict[str, Any]]:
-    """Return what each rank counted, by case."""
+    """Return the counts of each rank, by case."""
     with tempfile.TemporaryDirectory() as folder:
         run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}

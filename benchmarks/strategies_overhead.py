@@ -1,4 +1,4 @@
-"""What the presets cost beside Lightning's own strategies, and what a pruning event costs under them.
+"""Step time of the presets and of Lightning's own strategies, and cost of a pruning event under the presets.
 
 Steps: two gloo processes of one thread train short fits in turns, in one process group: Lightning's DDPStrategy and
 OptimDDP, Lightning's ModelParallelStrategy with a hand-written ``configure_model`` that shards the same units and
@@ -71,7 +71,7 @@ class Begins(pl.Callback):
 
 
 class Ends(pl.Callback):
-    """Stops it; last in the list. Wall time: waiting for the other process is a part of a step."""
+    """Stops it; last in the list. Measures wall time, which includes waiting for the other process."""
 
     def __init__(self, begins: Begins) -> None:
         self.begins, self.seconds = begins, []
@@ -171,7 +171,7 @@ def time_steps(rounds: int, steps: int) -> dict[str, dict[str, list[list[float]]
 
 
 class Traffic(TorchDispatchMode):
-    """Adds up the whole tensors of the collectives: what they give, or take where they scatter."""
+    """Sums the sizes of the collectives' full tensors: outputs, or inputs of those that scatter."""
 
     KINDS = {
         "allreduce_": lambda args, out: args[0],
@@ -188,7 +188,7 @@ class Traffic(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(is_dtensor_type(each) for each in types):
-            return NotImplemented  # let it fall apart into local tensors and collectives
+            return NotImplemented  # DTensor then dispatches local operations and collectives
         out = func(*args, **(kwargs or {}))
         name = func.__name__.partition(".")[0]
         if func.namespace in ("c10d", "_c10d_functional") and name not in self.SILENT:
@@ -201,7 +201,7 @@ def is_dtensor_type(kind: type) -> bool:
 
 
 class Timed(WeightPruning):
-    """Notes how long each event takes and, in one of them, what it sends."""
+    """Records the time of each event, and the traffic of one of them."""
 
     def __init__(self, **words: Any) -> None:
         super().__init__(0.8, start=1, end=EVENTS * EVERY, every_n_steps=EVERY, **words)
@@ -259,24 +259,24 @@ def time_events(world: int, rounds: int) -> dict[str, dict[str, Any]]:
 # The two launches, and the tables.
 
 
-def work(out: str, words: argparse.Namespace) -> None:
+def work(out: str, args: argparse.Namespace) -> None:
     """Run as one of the processes; rank 0 writes what it measured."""
     world = int(os.environ.get("WORLD_SIZE", 1))
     results = {
-        "steps": time_steps(words.rounds, words.steps) if world > 1 else {},
-        "events": time_events(world, words.rounds),
+        "steps": time_steps(args.rounds, args.steps) if world > 1 else {},
+        "events": time_events(world, args.rounds),
     }
     if int(os.environ.get("RANK", 0)) == 0:
         Path(out).write_text(json.dumps(results))
 
 
-def launch(world: int, words: argparse.Namespace) -> dict[str, Any]:
+def launch(world: int, args: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out.json"
         run = [sys.executable]
         if world > 1:
             run += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
-        command = [*run, __file__, "--out", str(out), "--rounds", str(words.rounds), "--steps", str(words.steps)]
+        command = [*run, __file__, "--out", str(out), "--rounds", str(args.rounds), "--steps", str(args.steps)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         return dict(json.loads(out.read_text()))
@@ -312,22 +312,22 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--out", help=argparse.SUPPRESS)
-    words = parser.parse_args()
-    if words.out:
+    args = parser.parse_args()
+    if args.out:
         warnings.simplefilter("ignore")
         torch.set_num_threads(1)
-        work(words.out, words)
+        work(args.out, args)
         return
-    alone, together = launch(1, words), launch(2, words)
+    alone, together = launch(1, args), launch(2, args)
     print("# What strategies cost beside Lightning's own, and a pruning event under them\n")
     print(
         f"{platform.machine()}, {os.cpu_count()} cores, gloo, processes of one thread; torch {torch.__version__}, "
         f"lightning {lightning.__version__}.\n"
-        f"`python benchmarks/strategies_overhead.py --rounds {words.rounds} --steps {words.steps}`\n"
+        f"`python benchmarks/strategies_overhead.py --rounds {args.rounds} --steps {args.steps}`\n"
     )
     print(
         "Two processes, Adam (AdamW for the recommender), 32-true. Wall time of a step with all hooks, "
-        f"mean of the faster of {words.rounds} rounds of at most {words.steps - SKIPPED} ({words.rounds * SHORT} for "
+        f"mean of the faster of {args.rounds} rounds of at most {args.steps - SKIPPED} ({args.rounds * SHORT} for "
         "the recommender); the variants take turns in one process group. In brackets the ratios of single rounds, the "
         "middle half.\n"
     )
@@ -336,7 +336,7 @@ def main() -> None:
     print(
         "## A pruning event\n\n"
         "WeightPruning, 5.2 M weights in five layers, one global threshold, gradual to 80 %; median of the events of "
-        f"{words.rounds} runs, wall time from a barrier to a barrier. Sent: whole tensors of the collectives in one "
+        f"{args.rounds} runs, wall time from a barrier to a barrier. Sent: whole tensors of the collectives in one "
         "event, per process.\n"
     )
     print(event_table({**alone["events"], **together["events"]}))

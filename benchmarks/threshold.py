@@ -1,4 +1,4 @@
-"""How long does the threshold and the mask of one pruning event take, and how much memory beside the weights?
+"""Time and memory of the threshold and the masks of one pruning event.
 
 From float32 weights to boolean masks of the 20 % largest magnitudes, for 1, 10 and 100 million weights in ten tensors,
 on one thread:
@@ -62,7 +62,7 @@ METHODS: dict[str, Callable[[dict[str, Tensor], Masks | None], Masks]] = {
 
 
 def check(masks: Masks, size: int, *, exact: bool) -> None:
-    """Ours removes exactly k; a plain threshold removes ties with it too."""
+    """Ours removes exactly k weights; a plain threshold also removes all that tie with it."""
     off = sum(int((~mask).sum()) for mask in masks.values()) - round(SPARSITY * size)
     assert 0 <= off <= (0 if exact else 50), off
 

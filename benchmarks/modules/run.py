@@ -59,31 +59,31 @@ PACKAGES = {
 Found = dict[str, dict[str, Any]]
 
 
-def collect(words: argparse.Namespace, names: list[str]) -> Found:
+def collect(args: argparse.Namespace, names: list[str]) -> Found:
     """Run the workers, and return by package what they found, or why they did not."""
     found: Found = {}
     for name in names:
         package = PACKAGES[name]
         print(f"{name}: environment {package.distribution}", flush=True)
         try:
-            python = package.environment.make(words.environments)
+            python = package.environment.make(args.environments)
         except NotInstalled as reason:
             found[name] = {"failed": f"not installed: {reason}"}
             continue
-        place = words.folder / name
+        place = args.folder / name
         place.mkdir(parents=True, exist_ok=True)
         command = [str(python), str(HERE / "worker.py"), "--cases", package.script]
         command += ["--distribution", package.distribution, "--folder", str(place)]
-        command += ["--keep"] if words.keep else []
+        command += ["--keep"] if args.keep else []
         log_file = place / "worker.log"
         with log_file.open("w") as log:
-            surroundings = package.environment.surroundings(words.environments)
+            surroundings = package.environment.surroundings(args.environments)
             done = subprocess.run(command, env=surroundings, stdout=log, stderr=log, check=False)
         if done.returncode:
             found[name] = {"failed": f"the worker stopped: {log_file.read_text().splitlines()[-1][:200]}"}
             continue
         found[name] = json.loads((place / "found.json").read_text())
-        found[name]["refused"] = package.environment.refused(words.environments)
+        found[name]["refused"] = package.environment.refused(args.environments)
     return found
 
 
@@ -118,7 +118,7 @@ def versions(found: Found) -> str:
     return "; ".join(texts)
 
 
-def document(words: argparse.Namespace, found: Found) -> str:
+def document(args: argparse.Namespace, found: Found) -> str:
     every = cells(found)
     counted = {column: sum(every[row, column] == "yes" for row, of in every if of == column) for column in COLUMNS}
     rows = len({row for row, _ in every})
@@ -126,7 +126,7 @@ def document(words: argparse.Namespace, found: Found) -> str:
         "# Modules that others wrote\n",
         f"2026-11-30, {platform.machine()}, {count(os.cpu_count())}, one thread; {versions(found)}; each package in an "
         "environment of its own.\n"
-        f"`python benchmarks/modules/run.py --output benchmarks/modules/{words.output.name}`\n",
+        f"`python benchmarks/modules/run.py --output benchmarks/modules/{args.output.name}`\n",
         "Each module is unmodified, small, and made, fed and trained as the documentation of its package does, three "
         "epochs of four steps. A row takes each technique with the recipe of the architectures in docs/support.md, "
         'distillation by the mean squared error. "Yes": the run resumes from its first epoch\'s file bit for bit, its '
@@ -156,17 +156,17 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="for files, logs and tracebacks; default beside the environments")
     parser.add_argument("--keep", action="store_true", help="take what was found earlier in that folder")
     parser.add_argument("--output", type=Path, help="the Markdown file to write; without it the page stays too")
-    words = parser.parse_args()
-    names = list(PACKAGES) if words.packages == "all" else words.packages.split(",")
+    args = parser.parse_args()
+    names = list(PACKAGES) if args.packages == "all" else args.packages.split(",")
     unknown = set(names) - set(PACKAGES)
     if unknown:
         parser.error(f"unknown packages {', '.join(sorted(unknown))}; known: {', '.join(PACKAGES)}")
-    words.environments = words.environments.absolute()
-    words.folder = (words.folder or words.environments / "modules").absolute()
-    found = collect(words, names)
+    args.environments = args.environments.absolute()
+    args.folder = (args.folder or args.environments / "modules").absolute()
+    found = collect(args, names)
     print(modules_table(found))
-    if words.output:
-        words.output.write_text(document(words, found), encoding="utf-8")
+    if args.output:
+        args.output.write_text(document(args, found), encoding="utf-8")
         put_on_page(modules_table(found), BEGIN, END)
 
 

@@ -22,17 +22,17 @@ def main() -> None:
     parser.add_argument("--models", help="some of its models, with commas; default all")
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--keep", action="store_true", help="take what was found earlier in that folder")
-    words = parser.parse_args()
-    cases = importlib.import_module(words.cases).CASES
+    args = parser.parse_args()
+    cases = importlib.import_module(args.cases).CASES
     quiet()
     found = {}
-    for name in words.models.split(",") if words.models else cases:
-        place = words.folder / name
+    for name in args.models.split(",") if args.models else cases:
+        place = args.folder / name
         place.mkdir(parents=True, exist_ok=True)
-        found[name] = outcomes(cases[name], place, keep=words.keep)
+        found[name] = outcomes(cases[name], place, keep=args.keep)
         print(name, json.dumps(found[name], indent=1), flush=True)
-    versions = {name: version(name) for name in (words.distribution, *COMMON)}
-    (words.folder / "found.json").write_text(json.dumps({"versions": versions, "models": found}))
+    versions = {name: version(name) for name in (args.distribution, *COMMON)}
+    (args.folder / "found.json").write_text(json.dumps({"versions": versions, "models": found}))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-r"""The same task, budget and seeds for this package and for its peers, each in an environment of its own.
+r"""Comparison with peers: the same task, budget and seeds, each package in an environment of its own.
 
 Makes the environments, runs a worker in each, one after the other, measures the exported files of all workers in this
 process, and writes the tables. Rows of one seed begin at the same weights and see the same batches. What cannot be
@@ -71,33 +71,33 @@ PEERS = {
 Found = dict[str, dict[str, Any]]
 
 
-def collect(words: argparse.Namespace, names: list[str], folder: Path) -> Found:
-    """Run the workers, and return by peer what they found, or why they did not."""
+def collect(args: argparse.Namespace, names: list[str], folder: Path) -> Found:
+    """Run the workers and return their results by peer, or the reasons why there are none."""
     found: Found = {}
     for name in names:
         peer = PEERS[name]
         environment = ENVIRONMENTS[peer.environment]
         print(f"{name}: environment {environment.name}", flush=True)
         try:
-            python = environment.make(words.environments)
+            python = environment.make(args.environments)
         except NotInstalled as reason:
             found[name] = {"failed": f"not installed: {reason}"}
             continue
-        place = folder / words.task / name
-        if not (words.keep and (place / "found.json").exists()):
-            command = [str(python), str(HERE / peer.script), "--task", words.task, "--seeds", str(words.seeds)]
-            command += ["--folder", str(place)] + (["--data", words.data] if words.data else [])
-            command += ["--epochs", str(words.epochs)] if words.epochs else []
+        place = folder / args.task / name
+        if not (args.keep and (place / "found.json").exists()):
+            command = [str(python), str(HERE / peer.script), "--task", args.task, "--seeds", str(args.seeds)]
+            command += ["--folder", str(place)] + (["--data", args.data] if args.data else [])
+            command += ["--epochs", str(args.epochs)] if args.epochs else []
             log_file = place.with_suffix(".log")
             log_file.parent.mkdir(parents=True, exist_ok=True)
             with log_file.open("w") as log:
-                surroundings = environment.surroundings(words.environments)
+                surroundings = environment.surroundings(args.environments)
                 done = subprocess.run(command, env=surroundings, stdout=log, stderr=log, check=False)
             if done.returncode:
                 found[name] = {"failed": f"the worker stopped: {log_file.read_text().splitlines()[-1][:200]}"}
                 continue
         found[name] = json.loads((place / "found.json").read_text())
-        found[name]["refused"] = environment.refused(words.environments)
+        found[name]["refused"] = environment.refused(args.environments)
     return found
 
 
@@ -135,7 +135,7 @@ def file_figures(task: Task, path: Path, dense: Path) -> dict[str, Any]:
 
 
 def openvino_figures(task: Task, path: Path, dense: Path) -> dict[str, Any]:
-    """Return what the same file does in the engine that nncf is made for."""
+    """Return the figures of the same file in OpenVINO, the engine that nncf targets."""
     try:
         integer = integer_part(ExportedModel(path, "openvino"))
         return {"ratios": ratios_of(task, path, dense, "openvino"), "integer": integer}
@@ -222,7 +222,7 @@ def resumes(row: dict[str, Any]) -> str:
 
 
 def outcome(found: dict[str, Any], first: dict[str, Any], task: Task) -> str:
-    """Say in words how a resumed run ended."""
+    """Describe how a resumed run ended."""
     if "error" in found:
         return f"stops: `{shortened(found['error'], 150)}`"
     if found["equal"]:
@@ -238,7 +238,7 @@ def outcome(found: dict[str, Any], first: dict[str, Any], task: Task) -> str:
 
 
 def remarks(name: str, row: dict[str, Any], task: Task) -> list[str]:
-    """Say what the cells cannot: how resuming went, why there is no file, what runs with integers."""
+    """Return remarks below the table: how resuming went, why there is no file, what runs in integers."""
     said = list(row.get("notes", ()))
     seeds = row["seeds"]
     resume = row.get("resume", {})
@@ -284,7 +284,7 @@ def tables(task: Task, found: Found) -> list[str]:
     return lines
 
 
-def introduction(words: argparse.Namespace, task: Task, found: Found) -> list[str]:
+def introduction(args: argparse.Namespace, task: Task, found: Found) -> list[str]:
     known = [peer for peer in found.values() if "versions" in peer]
     versions = {name: version for peer in known for name, version in peer["versions"].items()}
     same = {
@@ -292,15 +292,15 @@ def introduction(words: argparse.Namespace, task: Task, found: Found) -> list[st
         for peer in known
         if DENSE in peer["baselines"]
     }
-    data = " --data PATH" if words.data else ""
+    data = " --data PATH" if args.data else ""
     other = " --task recommender" if task.name == "recommender" else ""
     return [
         f"# Beside the peers: {task.title}\n",
         f"2026-11-29, {platform.machine()} CPU, one thread; {', '.join(f'{n} {v}' for n, v in versions.items())}; "
         f"each peer in an environment of its own.\n"
-        f"`python benchmarks/peers/run.py{other}{data} --peers {words.peers} --seeds {words.seeds} "
-        f"--output benchmarks/peers/{words.output.name}`\n",
-        task.introduction(words.seeds),
+        f"`python benchmarks/peers/run.py{other}{data} --peers {args.peers} --seeds {args.seeds} "
+        f"--output benchmarks/peers/{args.output.name}`\n",
+        task.introduction(args.seeds),
         'Zeros are those of the weights that may become zero, the same for all. "weights, gzip" is the saved '
         "state_dict, compressed; quantized models keep float weights there, so only their file counts. Times in ONNX "
         "Runtime are ratios to the dense file of the same seed: calls in turns, in one process, one thread, CPU time "
@@ -342,20 +342,20 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="for models and logs; default beside the environments")
     parser.add_argument("--keep", action="store_true", help="take what a worker found earlier in that folder")
     parser.add_argument("--output", type=Path, required=True, help="the Markdown file to write")
-    words = parser.parse_args()
-    words.environments = words.environments.absolute()
-    names = [name for name, peer in PEERS.items() if words.task in peer.tasks]
-    if words.peers != "all":
-        unknown = set(words.peers.split(",")) - set(PEERS)
+    args = parser.parse_args()
+    args.environments = args.environments.absolute()
+    names = [name for name, peer in PEERS.items() if args.task in peer.tasks]
+    if args.peers != "all":
+        unknown = set(args.peers.split(",")) - set(PEERS)
         if unknown:
             parser.error(f"unknown peers {', '.join(sorted(unknown))}; known: {', '.join(PEERS)}")
-        names = [name for name in names if name in words.peers.split(",")]
+        names = [name for name in names if name in args.peers.split(",")]
     quiet()
-    found = collect(words, names, words.folder or words.environments / "runs")
-    task = TASKS[words.task](words.data)
+    found = collect(args, names, args.folder or args.environments / "runs")
+    task = TASKS[args.task](args.data)
     measure_files(task, found)
-    lines = [*introduction(words, task, found), *tables(task, found), *decisions(names, found), "", task.limits]
-    words.output.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    lines = [*introduction(args, task, found), *tables(task, found), *decisions(names, found), "", task.limits]
+    args.output.write_text("\n".join(lines) + "\n", encoding="utf-8")
     print("\n".join(lines))
 
 

@@ -1,4 +1,4 @@
-"""What all workers share: the two tasks, one training, and the check that an interrupted run goes on as it was.
+"""Shared by all workers: the two tasks, their training, and the comparison of a resumed run with an uninterrupted one.
 
 A worker describes what its peer does as variants; ``work`` trains and measures them and writes JSON. Everything is
 drawn from (seed, epoch): the order of the data, dropout and augmentation. So all variants see the same batches, and a
@@ -51,7 +51,7 @@ def cubic(progress: float, final: float) -> float:
 
 
 def cut_at(task: "Task", part: float) -> int:
-    """Return after how many epochs a run is cut."""
+    """Return the number of epochs after which a run is interrupted."""
     return max(1, int(part * task.epochs))
 
 
@@ -80,7 +80,7 @@ class EachEpoch(Sampler[int]):
 
 
 def loader_of(dataset: Any, seed: int, **words: Any) -> DataLoader[Any]:
-    """Return a loader that draws nothing from the global generator, which dropout uses."""
+    """Return a loader that does not draw from the global generator, which dropout uses."""
     own = torch.Generator().manual_seed(seed)
     return DataLoader(dataset, BATCH_SIZE, sampler=EachEpoch(dataset, seed), generator=own, **words)
 
@@ -384,7 +384,7 @@ def fit(
 
 
 def teacher_of(task: Task, seed: int) -> pl.LightningModule:
-    """Return the trained teacher of a seed; whoever asks first trains it."""
+    """Return the trained teacher of a seed; the first call trains it."""
     path = task.shared / f"teacher_{task.name}_{seed}.pt"
     module = task.new(TEACHER, seed)
     if not path.exists():
@@ -395,19 +395,19 @@ def teacher_of(task: Task, seed: int) -> pl.LightningModule:
 
 
 def work(variants: Sequence[Variant]) -> None:
-    """Do what a worker is started for: train all variants with all seeds, and write what was found."""
+    """Main function of a worker: train all variants with all seeds and write the results."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--task", choices=TASKS, default="digits")
     parser.add_argument("--data", help="the Online Retail file; default a generated shop")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--folder", type=Path, required=True, help="for files and the JSON")
     parser.add_argument("--epochs", type=int, help="fewer, to try it out")
-    words = parser.parse_args()
+    args = parser.parse_args()
     quiet()
-    task = TASKS[words.task](words.data)
-    task.epochs = words.epochs or task.epochs
-    task.shared = words.folder.parent
-    Worker(task, [each for each in variants if task.name in each.tasks], words.folder, words.seeds).run()
+    task = TASKS[args.task](args.data)
+    task.epochs = args.epochs or task.epochs
+    task.shared = args.folder.parent
+    Worker(task, [each for each in variants if task.name in each.tasks], args.folder, args.seeds).run()
 
 
 def quiet() -> None:
@@ -523,7 +523,7 @@ def tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 def difference(reference: dict[str, Tensor], found: dict[str, Tensor]) -> dict[str, Any]:
-    """Say how many tensors are not bit for bit the same, and by how much at most."""
+    """Describe how many tensors differ, and by how much at most."""
     if {name: t.shape for name, t in reference.items()} != {name: t.shape for name, t in found.items()}:
         return {"equal": False, "differ": "shapes or names"}
     unequal = [name for name, tensor in reference.items() if not torch.equal(tensor, found[name])]

@@ -50,7 +50,7 @@ def last_layer(module: nn.Module) -> list[nn.Module]:
 
 
 class Pruning(pl.Callback):
-    """What a user of the library writes."""
+    """The callback that a user of the library writes."""
 
     def __init__(self, task: Task, pruner: Any = None) -> None:
         self.task, self.pruner, self.steps = task, pruner, set(steps_of(task))

@@ -1,10 +1,10 @@
-"""What a strategy holds on a device, on paper: functions of numbers.
+"""Memory model of the strategies: bytes per device, as pure functions.
 
 A strategy is a :class:`Layout`: the devices split into ``replicate`` x ``shard`` x ``tensor``. DDP is
 ``Layout(replicate=n)``, FSDP ``Layout(shard=n)``, hybrid sharding ``Layout(replicate=nodes, shard=devices)``, tensor
-parallelism ``Layout(tensor=n)``, 2-D ``Layout(shard=n // 4, tensor=4)``. The same formulas then hold for all of them.
-:mod:`lightning_optim.strategies.traffic` says what is sent and how long a step takes. Which numbers were counted and
-which come from sources: ``docs/recommend.md``.
+parallelism ``Layout(tensor=n)``, 2-D ``Layout(shard=n // 4, tensor=4)``, so the same formulas apply to all of them.
+:mod:`lightning_optim.strategies.traffic` models communication and step time. ``docs/recommend.md`` tells which numbers
+were measured and which come from sources.
 """
 
 from collections.abc import Mapping
@@ -28,26 +28,26 @@ __all__ = [
 ]
 
 REACHED = 0.8
-"""Share of a link's data-sheet rate that collectives reach: 360 of NVLink's 450 GB/s on an H100."""
+"""Fraction of a link's data-sheet rate that collectives reach: 360 of NVLink's 450 GB/s on an H100."""
 
 FILLED = 0.85
-"""Share of the memory that may be planned: the rest is the CUDA context (1 GB) and fragmentation (10 %)."""
+"""Usable fraction of the memory; the rest covers the CUDA context (1 GB) and fragmentation (10 %)."""
 
 BUCKET = 25 * 2**20
-"""Bytes of gradients that DDP sends in one call (``bucket_cap_mb``)."""
+"""Bytes of gradients per all-reduce of DDP (``bucket_cap_mb``)."""
 
 SPLIT_ACTIVATIONS = 24 / 34
-"""Share of a transformer block's activations that tensor parallelism splits (Korthikanti et al. 2022, section 4)."""
+"""Fraction of a transformer block's activations that tensor parallelism splits (Korthikanti et al. 2022, section 4)."""
 
 
 @dataclass(frozen=True)
 class Device:
-    """A device by its data sheet.
+    """Data-sheet figures of a device.
 
     Attributes:
-        half_tflops: Dense peak in bfloat16 (float16 where it has none), in TFLOPS.
+        half_tflops: Dense peak in bfloat16 (float16 on devices without bfloat16), in TFLOPS.
         single_tflops: Dense peak in float32 without TF32, in TFLOPS.
-        node_bandwidth: Of its link within the node, one way, in GB/s.
+        node_bandwidth: One-way bandwidth of its link within the node, in GB/s.
     """
 
     half_tflops: float
@@ -64,7 +64,7 @@ DEVICES: Mapping[str, Device] = {
     "T4": Device(65, 8.1, 16),
     "V100": Device(125, 15.7, 150),
 }
-"""NVIDIA's data sheets: boards with NVLink where there are such, else PCIe."""
+"""NVIDIA's data sheets; NVLink boards where they exist, else PCIe."""
 
 
 @dataclass(frozen=True)
@@ -72,10 +72,10 @@ class Precision:
     """Bytes per number under a Trainer precision.
 
     Attributes:
-        weight: Of a parameter as it is stored, and of its gradient and its optimizer states.
-        compute: Of a weight as it is multiplied, and as a sharded strategy gathers it.
-        reduce: Of a gradient as it is sent.
-        cast: Of the copy of a weight that autocast makes where the strategy does not gather; 0 without autocast.
+        weight: A stored parameter, its gradient and each of its optimizer states.
+        compute: A weight in a matrix product, and as sharded strategies gather it.
+        reduce: A gradient as it is sent.
+        cast: Autocast's copy of a weight, under strategies that do not gather; 0 without autocast.
     """
 
     weight: int
@@ -97,12 +97,12 @@ SHARDED_PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
 
 @dataclass(frozen=True)
 class OptimizerState:
-    """What an optimizer keeps per parameter.
+    """State that an optimizer keeps per parameter.
 
     Attributes:
-        tensors: States of the parameter's size.
-        bytes: Of one number of them; None: as the parameter.
-        switches: Options of the optimizer that add one more such tensor when they are on.
+        tensors: Number of state tensors of the parameter's shape.
+        bytes: Bytes per element of these tensors; None for those of the parameter.
+        switches: Options of the optimizer that each add one such tensor when set.
     """
 
     tensors: int
@@ -113,8 +113,8 @@ class OptimizerState:
         """Return the bytes per parameter.
 
         Args:
-            weight: Bytes of a parameter.
-            options: The optimizer's, as in its ``param_groups``.
+            weight: Bytes per parameter.
+            options: Options of the optimizer, as in its ``param_groups``.
 
         Examples:
             >>> OPTIMIZERS["SGD"].per_parameter(4), OPTIMIZERS["SGD"].per_parameter(4, {"momentum": 0.9})
@@ -148,25 +148,25 @@ OPTIMIZERS: Mapping[str, OptimizerState] = {
     "Lion8bit": OptimizerState(1, bytes=1),
     "SGD8bit": OptimizerState(1, bytes=1),
 }
-"""Class name -> what it keeps; its counters and a few bytes per tensor are left out."""
+"""Class name -> state per parameter; step counters and other per-tensor values are not counted."""
 
 
 @dataclass(frozen=True)
 class Model:
-    """What of a model the cost depends on; all counts are parameters.
+    """Figures of a model that determine the cost; counts are in parameters.
 
     Attributes:
-        parameters: All; a shared one counts once.
-        trainable: Those that have gradients.
-        multiplied: Those that a forward multiplies with: all but embeddings that are looked up.
-        largest_unit: Of the largest unit that a sharded strategy gathers at once.
-        outside_units: In no unit: gathered with the root, for all of the step.
+        parameters: All parameters; shared ones count once.
+        trainable: Parameters with gradients.
+        multiplied: Parameters used in matrix products of the forward pass: all except embedding lookups.
+        largest_unit: Size of the largest unit that a sharded strategy gathers at once.
+        outside_units: Parameters in no unit; they are gathered with the root, for the whole step.
         units: Number of units.
-        split: Share of the parameters that tensor parallelism splits, in [0, 1].
+        split: Fraction of the parameters that tensor parallelism splits, in [0, 1].
         split_layers: Number of layers that it splits.
-        row_features: Numbers per token that it adds up over the devices in the forward: the outputs of layers that are
-            split by inputs.
-        column_features: The same in the backward: the input gradients of layers that are split by outputs.
+        row_features: Values per token that are all-reduced in the forward pass: outputs of layers split by inputs.
+        column_features: Values per token that are all-reduced in the backward pass: input gradients of layers split
+            by outputs.
     """
 
     parameters: int
@@ -183,14 +183,14 @@ class Model:
 
 @dataclass(frozen=True)
 class Layout:
-    """How the devices divide the work.
+    """How a strategy divides state and work among the devices.
 
     Attributes:
-        replicate: Groups that each hold the whole state.
-        shard: Devices that share one state.
-        tensor: Devices that share each split layer.
-        reshard: Whether gathered weights are freed after the forward and gathered again for the backward.
-        wire: Bytes of a gradient as it is sent; None: the precision's.
+        replicate: Number of groups that each hold the full state.
+        shard: Number of devices that share one copy of the state.
+        tensor: Number of devices that share each split layer.
+        reshard: Whether gathered weights are freed after the forward pass and gathered again for the backward pass.
+        wire: Bytes per gradient as sent; None for those of the precision.
     """
 
     replicate: int = 1
@@ -201,7 +201,7 @@ class Layout:
 
     @property
     def data(self) -> int:
-        """Number of different batches in a step."""
+        """Number of distinct batches per step."""
         return self.replicate * self.shard
 
     @property
@@ -212,16 +212,16 @@ class Layout:
 
 @dataclass(frozen=True)
 class Cluster:
-    """Devices and links; the rates are those reached, in GB/s.
+    """Devices and links; bandwidths are achieved rates in GB/s.
 
     Attributes:
-        devices: Per node.
+        devices: Devices per node.
         nodes: Number of nodes.
-        node_bandwidth: Of one device within its node, one way.
-        bandwidth: Of one node to the others, one way: the sum of its network cards.
-        latency: Seconds per collective and doubling of the devices.
-        overlap: Share of the shorter of compute and communication that hides behind the longer.
-        jitter: What waiting for the slowest adds where there are several nodes.
+        node_bandwidth: One-way bandwidth of a device within its node.
+        bandwidth: One-way bandwidth of a node to the others, summed over its network cards.
+        latency: Seconds per collective, for each doubling of the number of ranks.
+        overlap: Fraction of the shorter of computation and communication that overlaps with the longer.
+        jitter: Fraction that waiting for the slowest device adds to a step on several nodes.
     """
 
     devices: int
@@ -234,7 +234,7 @@ class Cluster:
 
     @property
     def world(self) -> int:
-        """Number of devices in all nodes."""
+        """Total number of devices."""
         return self.devices * self.nodes
 
 
@@ -243,11 +243,11 @@ class Held:
     """Bytes on one device.
 
     Attributes:
-        weights: Parameters as they are stored.
-        gradients: Of the trainable ones.
-        optimizer: Its states.
-        units: Weights in the precision they are multiplied in, beside the stored ones, and what gathers and sends.
-        activations: What the forward keeps for the backward; None: not counted.
+        weights: Stored parameters.
+        gradients: Gradients of the trainable parameters.
+        optimizer: Optimizer states.
+        units: Weights in the compute precision, in addition to the stored ones, and communication buffers.
+        activations: Activations kept for the backward pass; None if not counted.
     """
 
     weights: float
@@ -258,15 +258,15 @@ class Held:
 
     @property
     def total(self) -> float:
-        """The sum, without activations where they were not counted."""
+        """Sum of all parts; activations that were not counted add nothing."""
         return self.weights + self.gradients + self.optimizer + self.units + (self.activations or 0.0)
 
 
 def share(model: Model, tensor: int) -> float:
-    """Return the share of a model that is left on each of ``tensor`` devices.
+    """Return the fraction of a model on each of ``tensor`` devices.
 
     Examples:
-        >>> share(Model(100, 100, 100, 10, split=0.5), 4)  # one half is whole, the other quartered
+        >>> share(Model(100, 100, 100, 10, split=0.5), 4)  # half of it replicated, half split in four
         0.625
     """
     return 1.0 - model.split + model.split / tensor
@@ -275,14 +275,14 @@ def share(model: Model, tensor: int) -> float:
 def held_bytes(
     model: Model, layout: Layout, precision: Precision, optimizer: float = 8.0, activations: float | None = None
 ) -> Held:
-    """Return what one device holds at the peak of a step.
+    """Return the peak memory of one device in a step.
 
     Args:
         model: The model.
         layout: The strategy.
-        precision: Bytes per number.
-        optimizer: Bytes per trainable parameter that the optimizer keeps; 8 for Adam in float32.
-        activations: Bytes for one device's batch without tensor parallelism.
+        precision: Bytes per value.
+        optimizer: Bytes of optimizer state per trainable parameter; 8 for Adam in float32.
+        activations: Bytes of activations for one device's batch, without tensor parallelism.
 
     Examples:
         >>> eight_billion = Model(8 * 10**9, 8 * 10**9, 8 * 10**9, largest_unit=5 * 10**8)
@@ -304,18 +304,18 @@ def held_bytes(
 
 
 def _unit_bytes(model: Model, layout: Layout, precision: Precision) -> float:
-    """Return what a device holds beside its part of the state: gathered units, or copies that autocast makes."""
+    """Return the bytes beyond a device's part of the state: gathered units, or autocast copies and a bucket."""
     left = share(model, layout.tensor)
     if layout.shard > 1:
         gathered = gathered_parameters(model, layout.reshard) * precision.compute
-        gradient = model.largest_unit * (precision.compute + precision.reduce)  # of one unit, and as it is sent
+        gradient = model.largest_unit * (precision.compute + precision.reduce)  # of one unit, computed and as sent
         return left * (gathered + gradient)
     bucket = 0 if layout.wire is None else min(model.trainable, BUCKET // precision.weight) * layout.wire
     return left * model.multiplied * precision.cast + bucket
 
 
 def gathered_parameters(model: Model, reshard: bool) -> int:
-    """Return how many parameters are gathered at one time: the unit in use, the next one and those in no unit; or all.
+    """Return how many parameters are gathered at once: two units and those outside units, or all without resharding.
 
     Examples:
         >>> model = Model(100, 100, 100, largest_unit=20, outside_units=10)

@@ -1,4 +1,4 @@
-"""OptimDDP: Lightning's data parallel strategy with compressed gradients by name, on a CPU too."""
+"""OptimDDP: Lightning's data-parallel strategy with gradient compression, on CPUs too."""
 
 from typing import Any, Literal
 
@@ -24,34 +24,34 @@ from lightning_optim.strategies.common import (
 __all__ = ["OptimDDP"]
 
 COMPRESSED: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
-"""What ``compress`` may be besides ``"none"``: the gradients travel as these."""
+"""Value of ``compress`` -> dtype in which gradients are sent."""
 
 
 class OptimDDP(DDPStrategy):
-    """Data parallel training: every device holds the whole model, gradients are averaged while they are computed.
+    """Data-parallel training: every device holds the whole model; gradients are averaged while they are computed.
 
-    Against Lightning's ``DDPStrategy``: gradients are views of the buckets (no second copy of them), they may travel
-    in half precision, also on a CPU (where Lightning leaves a communication hook out without a word), and
-    every argument is of a plain type, so YAML configures it.
+    Differences from Lightning's ``DDPStrategy``: gradients are views of the buckets, which saves one copy of them;
+    they can be sent in half precision, on CPUs too (Lightning silently ignores communication hooks there); and all
+    arguments have plain types, so YAML can set them.
 
     Args:
-        compress: ``"none"``, ``"bf16"`` or ``"fp16"``: the type in which gradients travel, which halves the bytes sent.
-            They are added up in that type too. ``"fp16"`` wants the loss scale of ``precision="16-mixed"``: gradients
+        compress: ``"none"``, ``"bf16"`` or ``"fp16"``: dtype in which gradients are sent and summed; a 16-bit dtype
+            halves the traffic. ``"fp16"`` needs the loss scale of ``precision="16-mixed"``: without it, gradients
             below 6e-8 become zero and those above 65,504 infinite.
-        static_graph: The same parameters take part in every step: DDP then overlaps more, and allows reentrant
-            checkpointing.
-        find_unused_parameters: Let parameters be without gradient in a step; costs a walk of the graph.
-        broadcast_buffers: Give all ranks the buffers of rank 0 before each forward pass (BatchNorm statistics).
-        bucket_cap_mb: MB of gradients that are averaged at once; None is PyTorch's 25.
-        gradient_as_bucket_view: Keep gradients in the buckets: saves one copy of them.
-        start_method: How Lightning starts the processes: ``"popen"`` runs the script again; ``"fork"`` and
-            ``"spawn"`` run where no script is (fork is quicker and works in notebooks, until CUDA has been used).
-        timeout_s: Seconds until a collective that a rank does not join raises on the others. Checkpoints, the
-            preparation of data and the first compilation must fit in it.
-        process_group_backend: ``"nccl"`` or ``"gloo"``; by default what the device takes.
+        static_graph: Whether every step uses the same parameters. DDP then overlaps more communication and supports
+            reentrant checkpointing.
+        find_unused_parameters: Allow parameters without a gradient in a step; each step then traverses the graph.
+        broadcast_buffers: Copy the buffers of rank 0 (BatchNorm statistics) to all ranks before each forward pass.
+        bucket_cap_mb: Size of a gradient bucket in MB; None for PyTorch's default of 25.
+        gradient_as_bucket_view: Store gradients in the buckets, which saves one copy of them.
+        start_method: How Lightning starts the processes. ``"popen"`` runs the script again; ``"fork"`` and
+            ``"spawn"`` need no script (fork is faster and works in notebooks, as long as CUDA is not initialized).
+        timeout_s: Seconds after which a collective raises if a rank has not joined it. Checkpointing, data
+            preparation and the first compilation must finish within it.
+        process_group_backend: ``"nccl"`` or ``"gloo"``; None for the default of the device.
 
     Raises:
-        ValueError: If ``compress`` is none of the names, or ``timeout_s`` is not positive.
+        ValueError: If ``compress`` is unknown or ``timeout_s`` is not positive.
         MisconfigurationException: In ``setup``, for ``sync_batchnorm=True`` on a CPU.
     """
 
@@ -110,14 +110,14 @@ class OptimDDP(DDPStrategy):
     def _register_ddp_hooks(self) -> None:
         if self.compress != "none":
             if not isinstance(self.model, DistributedDataParallel):
-                raise RuntimeError("the model was just wrapped.")
+                raise RuntimeError("expected a model wrapped in DistributedDataParallel.")
             self.model.register_comm_hook(COMPRESSED[self.compress], averaged_in)
 
 
 def averaged_in(dtype: torch.dtype, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
-    """DDP communication hook that averages a bucket of gradients in another type.
+    """DDP communication hook that averages a bucket of gradients in another dtype.
 
-    torch's own bf16 hook is refused by its name wherever NCCL is missing (torch 2.13).
+    DDP rejects torch's own bf16 hook, by its name, wherever NCCL is missing (torch 2.13).
     """
     world: Any = group.WORLD
     future: torch.futures.Future[torch.Tensor] = _upstream.compress_hook(dtype, world, bucket)

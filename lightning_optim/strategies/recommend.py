@@ -1,4 +1,4 @@
-"""Which preset to take: memory, traffic and step time of each on paper, ranked, with the arithmetic shown."""
+"""Recommends a preset: predicted memory, traffic and step time of each, ranked, with the arithmetic shown."""
 
 import math
 from collections.abc import Mapping
@@ -33,14 +33,14 @@ __all__ = ["Recommendation", "Row", "recommend", "saved_bytes"]
 
 @dataclass(frozen=True)
 class Recommendation:
-    """The presets, the best first; those that do not fit at the end.
+    """Ranking of the presets, best first; those that do not fit come last.
 
     Attributes:
         rows: One per preset.
-        question: What was asked.
-        assumptions: Where its numbers come from, a line each.
-        notes: What to know beside the table, a line each.
-        left_out: Presets that have no row, and why.
+        question: The inputs of the ranking.
+        assumptions: Sources of the numbers, one line each.
+        notes: Remarks on the table, one line each.
+        left_out: Presets without a row -> reason.
     """
 
     rows: tuple[Row, ...]
@@ -51,14 +51,14 @@ class Recommendation:
 
     @property
     def best(self) -> Row | None:
-        """The first row, None when nothing fits."""
+        """The first row; None if no preset fits."""
         return self.rows[0] if self.rows[0].fits else None
 
     def row(self, name: str) -> Row:
         """Return the row of a preset.
 
         Raises:
-            ValueError: If it has none; says why.
+            ValueError: If it has none; the message gives the reason.
         """
         found = next((row for row in self.rows if row.preset == name), None)
         if found is None:
@@ -67,13 +67,13 @@ class Recommendation:
         return found
 
     def strategy(self, name: str | None = None) -> Strategy:
-        """Return the strategy object of the best row, or of a named preset, with its sizes set.
+        """Build the strategy of the best row or of a named preset, with its sizes set.
 
         Args:
-            name: A preset; one that does not fit is built too.
+            name: A preset, whether it fits or not; default the best row.
 
         Raises:
-            ValueError: If nothing fits and no name is given, or the name is of no row.
+            ValueError: If no preset fits and no name is given, or the name has no row.
         """
         if name is not None and name in VARIANTS:
             return PRESETS[name].build()
@@ -81,8 +81,8 @@ class Recommendation:
         if row is None:
             nearest = self.rows[0]
             raise ValueError(
-                f"nothing fits: {nearest.preset} is nearest and {nearest.reason}. Take more devices, a smaller batch, "
-                "activation checkpointing or an optimizer with less state; strategy(name) builds one all the same."
+                f"no preset fits; the closest, {nearest.preset}, {nearest.reason}. Use more devices, a smaller batch, "
+                "activation checkpointing or an optimizer with less state; strategy(name) builds one regardless."
             )
         return PRESETS[row.preset].build(**row.options)
 
@@ -93,7 +93,7 @@ class Recommendation:
         return render(title, COLUMNS, (cells(row, unit) for row in self.rows))
 
     def to_markdown(self) -> str:
-        """Return assumptions, table, reasons and notes as Markdown."""
+        """Return assumptions, table, reasons and notes in Markdown."""
         unit, word = unit_of(self.rows)
         lines = [f"- {line}" for line in self.assumptions]
         lines += ["", f"Sizes in {word}.", "", f"| {' | '.join((*COLUMNS, 'why'))} |"]
@@ -109,7 +109,7 @@ class Recommendation:
         return [*self.notes, *(f"Left out: {names}: {reason}." for names, reason in by_reason(self.left_out))]
 
     def explain(self, name: str | None = None) -> str:
-        """Return the formulas of a row with its numbers put in.
+        """Return the formulas of a row with its numbers filled in.
 
         Args:
             name: A preset; default the first row.
@@ -140,44 +140,43 @@ def recommend(
     replicate: int | None = None,
     split_share: float | None = None,
 ) -> Recommendation:
-    """Rank the presets for a model and a set of devices, by arithmetic.
+    """Rank the presets for a model and a set of devices, from a cost model.
 
-    Nothing is run but, with ``example_inputs``, one forward; nothing of the module is changed. The formulas, their
-    sources and what they leave out stand in ``docs/recommend.md``.
+    Runs nothing except, with ``example_inputs``, one forward pass; the module is not modified. ``docs/recommend.md``
+    gives the formulas, their sources and their limits.
 
     Args:
-        module_or_parameter_count: The LightningModule (or any module) as it is before ``fit``, or how many parameters
-            it has.
-        devices: Per node, as in the Trainer.
+        module_or_parameter_count: The LightningModule (or any module) before ``fit``, or its number of parameters.
+        devices: Devices per node, as in the Trainer.
         batch_size: Samples per device and step.
-        nodes: As the Trainer's ``num_nodes``.
-        memory_gb: Of one device, in 1e9 bytes; default that of the GPU here.
-        bandwidth: Of one node to the others, one way, in GB/s by data sheet: the sum of its network cards. Default
+        nodes: Number of nodes, the Trainer's ``num_nodes``.
+        memory_gb: Memory of one device, in units of 1e9 bytes; default that of the local GPU.
+        bandwidth: One-way data-sheet bandwidth of a node to the others in GB/s, summed over its network cards. Default
             50, one card of 400 Gb/s.
-        node_bandwidth: Of one device within its node, one way, in GB/s by data sheet. Default the device's.
-        reached: Share of both that collectives reach. Pass 1 with bus bandwidths that were measured.
-        device: A name of ``cost.DEVICES``: peak FLOPS and the default of ``node_bandwidth``. Default the GPU here,
-            else an H100.
+        node_bandwidth: One-way data-sheet bandwidth of a device within its node in GB/s. Default that of ``device``.
+        reached: Fraction of both bandwidths that collectives reach. Pass 1 with measured bus bandwidths.
+        device: A name in ``cost.DEVICES``; gives the peak FLOPS and the default of ``node_bandwidth``. Default the
+            local GPU, else an H100.
         precision: The Trainer's: ``"32-true"``, ``"bf16-mixed"``, ``"16-mixed"`` or ``"bf16-true"``.
-        optimizer: A class, an instance, a name of ``cost.OPTIMIZERS``, or the bytes it keeps per parameter. Default
-            what the module's ``configure_optimizers`` makes; Adam for a count or a module that has no such method.
-        tokens_per_sample: Rows of a sample that a layer sees: the sequence length. Without it (and without
-            ``step_seconds``) the time of a step is not known, only that of its communication; and there are no rows of
-            tensor parallelism.
-        step_seconds: Of one device for ``batch_size`` samples, measured; default ``6 P tokens / (FLOPS * mfu)``.
-        mfu: Share of the peak FLOPS that is reached.
-        activation_bytes: What the forward of ``batch_size`` samples keeps for the backward, on one device.
-        example_inputs: What ``forward`` receives; then the bytes are counted in one forward of ``batch_size`` of its
-            rows, see :func:`saved_bytes`.
-        replicate: Groups of ``optim_hsdp``; default one per node.
-        split_share: With a count: share of the parameters that tensor parallelism splits; default 0.87.
+        optimizer: A class, an instance, a name in ``cost.OPTIMIZERS``, or the bytes of state per parameter. Default
+            the result of the module's ``configure_optimizers``; Adam for a count or a module without that method.
+        tokens_per_sample: Rows per sample that a layer receives, e.g. the sequence length. Without it (and without
+            ``step_seconds``) only communication time is predicted, and tensor parallelism has no rows.
+        step_seconds: Measured time of one device for ``batch_size`` samples; default
+            ``6 P tokens / (FLOPS * mfu)``.
+        mfu: Fraction of the peak FLOPS that is reached.
+        activation_bytes: Activations that one device keeps for the backward pass of ``batch_size`` samples.
+        example_inputs: Inputs of ``forward``; the activations are then counted in one forward pass of ``batch_size``
+            of its rows, see :func:`saved_bytes`.
+        replicate: Number of groups of ``optim_hsdp``; default one per node.
+        split_share: With a parameter count: fraction that tensor parallelism splits; default 0.87.
 
     Returns:
-        The rows, the best first; ``Trainer(strategy=recommendation.strategy())`` takes it.
+        The ranking; ``Trainer(strategy=recommendation.strategy())`` uses its best row.
 
     Raises:
-        ValueError: If an argument is out of range or unknown, the memory or the optimizer is not known, or the module
-            has nothing to train.
+        ValueError: If an argument is out of range or unknown, the memory or the optimizer is unknown, or the module
+            has no trainable parameters.
 
     Examples:
         >>> found = recommend(8_000_000_000, devices=8, memory_gb=80, batch_size=2, tokens_per_sample=8192)
@@ -220,7 +219,7 @@ def recommend(
 
 
 def _check(**values: float | None) -> None:
-    """Check that numbers are positive, and those that count things whole."""
+    """Check that numbers are positive, and counts whole."""
     whole = ("devices", "nodes", "batch_size", "tokens_per_sample", "replicate")
     for name, value in values.items():
         if value is None and name not in ("devices", "nodes", "batch_size", "mfu", "reached"):

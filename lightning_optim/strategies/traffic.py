@@ -1,4 +1,4 @@
-"""What a strategy sends in a step, and how long the step takes, on paper: functions of numbers."""
+"""Communication model of the strategies: traffic and step time, as pure functions."""
 
 import math
 from collections.abc import Iterable
@@ -9,21 +9,21 @@ from lightning_optim.strategies.cost import BUCKET, Cluster, Layout, Model, Prec
 __all__ = ["MFU", "Collective", "collectives", "compute_seconds", "duration", "efficiency", "overlapped_seconds"]
 
 MFU = 0.4
-"""Share of the peak FLOPS that a training step reaches: a little under the 0.42 to 0.47 of Megatron on H100."""
+"""Fraction of the peak FLOPS that a training step reaches; Megatron reports 0.42 to 0.47 on H100."""
 
 
 @dataclass(frozen=True)
 class Collective:
-    """The calls of one kind in a step.
+    """All collectives of one kind in a step.
 
     Attributes:
         kind: ``"all-gather"``, ``"reduce-scatter"`` or ``"all-reduce"``.
-        what: In words.
-        bytes: Of the whole tensors, summed over the calls.
-        ranks: That take part.
-        calls: In a step.
-        crosses: Whether it leaves the node.
-        beside: Groups that do the same at the same time over the same node's network cards.
+        what: Description of the tensors.
+        bytes: Size of the full tensors, summed over the calls.
+        ranks: Number of ranks that take part.
+        calls: Number of calls per step.
+        crosses: Whether it crosses node boundaries.
+        beside: Number of groups that share a node's network cards at the same time.
         waits: Whether the computation waits for it.
     """
 
@@ -38,7 +38,7 @@ class Collective:
 
     @property
     def sent(self) -> float:
-        """Bytes that each rank sends in a ring; an all-reduce goes around twice.
+        """Bytes that each rank sends in a ring; an all-reduce takes two rounds.
 
         Examples:
             >>> Collective("all-reduce", "gradients", bytes=400, ranks=4).sent
@@ -48,12 +48,12 @@ class Collective:
         return rounds * self.bytes * (self.ranks - 1) / self.ranks
 
     def rate(self, cluster: Cluster) -> float:
-        """Return the bytes per second that each of its rings reaches."""
+        """Return the bytes per second of each ring."""
         inside = cluster.node_bandwidth * 1e9
         return min(inside, cluster.bandwidth * 1e9 / self.beside) if self.crosses else inside
 
     def seconds(self, cluster: Cluster) -> float:
-        """Return how long the calls take, one after the other.
+        """Return the total time of the calls, run one after the other.
 
         Examples:
             >>> one_card = Cluster(devices=8, nodes=2, bandwidth=40, latency=0)
@@ -66,14 +66,14 @@ class Collective:
 def collectives(
     model: Model, layout: Layout, precision: Precision, cluster: Cluster, tokens: int = 1
 ) -> tuple[Collective, ...]:
-    """Return what a strategy sends in a step.
+    """Return the collectives of a step.
 
     Args:
         model: The model.
-        layout: The strategy. Ranks that split a layer are neighbours, then those that share a state.
-        precision: Bytes per number.
+        layout: The strategy. Ranks that split a layer are adjacent, then those that share one copy of the state.
+        precision: Bytes per value.
         cluster: The devices.
-        tokens: In one device's batch: rows that the split layers see.
+        tokens: Rows of one device's batch as the split layers receive them.
 
     Examples:
         >>> from lightning_optim.strategies.cost import PRECISIONS
@@ -94,7 +94,7 @@ def collectives(
 def _sharding(model: Model, layout: Layout, precision: Precision, cluster: Cluster) -> Iterable[Collective]:
     left = share(model, layout.tensor)
     crosses = layout.shard * layout.tensor > cluster.devices
-    # the root is gathered twice in any case: its forward ends inside `training_step`, which calls it
+    # The root is gathered twice in any case: its forward pass ends inside the `training_step` that calls it.
     again = model.parameters if layout.reshard else model.outside_units
     gathered = left * (model.parameters + again) * precision.compute
     calls = model.units + 1
@@ -128,7 +128,7 @@ def _replicas(model: Model, layout: Layout, precision: Precision, cluster: Clust
 
 
 def _split_layers(model: Model, layout: Layout, precision: Precision, tokens: int) -> Iterable[Collective]:
-    # gradients of inputs come in the inputs' precision, which behind a norm is that of the weights under autocast
+    # Input gradients have the precision of the inputs; behind a norm, under autocast, that of the weights.
     each = model.row_features * precision.compute + model.column_features * precision.weight
     yield Collective(
         "all-reduce",
@@ -141,13 +141,13 @@ def _split_layers(model: Model, layout: Layout, precision: Precision, tokens: in
 
 
 def compute_seconds(parameters: int, tokens: int, tflops: float, mfu: float = MFU) -> float:
-    """Return ``6 * parameters * tokens / (FLOPS * MFU)``: a step of one device that does only matrix products.
+    """Return ``6 * parameters * tokens / (FLOPS * MFU)``, the time of a step's matrix products on one device.
 
     Args:
-        parameters: That each token is multiplied with; twice for the forward, four times for the backward.
-        tokens: In one device's batch.
-        tflops: The device's peak in the precision that is multiplied in.
-        mfu: Share of it that is reached.
+        parameters: Parameters in matrix products: 2 FLOPs per token in the forward pass, 4 in the backward pass.
+        tokens: Tokens in one device's batch.
+        tflops: Peak of the device in the compute precision.
+        mfu: Fraction of the peak that is reached.
 
     Examples:
         >>> round(compute_seconds(8 * 10**9, 16384, 989), 2)
@@ -157,13 +157,13 @@ def compute_seconds(parameters: int, tokens: int, tflops: float, mfu: float = MF
 
 
 def overlapped_seconds(compute: float, hidden: float, waiting: float, cluster: Cluster) -> float:
-    """Return ``max(C, M) + (1 - overlap) * min(C, M) + W``, and the jitter on top where there are several nodes.
+    """Return ``max(C, M) + (1 - overlap) * min(C, M) + W``, times ``1 + jitter`` on several nodes.
 
     Args:
-        compute: C, seconds.
-        hidden: M, seconds of communication that goes on beside the computation.
+        compute: C, seconds of computation.
+        hidden: M, seconds of communication that can overlap with computation.
         waiting: W, seconds of communication that the computation waits for.
-        cluster: Overlap and jitter.
+        cluster: Gives overlap and jitter.
 
     Examples:
         >>> round(overlapped_seconds(1.99, 1.5, 0.0, Cluster(8)), 2)
@@ -174,12 +174,12 @@ def overlapped_seconds(compute: float, hidden: float, waiting: float, cluster: C
 
 
 def efficiency(compute: float, step: float, data: int, devices: int) -> float:
-    """Return the samples per second as a share of ``devices`` times those of one device.
+    """Return the throughput as a fraction of ``devices`` times that of one device.
 
     Args:
-        compute: Seconds of one device for one batch.
-        step: Seconds of a step.
-        data: Different batches in a step.
+        compute: Seconds that one device takes for one batch.
+        step: Seconds per step.
+        data: Number of distinct batches per step.
         devices: Number of devices.
 
     Examples:
@@ -190,5 +190,5 @@ def efficiency(compute: float, step: float, data: int, devices: int) -> float:
 
 
 def duration(seconds: float) -> str:
-    """Return seconds or milliseconds with their unit."""
+    """Format a duration in seconds or milliseconds."""
     return f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"

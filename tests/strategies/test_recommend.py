@@ -409,7 +409,7 @@ def test_nothing_fits():
     found = asked(memory_gb=1)
     assert found.best is None
     assert "Nothing fits" in str(found)
-    with pytest.raises(ValueError, match=r"nothing fits: .* is nearest and does not fit"):
+    with pytest.raises(ValueError, match=r"no preset fits; the closest, .*, does not fit"):
         found.strategy()
 
 
