@@ -21,6 +21,7 @@ from lightning_optim.export.integer import rounds, rounds_output
 from lightning_optim.export.pretrained_inputs import synthetic_inputs
 from lightning_optim.export.pretrained_report import PretrainedReport
 from lightning_optim.files import folder_written_aside
+from lightning_optim.low_rank.layers import LowRank
 from lightning_optim.modules import copy_module, without_compiler
 from lightning_optim.outputs import output_tensors
 from lightning_optim.progress import progress_bar
@@ -202,6 +203,14 @@ def _check_model(name: str, model: nn.Module) -> None:
         raise ValueError(
             f"{name or type(model).__name__} was loaded from a quantized folder, and its layers are not float. "
             "Build the class from its configuration and load the float weights into it."
+        )
+    factorized = {name: "" for name, layer in model.named_modules() if isinstance(layer, LowRank)}
+    if factorized:
+        ((names, _),) = by_reason(factorized)
+        raise ValueError(
+            f"{names}: each is two layers of low rank, and the configuration of {own_class(model).__name__} can only "
+            "state whole ones. Export without low rank, or with lightning_optim.export_onnx, which writes the model as "
+            "it is."
         )
 
 

@@ -15,6 +15,7 @@ from lightning_optim import (
     WeightPruning,
     configs,
     export_pretrained,
+    factorize,
     load_from_checkpoint,
     prune_channels,
     quantize_post_training,
@@ -239,6 +240,18 @@ def test_widths_that_differ_name_the_layers_and_the_way_out(tmp_path):
     for block, width in zip(model.model.layers, (40, 64, 24), strict=True):
         narrow(block.mlp, width)
     message = r"model\.layers\.0\.mlp\.down_proj, .*: its width differs between blocks \(24, 40, 64\), .*scope='layer'"
+    with pytest.raises(ValueError, match=message):
+        export_pretrained(model, tmp_path / "folder")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_layers_of_low_rank_are_named(tmp_path):
+    model = MODELS["Llama"].make()
+    factorize(model, rank=4, criterion="svd", include=["*up_proj", "*.1.*down_proj"])
+    message = (
+        r"^model\.layers\.0-2\.mlp\.up_proj, model\.layers\.1\.mlp\.down_proj: each is two layers of low rank, "
+        r"and the configuration of LlamaForCausalLM can only state whole ones\. .*export_onnx"
+    )
     with pytest.raises(ValueError, match=message):
         export_pretrained(model, tmp_path / "folder")
     assert list(tmp_path.iterdir()) == []
