@@ -1,13 +1,10 @@
 """Imports point one way, and importing the package loads nothing heavy."""
 
 import ast
-import subprocess
-import sys
 from pathlib import Path
 
-import pytest
-
 import lightning_optim
+from helpers.ranks import run_alone
 
 PACKAGE = Path(lightning_optim.__file__).parent
 LAYERS = [
@@ -65,12 +62,13 @@ def imports_of(path: Path) -> set[str]:
     return found & LEVEL.keys()
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_imports_point_one_way(path):
-    own = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-    assert own in LEVEL, f"{own} has no place in LAYERS"
-    above = {name for name in imports_of(path) if LEVEL[name] > LEVEL[own]}
-    assert not above
+def test_imports_point_one_way():
+    upward = set()
+    for path in PACKAGE.rglob("*.py"):
+        own = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        assert own in LEVEL, f"{own} has no place in LAYERS"
+        upward |= {(str(path.relative_to(PACKAGE)), name) for name in imports_of(path) if LEVEL[name] > LEVEL[own]}
+    assert not upward
 
 
 PURE = [
@@ -79,24 +77,23 @@ PURE = [
 ]
 
 
-@pytest.mark.parametrize("path", PURE, ids=lambda path: path.name)
-def test_arithmetic_is_pure(path):
-    roots = {
-        (node.module or "").split(".")[0] if isinstance(node, ast.ImportFrom) else node.names[0].name.split(".")[0]
-        for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, (ast.Import, ast.ImportFrom))
-    }
-    assert "lightning" not in roots
+def test_arithmetic_is_pure():
+    for path in PURE:
+        roots = {
+            (node.module or "").split(".")[0] if isinstance(node, ast.ImportFrom) else node.names[0].name.split(".")[0]
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, (ast.Import, ast.ImportFrom))
+        }
+        assert "lightning" not in roots, path.name
 
 
-def test_importing_loads_nothing_heavy_and_touches_no_gpu():
+def test_importing_loads_nothing_heavy_and_touches_no_gpu(tmp_path):
     heavy = ["torch_pruning", "onnx", "onnxruntime", "openvino", "matplotlib", "pandas", "sklearn", "torch._dynamo"]
-    code = (
+    (tmp_path / "script.py").write_text(
         "import sys, lightning.pytorch, torch; before = set(sys.modules); import lightning_optim;"
         f"print([m for m in {heavy} if m in sys.modules and m not in before], torch.cuda.is_initialized())"
     )
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert out.strip() == "[] False"
+    assert run_alone(tmp_path / "script.py") == (0, "[] False\n")
 
 
 LONGEST_FILE, MOST_METHODS = 500, 25

@@ -2,8 +2,7 @@
 
 import ast
 import inspect
-import subprocess
-import sys
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 
 import lightning_optim
+from helpers.ranks import run_alone
 from lightning_optim import CompressedCheckpoint, _upstream
 from lightning_optim.strategies import PRESETS
 
@@ -39,27 +39,40 @@ OWNERS = {
 UPSTREAM = ("torch", "lightning", "torch_pruning", "pytorch_lightning")
 
 
-def imports_of(path):
+@cache
+def trees():
+    """Every file of the package but the door."""
+    files = {str(path.relative_to(PACKAGE)): path for path in PACKAGE.rglob("*.py") if path.name != "_upstream.py"}
+    return {name: ast.parse(path.read_text()) for name, path in files.items()}
+
+
+def imports_of(tree):
     """Modules and names that a file imports from upstream."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] in UPSTREAM:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name.split(".")[0] in UPSTREAM)
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_only_the_door_imports_what_is_private(path):
-    parts = {name: name.split(".") for name in imports_of(path)}
-    private = [name for name in parts if any(p.startswith("_") and not p.endswith("__") for p in parts[name])]
-    assert not private or path.name == "_upstream.py"
+def test_only_the_door_imports_what_is_private():
+    private = {
+        (path, name)
+        for path, tree in trees().items()
+        for name in imports_of(tree)
+        if any(part.startswith("_") and not part.endswith("__") for part in name.split("."))
+    }
+    assert not private
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_only_the_door_reaches_what_is_private_by_attribute(path):
+def test_only_the_door_reaches_what_is_private_by_attribute():
     """``torch._ops.OpOverload`` is no import; ``torch._foreach_*`` are documented."""
-    reached = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    assert not {(path, name) for path, tree in trees().items() for name in private_attributes(tree)}
+
+
+def private_attributes(tree):
+    """Private attributes of upstream modules that a file names."""
+    for node in ast.walk(tree):
         if (
             isinstance(node, ast.Attribute)
             and node.attr.startswith("_")
@@ -69,8 +82,7 @@ def test_only_the_door_reaches_what_is_private_by_attribute(path):
             while isinstance(root, ast.Attribute):
                 root = root.value
             if isinstance(root, ast.Name) and root.id in (*UPSTREAM, "nn", "pl", "F"):
-                reached.add(ast.unparse(node))
-    assert not reached or path.name == "_upstream.py"
+                yield ast.unparse(node)
 
 
 @pytest.mark.parametrize("key", _upstream.NAMES)
@@ -141,14 +153,14 @@ def test_an_attribute_that_is_gone_is_an_error(monkeypatch):
         CompressedCheckpoint()
 
 
-def test_importing_needs_no_private_name_and_loads_no_strategy():
+def test_importing_needs_no_private_name_and_loads_no_strategy(tmp_path):
     """Every name is gone before the package is imported; the error comes with the use, in our words."""
     taken = "\n".join(
         f"from importlib import import_module as m; delattr(m({private.module!r}), {private.name!r})"
         for private in _upstream.NAMES.values()
         if not private.module.startswith("torch.")  # torch itself needs its own
     )
-    code = f"""
+    (tmp_path / "script.py").write_text(f"""
 import sys, lightning.pytorch as pl
 {taken}
 import lightning_optim
@@ -157,10 +169,10 @@ try:
     pl.Trainer(strategy="optim_fsdp", accelerator="cpu", devices=1)
 except RuntimeError as error:
     print(type(error).__name__, error)
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    loaded, error = done.stdout.splitlines()
+""")
+    code, output = run_alone(tmp_path / "script.py")
+    assert code == 0, output[-3000:]
+    loaded, error = output.splitlines()
     assert loaded == "[]"
     assert error.startswith(
         "UpstreamChangedError lightning_optim needs lightning.fabric.utilities.imports._IS_INTERACTIVE"

@@ -13,6 +13,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging, WeightAveraging
 from torch import nn
 
+from helpers.marks import cells
 from helpers.models import (
     Classifier,
     ConvNet,
@@ -254,8 +255,10 @@ def test_torch_compile(tmp_path, when):
         assert widths(module) == [8, 8, 3]
 
 
-@pytest.mark.parametrize("first", [True, False])
-@pytest.mark.parametrize("kind", ["ema", "swa", "average"])
+@pytest.mark.parametrize(
+    ("kind", "first"),
+    cells(["ema", "swa", "average"], [True, False], quick=[("ema", False), ("swa", True), ("average", True)]),
+)
 def test_the_average_is_cut_too(tmp_path, kind, first):
     def run(module, ckpt_path=None):
         averaging = {
@@ -333,9 +336,20 @@ def test_the_best_file_tests_on_the_live_model_and_scores_again(tmp_path):
 # Resume, files.
 
 
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-@pytest.mark.parametrize("criterion", ["magnitude", "taylor", "random"])
-@pytest.mark.parametrize("cls", [Classifier, ConvNet])
+@pytest.mark.parametrize(
+    ("cls", "criterion", "precision"),
+    cells(
+        [Classifier, ConvNet],
+        ["magnitude", "taylor", "random"],
+        ["32-true", "bf16-mixed"],
+        quick=[
+            (ConvNet, "magnitude", "32-true"),
+            (Classifier, "taylor", "bf16-mixed"),
+            (ConvNet, "taylor", "32-true"),
+            (Classifier, "random", "32-true"),
+        ],
+    ),
+)
 def test_resumed_at_every_epoch_equals_uninterrupted(tmp_path, cls, criterion, precision):
     options = {"max_epochs": 4, "precision": precision}
     module = new(cls)

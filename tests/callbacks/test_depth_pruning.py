@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, default_collate
 from helpers.models import (
     Classifier,
     Files,
+    ResumableLoader,
     SeededByStep,
     Stacked,
     assert_same_state,
@@ -22,6 +23,7 @@ from helpers.models import (
     fit,
     new,
     trainer,
+    val_loader,
 )
 from lightning_optim import (
     DepthPruning,
@@ -35,6 +37,7 @@ from lightning_optim import (
 )
 from lightning_optim.callbacks.kept_batches import ROWS, KeptBatches, as_stored, from_stored
 from lightning_optim.distillation.indexed import Indexed
+from lightning_optim.low_rank import LowRank
 
 WINDOW = {"start": 2, "end": 7}
 
@@ -192,6 +195,40 @@ def test_a_recipe_lays_out_its_window_first(tmp_path):
     module = new(Stacked)
     fit(tmp_path, module, *recipe.callbacks())
     assert numbers(module) == [0, 1]
+
+
+@pytest.mark.parametrize("taught", [False, True], ids=["alone", "distilled"])
+def test_blocks_leave_and_the_layers_of_the_others_become_two_in_one_recipe(tmp_path, taught):
+    """Blocks go first; the factors belong to blocks that stayed; a run that goes on in between ends the same."""
+    recipe = Recipe(
+        depth_pruning={"pruning_ratio": 0.5, "start": 2, "end": 7},
+        low_rank={"rank": 3, "include": ["*blocks.*"], "start": 8, "end": 12},
+        quantization={"weight_bits": 4, "start": 14, "freeze": 20},
+        distillation={"alpha": 0.5} if taught else None,
+    )
+    assert recipe.stages[:3] == ("depth_pruning", "low_rank", "quantization")
+
+    def run(*callbacks, ckpt_path=None):
+        student = new(Quiet, dropout=0.2)
+        module = recipe.wrap(student, new(Quiet, width=32) if taught else None)
+        fitter = trainer(tmp_path, SeededByStep(), *recipe.callbacks(), *callbacks)
+        torch.manual_seed(0)
+        fitter.fit(module, ResumableLoader(), val_loader(), ckpt_path=ckpt_path)
+        return module, student
+
+    module, student = run(Files(tmp_path / "files", every_n_steps=5))
+    assert numbers(student) == [0, 1]
+    for block in student.blocks:
+        assert (type(block.up), block.up.rank, block.down.rank) == (LowRank, 3, 3)
+        assert block.down.expand.quantization_phase == "frozen"
+    for file in ("step5", "step10", "1"):
+        assert_same_state(run(ckpt_path=tmp_path / "files" / f"{file}.ckpt")[0], module)
+    fresh = new(Quiet)
+    into = DistillationModule(fresh, new(Quiet, width=32)) if taught else fresh
+    assert_same_state(load_from_checkpoint(into, tmp_path / "files" / "2.ckpt"), module)
+    inputs = data()[:][0]
+    with torch.no_grad():
+        assert torch.equal(fresh.eval()(inputs), student.eval()(inputs))
 
 
 # Distillation.

@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAver
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 
+from helpers.marks import cells
 from helpers.models import (
     Classifier,
     ConvNet,
@@ -328,8 +329,14 @@ def test_two_callbacks_on_one_layer_are_refused(tmp_path):
 # Together with others.
 
 
-@pytest.mark.parametrize("first", [True, False], ids=["averaging first", "ours first"])
-@pytest.mark.parametrize("kind", ["ema", "swa", "average", "average without buffers"])
+@pytest.mark.parametrize(
+    ("kind", "first"),
+    cells(
+        ["ema", "swa", "average", "average without buffers"],
+        [True, False],
+        quick=[("ema", True), ("swa", False), ("average", True), ("average without buffers", False)],
+    ),
+)
 def test_averaged_models_are_quantized_too(tmp_path, kind, first):
     averaging = {
         "ema": lambda: EMAWeightAveraging(decay=0.9),

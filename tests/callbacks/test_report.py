@@ -14,6 +14,8 @@ from helpers.models import Classifier, Files, Quiet, fit, new, train_loader, val
 from helpers.toy import Narrow
 from lightning_optim import ChannelPruning, PerformanceScore, QuantizationAwareTraining, ReportCallback, WeightPruning
 
+pytestmark = pytest.mark.usefixtures("empty_pictures")  # not of the module's run, ``told``
+
 
 def all_techniques():
     return [

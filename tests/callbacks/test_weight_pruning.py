@@ -24,6 +24,7 @@ from lightning.pytorch.tuner import Tuner
 from torch import nn
 from torch.utils.data import DataLoader
 
+from helpers.marks import cells
 from helpers.models import (
     CLASSES,
     Classifier,
@@ -79,8 +80,10 @@ class StaysZero(pl.Callback):
 # What is asked is what is reached.
 
 
-@pytest.mark.parametrize("schedule", sorted(SCHEDULES))
-@pytest.mark.parametrize("epochs", [1, 3])
+@pytest.mark.parametrize(
+    ("schedule", "epochs"),
+    cells(sorted(SCHEDULES), [1, 3], quick=[("cubic", 3), *((schedule, 1) for schedule in sorted(SCHEDULES))]),
+)
 def test_every_schedule_reaches_what_is_asked(tmp_path, schedule, epochs):
     module = new()
     fit(tmp_path, module, pruning(0.8, schedule=schedule), max_epochs=epochs)
@@ -348,8 +351,14 @@ def test_preview_is_what_happens(tmp_path, caplog):
 # Zeros stay zero.
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true", "64-true"])
+@pytest.mark.parametrize(
+    ("optimizer", "precision"),
+    cells(
+        ["adam", "sgd"],
+        ["32-true", "bf16-mixed", "bf16-true", "64-true"],
+        quick=[("sgd", "32-true"), ("adam", "bf16-mixed"), ("adam", "bf16-true"), ("sgd", "64-true")],
+    ),
+)
 def test_no_forward_pass_sees_a_revived_weight(tmp_path, optimizer, precision):
     module = new(optimizer=optimizer)
     if precision in ("bf16-true", "64-true"):
@@ -410,8 +419,10 @@ def test_manual_optimization_with_several_optimizers(tmp_path, criterion):
     assert zeros(module) == 358
 
 
-@pytest.mark.parametrize("first", [True, False])
-@pytest.mark.parametrize("kind", ["ema", "swa", "average"])
+@pytest.mark.parametrize(
+    ("kind", "first"),
+    cells(["ema", "swa", "average"], [True, False], quick=[("ema", True), ("swa", False), ("average", True)]),
+)
 def test_the_averaged_model_is_as_sparse(tmp_path, kind, first):
     averaging = {
         "ema": lambda: EMAWeightAveraging(decay=0.9),
@@ -745,9 +756,15 @@ def resumable(criterion):
     return pruning(0.8, start=2, end=0.8, criterion=criterion)
 
 
-@pytest.mark.parametrize("dropout", [pytest.param(0.0, marks=pytest.mark.slow), 0.3])
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-@pytest.mark.parametrize("criterion", sorted(CRITERIA))
+@pytest.mark.parametrize(
+    ("criterion", "precision", "dropout"),
+    cells(
+        sorted(CRITERIA),
+        ["32-true", "bf16-mixed"],
+        [0.0, 0.3],
+        quick=[("random", "32-true", 0.3), ("taylor", "bf16-mixed", 0.3), ("wanda", "bf16-mixed", 0.3)],
+    ),
+)
 def test_resumed_at_every_epoch_equals_uninterrupted(tmp_path, criterion, precision, dropout):
     options = {"precision": precision, "max_epochs": 4}
     plain, module, files = new(dropout=dropout), new(dropout=dropout), tmp_path / "files"
@@ -780,8 +797,9 @@ def test_other_runs_resume_bitwise_too(tmp_path, kind):
         assert_same_state(module, again)
 
 
-@pytest.mark.parametrize("criterion", ["magnitude", "taylor", "wanda"])
-@pytest.mark.parametrize("first", [True, False], ids=["saved before ours", "saved after ours"])
+@pytest.mark.parametrize(
+    ("criterion", "first"), cells(["magnitude", "taylor", "wanda"], [True, False], quick=[("wanda", False)])
+)
 def test_resumed_at_every_step_equals_uninterrupted(tmp_path, criterion, first):
     def run(module, cut, folder, ckpt_path=None):
         class Saves(pl.Callback):

@@ -217,6 +217,7 @@ def test_export_of_what_is_deployed(runs, tmp_path, monkeypatch):
     assert (tmp_path / "net.onnx").is_file()
 
 
+@pytest.mark.usefixtures("empty_pictures")
 def test_compare(runs, tmp_path, capsys):
     arguments = [f"dense={runs / 'teacher' / 'teacher.ckpt'}", str(runs / "student" / "student.ckpt"), *MODEL, *DATA]
     options = ["--accuracy", "val_acc", "--engines", "onnxruntime", "--batch_size", "2", "--report", str(tmp_path)]
@@ -420,9 +421,10 @@ def test_every_command_lists_its_arguments(command, capsys):
     "command",
     [
         pytest.param([str(Path(sys.executable).parent / "lightning-optim")], id="script"),
-        pytest.param([sys.executable, "-m", "lightning_optim"], id="module", marks=pytest.mark.slow),
+        pytest.param([sys.executable, "-m", "lightning_optim"], id="module"),
     ],
 )
+@pytest.mark.slow  # .ci/run calls the script of the wheel
 def test_the_console_script_and_python_m(tmp_path, command):
     found = subprocess.run([*command, "--version"], capture_output=True, text=True, cwd=tmp_path, check=True)
     assert found.stdout.startswith("lightning-optim 0.")

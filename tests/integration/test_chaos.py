@@ -1,9 +1,6 @@
 """A run of all techniques is killed again and again, and ends as if nothing had happened."""
 
-import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +8,7 @@ import torch
 from chaos_worker import EPOCHS
 
 from helpers.models import Classifier, Quiet, assert_same_state, new
+from helpers.ranks import run_alone
 from lightning_optim import DistillationModule, load_from_checkpoint
 
 TESTS = Path(__file__).parents[1]
@@ -20,11 +18,9 @@ STEPS_PER_EPOCH = 8
 
 
 def launch(folder: Path, resume: str = "-", kill: str = "-") -> int:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS)}
-    command = [sys.executable, str(TESTS / "integration" / "chaos_worker.py"), str(folder), resume, kill]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode in (0, KILLED), done.stderr[-3000:]
-    return done.returncode
+    code, output = run_alone(TESTS / "integration" / "chaos_worker.py", folder, resume, kill)
+    assert code in (0, KILLED), output[-3000:]
+    return code
 
 
 def last_file(folder: Path) -> str:

@@ -18,6 +18,7 @@ from lightning.pytorch.callbacks import (
 )
 from torch import nn
 
+from helpers.marks import cells
 from helpers.models import (
     Classifier,
     Files,
@@ -158,11 +159,29 @@ def assert_reached(student, recipe):
     assert [layer.quantization_phase for layer in linear] == ["frozen"] * (3 if recipe.low_rank is None else 5)
 
 
-@pytest.mark.parametrize("run", RUNS)
-@pytest.mark.parametrize("taught", [False, True], ids=["alone", "distilled"])
-@pytest.mark.parametrize(
-    "stack", [stack if len(STACKS[stack]) == 4 else pytest.param(stack, marks=pytest.mark.slow) for stack in STACKS]
+ALL = "channels + low rank + weights + rounding"
+"""The stack of the quick tests; those of the others are slow."""
+OF_CALLBACKS_AND_TYPES = (
+    "bf16-true",
+    "64-true",
+    "weight averaging",
+    "exponential averaging",
+    "several optimizers by hand",
+    "compiled",
 )
+"""Runs whose quick test is without a teacher too; the others are runs of test_promises.py, or say no more alone."""
+every_stack = pytest.mark.parametrize("stack", cells(list(STACKS), quick=[ALL]))
+
+
+@pytest.mark.parametrize(
+    ("taught", "run"),
+    cells(
+        [False, True],
+        list(RUNS),
+        quick=[*((True, run) for run in RUNS), *((False, run) for run in OF_CALLBACKS_AND_TYPES)],
+    ),
+)
+@every_stack
 def test_what_was_asked_is_reached_and_the_file_reloads(tmp_path, stack, taught, run):
     recipe = Recipe(**STACKS[stack], distillation={"alpha": 0.5} if taught else None)
     kinds = [*(["distilled"] if taught else []), *(["low rank"] if recipe.low_rank is not None else [])]
@@ -182,8 +201,14 @@ def test_what_was_asked_is_reached_and_the_file_reloads(tmp_path, stack, taught,
         assert torch.equal(fresh.eval()(inputs), student.eval()(inputs))
 
 
-@pytest.mark.parametrize("run", ["plain", "bf16-mixed", "max_steps", "exponential averaging", "early stopping"])
-@pytest.mark.parametrize("taught", [False, True], ids=["alone", "distilled"])
+@pytest.mark.parametrize(
+    ("taught", "run"),
+    cells(
+        [False, True],
+        ["plain", "bf16-mixed", "max_steps", "exponential averaging", "early stopping"],
+        quick=[(False, "plain"), (False, "exponential averaging"), (True, "bf16-mixed")],
+    ),
+)
 def test_all_of_it_with_the_score_and_the_checkpoint_that_goes_by_it(tmp_path, taught, run):
     words = {"score": {"weights": {"size": 1.0, "accuracy": 0.1}, "size": "bits"}, "checkpoint": {"monitor": "P"}}
     stack = STACKS["channels + weights + rounding"]
@@ -202,7 +227,7 @@ def test_barebones_and_the_score_exclude_each_other(tmp_path, taught):
 
 
 @pytest.mark.parametrize("taught", [False, True], ids=["alone", "distilled"])
-@pytest.mark.parametrize("stack", STACKS)
+@every_stack
 def test_a_fast_run_reaches_the_target_of_everything(tmp_path, stack, taught):
     fractions = {
         name: {key: value for key, value in words.items() if key not in ("start", "end", "freeze")}
@@ -215,10 +240,9 @@ def test_a_fast_run_reaches_the_target_of_everything(tmp_path, stack, taught):
     assert_reached(student, recipe)
 
 
-@pytest.mark.parametrize("epoch", [0, 1])
 @pytest.mark.parametrize("taught", [False, True], ids=["alone", "distilled"])
-@pytest.mark.parametrize("stack", STACKS)
-def test_resumed_equals_uninterrupted(tmp_path, stack, taught, epoch):
+@every_stack
+def test_resumed_equals_uninterrupted(tmp_path, stack, taught):
     recipe = Recipe(**STACKS[stack], distillation={"alpha": 0.5} if taught else None)
     teacher = new(Quiet, width=32) if taught else None
 
@@ -229,4 +253,5 @@ def test_resumed_equals_uninterrupted(tmp_path, stack, taught, epoch):
         return module
 
     whole = run(Files(tmp_path))
-    assert_same_state(run(ckpt_path=tmp_path / f"{epoch}.ckpt"), whole)
+    for epoch in range(2):
+        assert_same_state(run(ckpt_path=tmp_path / f"{epoch}.ckpt"), whole)

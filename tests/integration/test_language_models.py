@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 
 from helpers.language import ROWS, TECHNIQUES, Language, ids
 from helpers.models import EpochSampler, Files, assert_same_state, trainer
-from helpers.ranks import torchrun
+from helpers.ranks import run_ranks
 from lightning_optim import WeightPruning, load_from_checkpoint
 from lightning_optim.modules import Conv1D, Experts, matrices_of
 
@@ -74,7 +74,7 @@ def test_two_processes_with_shards_make_the_masks_and_scales_of_one(tmp_path):
     """Every process gets the same batches, so that the weights are those of one process."""
     from integration.language_worker import CASES, run
 
-    torchrun(WORKER, tmp_path)
+    run_ranks(WORKER, tmp_path)
     for case in CASES:
         run(case, tmp_path / "alone.ckpt", devices=1)
         alone, sharded = (

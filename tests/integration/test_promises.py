@@ -5,6 +5,7 @@ A new technique adds a row to ``helpers.techniques.TRIED``; what is tried beside
 
 import copy
 import logging
+from itertools import product
 
 import lightning.pytorch as pl
 import pytest
@@ -16,6 +17,7 @@ from lightning.pytorch.strategies import DDPStrategy, ParallelStrategy
 from lightning.pytorch.tuner import Tuner
 from torch.utils.data import DataLoader
 
+from helpers.marks import cells
 from helpers.models import (
     Classifier,
     Files,
@@ -53,8 +55,6 @@ def plainly(name):
     return lambda **arguments: [TRIED[name].make(**arguments)]
 
 
-SLOW = ("low rank and weights", "channels and low rank", "channels, activation")
-"""Rows whose tests are slow ones: techniques that are tried alone here, and together in test_combinations.py."""
 CALLBACKS = {
     **{name: plainly(name) for name in TRIED},
     "weights, taylor": lambda **arguments: [weights(criterion="taylor", **arguments)],
@@ -70,6 +70,7 @@ CALLBACKS = {
 }
 STACKED = {
     "blocks, influence": lambda **arguments: [blocks(criterion="influence", **arguments)],
+    "blocks and low rank": lambda **arguments: [low_rank(**arguments), blocks(**arguments)],
     "blocks, channels, weights and integers": lambda **arguments: [
         weights(**arguments),
         integers(**arguments),
@@ -82,16 +83,31 @@ MODELS = {name: TRIED[name].model if name in TRIED else Classifier for name in C
     STACKED, Stacked
 )
 CALLBACKS |= STACKED
-SLOW = (*SLOW, *STACKED)
-every_callback = pytest.mark.parametrize(
-    ("make", "model"),
-    [
-        pytest.param(
-            CALLBACKS[name], MODELS[name], marks=[pytest.mark.slow] if name in (*STACKED, *SLOW) else (), id=name
-        )
-        for name in CALLBACKS
-    ],
+ALONE_AND_TOGETHER = (*TRIED, "all")
+"""Rows whose tests are quick: what the others add shows in what they save and how they resume."""
+WITH_A_STATE = (
+    *ALONE_AND_TOGETHER,
+    "weights, taylor",
+    "channels, taylor",
+    "integers, histogram",
+    "channels and weights",
 )
+"""Rows whose quick tests resume and reload: criteria and observers with statistics, and two techniques together."""
+
+
+def rows(quick):
+    """Return every row as test parameters; those that are not quick are slow."""
+    return pytest.mark.parametrize(
+        ("make", "model"),
+        [
+            pytest.param(CALLBACKS[name], MODELS[name], marks=() if name in quick else pytest.mark.slow, id=name)
+            for name in CALLBACKS
+        ],
+    )
+
+
+every_callback = rows(ALONE_AND_TOGETHER)
+every_state = rows(WITH_A_STATE)
 
 
 # 1. Nothing of the user's code changes.
@@ -143,10 +159,17 @@ def test_resumed_at_every_epoch_equals_uninterrupted(tmp_path, make, model):
         assert_same_state(module, again)
 
 
-@every_callback
-@pytest.mark.parametrize("first", [True, False], ids=["saved before ours", "saved after ours"])
-def test_resumed_at_every_step_equals_uninterrupted(tmp_path, make, model, first):
-    files = tmp_path / "files"
+@pytest.mark.parametrize(
+    ("name", "first"),
+    cells(
+        list(CALLBACKS),
+        [True, False],
+        quick=[*((name, True) for name in WITH_A_STATE), *((name, False) for name in ALONE_AND_TOGETHER)],
+    ),
+)
+def test_resumed_at_every_step_equals_uninterrupted(tmp_path, name, first):
+    """``first``: files are written before our callbacks act, or after."""
+    files, model, make = tmp_path / "files", MODELS[name], CALLBACKS[name]
 
     def run(module, ckpt_path=None):
         class Saves(pl.Callback):
@@ -175,9 +198,11 @@ def test_resumed_at_every_step_equals_uninterrupted(tmp_path, make, model, first
 # 4. One file reloads. 6. The saved score is the saved model's.
 
 
-@every_callback
-@pytest.mark.parametrize("when", ["in fit", "after fit"])
-@pytest.mark.parametrize("weights_only", [False, True])
+@every_state
+@pytest.mark.parametrize(
+    ("when", "weights_only"),
+    cells(["in fit", "after fit"], [False, True], quick=[("in fit", False), ("after fit", True)]),
+)
 def test_the_four_ways_of_saving_reload_in_three(tmp_path, make, model, when, weights_only):
     class Saves(pl.callbacks.Checkpoint):
         def on_train_epoch_end(self, trainer, pl_module):
@@ -219,28 +244,35 @@ def test_the_kept_file_scores_again_what_was_monitored(tmp_path, make, model, mo
 # 7. Combinations work.
 
 
-@every_callback
+TRAINERS = {
+    "max_steps": {"max_steps": 12, "max_epochs": 100},
+    "max_time": {"max_time": "00:01:00:00", "max_epochs": 3},
+    "accumulate_grad_batches": {"accumulate_grad_batches": 2, "max_epochs": 4},
+    "barebones": {"barebones": True},
+    "overfit_batches": {"overfit_batches": 4, "max_epochs": 4},
+    "limit_train_batches": {"limit_train_batches": 4, "max_epochs": 4},
+    "gradient_clip_val": {"gradient_clip_val": 0.5},
+    "check_val_every_n_epoch": {"check_val_every_n_epoch": 2},
+    "val_check_interval": {"val_check_interval": 0.5},
+    "precision": {"precision": "bf16-mixed"},
+}
+FOR_EACH = ("accumulate_grad_batches", "barebones", "precision")
+"""Quick for each technique alone; the others change the window, which all share, and are quick for all together."""
+
+
 @pytest.mark.parametrize(
-    "options",
-    [
-        {"max_steps": 12, "max_epochs": 100},
-        {"max_time": "00:01:00:00", "max_epochs": 3},
-        {"accumulate_grad_batches": 2, "max_epochs": 4},
-        {"barebones": True},
-        {"overfit_batches": 4, "max_epochs": 4},
-        {"limit_train_batches": 4, "max_epochs": 4},
-        {"gradient_clip_val": 0.5},
-        {"check_val_every_n_epoch": 2},
-        {"val_check_interval": 0.5},
-        {"precision": "bf16-mixed"},
-    ],
-    ids=lambda options: next(iter(options)),
+    ("name", "options"),
+    cells(
+        list(CALLBACKS),
+        list(TRAINERS),
+        quick=[*product(["all"], TRAINERS), *product(TRIED, FOR_EACH)],
+    ),
 )
 @pytest.mark.filterwarnings("ignore:You requested to overfit:UserWarning")
 @pytest.mark.filterwarnings("ignore:.*barebones.*:UserWarning")
-def test_trainers_of_all_kinds(tmp_path, make, model, options):
-    module, callbacks = new(model), make()
-    fit(tmp_path, module, *callbacks, **options)
+def test_trainers_of_all_kinds(tmp_path, name, options):
+    module, callbacks = new(MODELS[name]), CALLBACKS[name]()
+    fit(tmp_path, module, *callbacks, **TRAINERS[options])
     assert_reached(module, callbacks)
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from helpers.models import assert_same_state
-from helpers.ranks import torchrun
+from helpers.ranks import run_ranks
 from integration.matrix import FILES, LAUNCHES, with_table
 from integration.sharded_worker import STRUCTURAL, run
 
@@ -47,7 +47,7 @@ def launched(tmp_path_factory):
         speed = "quick" if case in LAUNCHES[name].quick else "slow"
         if (name, speed) not in done:
             out = tmp_path_factory.mktemp(f"{name}-{speed}")
-            torchrun(WORKER, out, name, speed, processes=LAUNCHES[name].processes)
+            run_ranks(WORKER, out, name, speed, processes=LAUNCHES[name].processes)
             done[name, speed] = out
         return done[name, speed]
 

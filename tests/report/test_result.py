@@ -178,6 +178,7 @@ def test_markdown_cells_hold_neither_tags_nor_line_breaks():
 # Files.
 
 
+@pytest.mark.usefixtures("empty_pictures")
 @pytest.mark.parametrize("broken", ["to_markdown", "to_html"])
 def test_a_report_that_cannot_be_made_leaves_the_one_before(tmp_path, monkeypatch, broken):
     report().write(tmp_path)
@@ -192,6 +193,7 @@ def test_a_report_that_cannot_be_made_leaves_the_one_before(tmp_path, monkeypatc
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+@pytest.mark.usefixtures("empty_pictures")
 def test_json_that_cannot_be_made_leaves_the_report_before(tmp_path, monkeypatch):
     report().write(tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}

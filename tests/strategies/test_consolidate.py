@@ -1,8 +1,6 @@
 """One file of a folder of shards: what is no such folder, and the command. That it resumes shows test_presets_run."""
 
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +8,7 @@ import torch
 
 from helpers.gpt import Language
 from helpers.models import assert_same_state
+from helpers.ranks import run_alone
 from lightning_optim import WeightPruning, load_from_checkpoint
 from lightning_optim.checkpoint import KEY
 from lightning_optim.cli import main
@@ -35,12 +34,10 @@ trainer.save_checkpoint(sys.argv[1])
 def written(tmp_path_factory):
     """A folder, written twice under the same name."""
     folder = tmp_path_factory.mktemp("sharded") / "last.ckpt"
-    tests = str(Path(__file__).parents[1])
-    code = f"import sys; sys.path.insert(0, {tests!r})\n{SCRIPT}"
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code, folder], capture_output=True, text=True, timeout=90
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    (folder.parent / "script.py").write_text(SCRIPT)
+    code, output = run_alone(folder.parent / "script.py", folder)
+    assert code == 0, output[-3000:]
+    (folder.parent / "script.py").unlink()
     return folder
 
 

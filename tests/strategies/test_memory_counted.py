@@ -4,13 +4,12 @@ One launch per number of processes runs all cases; a test each then compares.
 """
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from memory_worker import BATCH, DEPTH, GPT, LENGTH, WIDTH, predicted
+
+from helpers.ranks import run_ranks
 
 WORKER = Path(__file__).with_name("memory_worker.py")
 TWO = [
@@ -43,11 +42,7 @@ def launch(tmp_path_factory):
     def results(world):
         if world not in done:
             out = tmp_path_factory.mktemp(f"memory{world}")
-            run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
-            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-            command = [*run, str(WORKER), str(out), *(TWO if world == 2 else FOUR)]
-            ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-            assert ended.returncode == 0, ended.stderr[-4000:]
+            run_ranks(WORKER, out, *(TWO if world == 2 else FOUR), processes=world)
             done[world] = [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(world)]
         return done[world]
 

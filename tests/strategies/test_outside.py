@@ -1,14 +1,12 @@
 """Parameters that a unit cannot hold, on two gloo processes: every sharded preset trains them as DDP does."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from helpers.ranks import run_ranks
 from lightning_optim.strategies.whole import groups_by_dtype, kept_whole
 
 WORKER = Path(__file__).with_name("outside_worker.py")
@@ -20,10 +18,7 @@ EXACT = 1e-5
 def runs(tmp_path_factory):
     """What each rank wrote."""
     out = tmp_path_factory.mktemp("outside")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    ran = subprocess.run([*command, WORKER, out], env=environment, capture_output=True, text=True, timeout=300)
-    assert ran.returncode == 0, ran.stderr[-6000:]
+    run_ranks(WORKER, out)
     return [torch.load(out / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
 
 

@@ -3,7 +3,6 @@
 import copy
 import json
 import pickle
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +15,7 @@ from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.strategies import StrategyRegistry
 
 from helpers.gpt import Language
+from helpers.ranks import run_alone
 from lightning_optim import _upstream
 from lightning_optim.strategies import PRESETS, OptimDDP, OptimFSDP2, OptimSingle, build, sharded_files
 from lightning_optim.strategies.common import check_batchnorm_sync
@@ -44,11 +44,14 @@ def test_every_preset_builds_copies_and_pickles(name):
             assert stored.get(word, lambda s, word=word: getattr(s, word))(other) == value
 
 
-@pytest.mark.slow
-def test_importing_the_package_registers_the_names():
-    code = "import lightning_optim; from lightning.pytorch.strategies import StrategyRegistry as r; print(*r)"
-    names = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    assert set(PRESETS) <= set(names)
+def test_importing_the_package_registers_the_names(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import lightning_optim; from lightning.pytorch.strategies import StrategyRegistry; print(*StrategyRegistry)"
+    )
+    code, output = run_alone(script)
+    assert code == 0, output
+    assert set(PRESETS) <= set(output.split())
 
 
 @pytest.mark.parametrize("name", [name for name in PRESETS if name not in NOT_ON_ONE_MACHINE])
@@ -135,8 +138,8 @@ def refusals(tmp_path_factory):
     """What ``refused_worker.py`` was told, in a process whose group is not left here."""
     out = tmp_path_factory.mktemp("refused") / "refused.json"
     worker = Path(__file__).with_name("refused_worker.py")
-    done = subprocess.run([sys.executable, worker, out], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-4000:]
+    code, output = run_alone(worker, out)
+    assert code == 0, output[-4000:]
     return json.loads(out.read_text())
 
 

@@ -11,7 +11,7 @@ from presets_worker import EPOCHS, Conditional, Grouped, Made, Manual, Plain, en
 
 from helpers.gpt import Language
 from helpers.models import assert_same_state, data
-from helpers.ranks import torchrun
+from helpers.ranks import run_ranks
 from lightning_optim import load_from_checkpoint
 
 WORKER = Path(__file__).with_name("presets_worker.py")
@@ -72,7 +72,7 @@ def launch(tmp_path_factory):
         if group not in done:
             world, names = GROUPS[group]
             out = tmp_path_factory.mktemp(group)
-            torchrun(WORKER, out, *names, processes=world)
+            run_ranks(WORKER, out, *names, processes=world)
             done[group] = out
         return done[group]
 

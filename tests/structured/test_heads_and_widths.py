@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from helpers.marks import cells
 from helpers.nets import Net
 from lightning_optim import conform, prune_channels
 from lightning_optim.structured import check
@@ -169,7 +170,13 @@ def rows_of_inputs(layer):
     return weight if inputs_first(layer) else weight.t()
 
 
-@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize(
+    "name",
+    cells(
+        list(HEADS),
+        quick=["Llama, few keys", "Qwen3", "Phi-3", "NeoX", "GPT-2", "T5", "ModernBERT", "BART", "ViT", "DeBERTa"],
+    ),
+)
 def test_without_some_heads_a_model_equals_one_whose_heads_are_zero(name):
     kind, config, arguments, inputs, writer, attentions = HEADS[name]
     model = build(kind, config, arguments)
