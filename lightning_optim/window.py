@@ -148,6 +148,18 @@ class Window:
             self.start_step is not None and self.end_step is not None and self.start_step <= self.step <= self.end_step
         )
 
+    def nears(self, step: int | None = None) -> bool:
+        """Whether the window is open at ``step`` (now by default), or opens within the time between two events."""
+        step = self.step if step is None else step
+        if self.start_step is None or self.end_step is None:
+            return False
+        return self.start_step - self._interval() <= step <= self.end_step
+
+    @property
+    def next_event(self) -> int | None:
+        """Step of the first event after this step, None after the last."""
+        return next((step for step in self.event_steps() if step > self.step), None) if self.resolved else None
+
     @property
     def closes_now(self) -> bool:
         """Whether this step is the last of the window."""

@@ -1,6 +1,7 @@
 """ChannelPruning: channels leave the model while it trains, and the run goes on."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -9,23 +10,22 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_optim import checkpoint
 from lightning_optim.callbacks.base import CompressionCallback, ranks_per_batch
 from lightning_optim.callbacks.example_inputs import InputSource
+from lightning_optim.callbacks.goal_ratio import dense_copy, ratio_for
 from lightning_optim.callbacks.recovery import Recovery
+from lightning_optim.callbacks.shrinking import Shrinking
 from lightning_optim.callbacks.statistics import Collected
 from lightning_optim.change import Changed
 from lightning_optim.checks import check_choice, check_count, check_flags
 from lightning_optim.functional.channels import ChannelCriterion
 from lightning_optim.functional.schedules import SCHEDULES, Schedule
-from lightning_optim.measure.size import SIZES
-from lightning_optim.modules import copy_module
 from lightning_optim.optimizers import held_ids
 from lightning_optim.provenance import as_plain
 from lightning_optim.sharding import is_sharded
-from lightning_optim.structured.allocation import Allocation, one_pool
+from lightning_optim.structured.allocation import Allocation, Pool, one_pool
 from lightning_optim.structured.events import check_ratio
-from lightning_optim.structured.goal import Goal, smallest_ratio
+from lightning_optim.structured.goal import Goal
 from lightning_optim.structured.live import Dense, LiveChannels, NothingPrunable, reading_weights
 from lightning_optim.structured.removal import ChannelRemoval
 from lightning_optim.structured.renamed import renamed_groups
@@ -119,6 +119,8 @@ class ChannelPruning(CompressionCallback):
         recalibrate_batches: int = 0,
         warmup_steps: int = 0,
         reduction: Literal["mean", "sum", "max"] = "mean",
+        regularization: Literal["group_lasso", "growing"] | None = None,
+        strength: float | None = None,
         check: bool = True,
         module: str | None = None,
         include: Sequence[Pattern] | None = None,
@@ -143,10 +145,20 @@ class ChannelPruning(CompressionCallback):
         self.check = check
         self.round_to = round_to
         self.allocation = Allocation.of(criterion, scope=scope, reduction=reduction, round_to=round_to)
+        self._shrinking = Shrinking(regularization, strength)
+        self.regularization, self.strength = regularization, self._shrinking.strength
+        if self._shrinking.chooses and start == 0 and set(self.allocation.needs) - {"generator"}:
+            raise ValueError(
+                f"regularization={regularization!r} chooses channels at `start`, and by step 0 the criterion has seen "
+                "nothing. Start at step 1 or later."
+            )
         self._inputs = InputSource(example_inputs, 2, module, several=True)
         self._live: LiveChannels | None = None
         self._dense: Dense | None = None
         self._reached: float | None = None
+        self._coming: tuple[float, float] | None = None
+        """Of a goal: the next event's ratio and what it leaves of the figure, where its channels shrink already."""
+        self._leaving_norm: float | None = None
         self._statistics = Collected(self.allocation.needs)
         self._batch = Collected(self.allocation.needs)
 
@@ -170,7 +182,10 @@ class ChannelPruning(CompressionCallback):
         self._live = None
         if fresh:
             self._dense, self._recovery.removed_at, self._reached = None, None, None
+            self._coming = self._leaving_norm = None
             self._statistics.clear()
+            self._shrinking.clear()
+        self._shrinking.place(self._target)
         self._statistics.place({name: parameter.device for name, parameter in self._target.named_parameters()})
         self._inputs.prepare(pl_module, "ChannelPruning")
         refuse_shared(pl_module, self._target, self._prefix)
@@ -187,13 +202,14 @@ class ChannelPruning(CompressionCallback):
         self._recovery.end_batch()
         if not self.window.closed:
             self._inputs.begin_batch(pl_module)
-        if self._batch.reads_inputs and self.window.within:  # all layers: a resumed run learns its groups from a batch
+        if self._batch.reads_inputs and self._collects:  # all layers: a resumed run learns its groups from a batch
             self._batch.watch(reading_weights(self._target))
         self._recovery.begin_batch(self._target)
 
     def model_changed(self, pl_module: pl.LightningModule, changed: Changed) -> None:
         """Slice the gathered gradients with their parameters, and rename what moved."""
         self._statistics.follow(changed, self._prefix)
+        self._shrinking.follow(changed, self._prefix)
         if self._dense is None:
             return
         if all(now == name for name, now in changed.layers.items()):
@@ -210,7 +226,7 @@ class ChannelPruning(CompressionCallback):
         """Read what was caught, and run the event that is due."""
         self._recovery.end_batch()
         self._batch.stop()
-        if self._batch.reads_inputs and self.window.within:
+        if self._batch.reads_inputs and self._collects:
             names = list(reading_weights(self._target))
             self._statistics.pool(self._batch, names, trainer, ranks_per_batch(trainer))
         if self._live is None and not self.window.closed:
@@ -227,9 +243,12 @@ class ChannelPruning(CompressionCallback):
         self._handles += self._recovery.warm_up(self._holders, lambda: self.window.step)
 
     def after_step(self, optimizer: Optimizer) -> None:
-        """Note gradients while the window is open, where the criterion needs them."""
-        if self._statistics and self.window.within:
-            held = held_ids(optimizer)
+        """Shrink what is to be removed, and note gradients where the criterion needs them."""
+        if not self._statistics and not self._shrinking:
+            return
+        held = held_ids(optimizer)
+        self._shrinking.after_step(self._target, self._holders.index(optimizer), held, self.window.step)
+        if self._statistics and self._collects:
             self._statistics.after_step({n: p for n, p in self._target.named_parameters() if id(p) in held})
 
     def count_step(self, optimizer: Optimizer) -> None:
@@ -245,68 +264,85 @@ class ChannelPruning(CompressionCallback):
                 "or start at step 1 or later."
             )
         self._batch.stop()
-        progress = self.window.progress()
-        if progress > 0.0:  # the schedule begins with the dense model: nothing to rank
-            self._live.begin_event()
+        live, progress = self._live, self.window.progress()
+        if progress > 0.0 or self._shrinking:  # the schedule begins with the dense model: nothing to rank or remove
+            live.begin_event()
             try:
-                self._remove(trainer, pl_module, self._live)
+                self._remove(trainer, pl_module, live)
             finally:
-                self._live.end_event()
+                live.end_event()
             self._statistics.clear()
-        self._say(trainer, pl_module, self._live)
+        self._say(trainer, pl_module, live)
+
+    @property
+    def _collects(self) -> bool:
+        """Whether statistics are collected now; channels that shrink are chosen at the start of the window already."""
+        return self.window.nears() if self._shrinking.chooses else self.window.within
 
     def _remove(self, trainer: pl.Trainer, pl_module: pl.LightningModule, live: LiveChannels) -> None:
         statistics = self._statistics.by_statistic()
-        pools = live.pools(self.pruning_ratio, self._due)
-        if self.target is not None:
-            ratio = self._ratio_for(trainer, live, self.target, statistics)
-            pools = [one_pool(ratio, live.report.groups, self.allocation)]
-        event = live.plan(pools, statistics, last=self.window.closes_now)
-        if not event.removal.kept:
+        last, leaving = self.window.closes_now, dict[str, list[int]]()
+        event = None
+        if self.window.progress() > 0.0:
+            chosen = self._shrinking.chosen()
+            found = self._coming if chosen is not None else self._goal(trainer, live, statistics, self.window.step)
+            self._reached = None if found is None else found[1]
+            event = live.plan(self._pools(live, self.window.step, found), statistics, last=last, chosen=chosen)
+            problem = live.damage(event) if self.check and event.removal.kept else None
+            if problem is not None:
+                raise RuntimeError(f"ChannelPruning at step {self.window.step} changed nothing: {problem}.")
+            leaving = event.leaving
+            self._leaving_norm = self._shrinking.leaving_norm(self._target, leaving)
+        if self._shrinking:
+            self._shrink(trainer, live, statistics, leaving)
+        if event is None or not event.removal.kept:
             return
-        problem = live.damage(event) if self.check else None
-        if problem is not None:
-            raise RuntimeError(f"ChannelPruning at step {self.window.step} changed nothing: {problem}.")
-        change = ChannelRemoval(self._prefix, event.removal, configs=self.window.closes_now)
+        change = ChannelRemoval(self._prefix, event.removal, configs=last)
         self.commit(trainer, pl_module, change, reset=self.optimizer_state == "reset")
         live.note(event)
         self._recovery.begin(self.window.step)
 
-    def _due(self, final: float) -> float:
-        """Return which part of a fraction is due now."""
-        return self.schedule(self.window.progress(), 0.0, final)
+    def _shrink(
+        self,
+        trainer: pl.Trainer,
+        live: LiveChannels,
+        statistics: Mapping[str, Mapping[str, Tensor]],
+        leaving: dict[str, list[int]],
+    ) -> None:
+        """Let the channels shrink that are to leave after those that leave now: with these in place, to be sliced."""
+        window, following = self.window, self.window.next_event
+        if following is None:
+            self._shrinking.clear()
+        elif self._shrinking.chooses:
+            self._coming = self._goal(trainer, live, statistics, following)
+            pools = self._pools(live, following, self._coming)
+            chosen = live.choose(pools, statistics, leaving, last=following == window.end_step)
+            self._shrinking.begin(live.units(chosen), chosen, since=window.step, until=following)
+        else:
+            asked = live.ratios(self.pruning_ratio)
+            names = [name for name in live.report.groups if self.target is not None or asked[name]]
+            self._shrinking.begin(live.units(names), {}, since=window.start_step or 0, until=window.end_step or 0)
 
-    def _ratio_for(
-        self, trainer: pl.Trainer, live: LiveChannels, goal: Goal, statistics: Mapping[str, Mapping[str, Tensor]]
-    ) -> float:
-        """Return the smallest ratio that leaves at most the fraction of the figure that is due; rank 0 decides."""
-        due = 1.0 - self._due(1.0 - goal.fraction)
+    def _goal(
+        self, trainer: pl.Trainer, live: LiveChannels, statistics: Mapping[str, Mapping[str, Tensor]], step: int
+    ) -> tuple[float, float] | None:
+        """Return the ratio that reaches what is due of the goal at a step, and what it leaves; None without a goal."""
+        if self.target is None:
+            return None
+        due, last = 1.0 - self._due(1.0 - self.target.fraction, step), self.window.progress(step) == 1.0
+        dense = partial(dense_copy, self._whole, self._prefix)
+        options: Any = {"dense": dense, "last": last, "strict": self.strict, "who": self.label}
+        return ratio_for(trainer, live, self.target, due, statistics, **options)
 
-        def fraction_at(ratio: float) -> float:
-            event = live.plan(ratio, statistics, last=self.window.closes_now)
-            return live.fraction_after(event, goal, self._dense_copy)
+    def _pools(self, live: LiveChannels, step: int, found: tuple[float, float] | None = None) -> list[Pool]:
+        """Return what is to be gone of which groups at a step; ``found`` is what :meth:`_goal` returned."""
+        if found is not None:
+            return [one_pool(found[0], live.report.groups, self.allocation)]
+        return live.pools(self.pruning_ratio, partial(self._due, step=step))
 
-        found: tuple[float, float] = (0.0, 0.0)
-        if trainer.is_global_zero:
-            found = smallest_ratio(fraction_at, due)
-        ratio, reached = trainer.strategy.broadcast(found, src=0) if trainer.world_size > 1 else found
-        if self.window.progress() == 1.0 and reached > due:
-            smallest, left = ", ".join(live.report.groups), ", ".join(live.report.left_out) or "none"
-            sentence = (
-                f"{self.label}: asked {goal.figure} at {due:.2%} of the dense model's, reached {reached:.2%}. What "
-                f"stops it: {smallest} are at their smallest; left alone are {left}."
-            )
-            if self.strict:
-                raise RuntimeError(sentence + " Ask for more, take more layers in, or pass strict=False.")
-            rank_zero_warn(sentence)
-        self._reached = reached
-        return ratio
-
-    def _dense_copy(self) -> nn.Module:
-        """Return a copy with the structure of the user's class: what a latency is compared with."""
-        duplicate = copy_module(self._whole, rounded=False)
-        checkpoint.conform(duplicate, checkpoint.EMPTY)
-        return duplicate.get_submodule(self._prefix.rstrip("."))
+    def _due(self, final: float, step: int | None = None) -> float:
+        """Return which part of a fraction is due at a step, now by default."""
+        return self.schedule(self.window.progress(step), 0.0, final)
 
     # Groups.
 
@@ -356,15 +392,20 @@ class ChannelPruning(CompressionCallback):
         now = sum(live.channels.values())
         multiple = self.allocation.round_to
         rounded = f" (kept in multiples of {multiple})" if multiple else ""
-        miss = None if self.target is not None else live.shortfall(live.pools(self.pruning_ratio, self._due))
+        miss = None if self.target is not None else live.shortfall(self._pools(live, self.window.step))
         fewer = f", {miss.channels} fewer than asked" if miss is not None and miss.channels else ""
+        norm = self._leaving_norm
+        small = "" if norm is None else f" (the last with {norm:.0%} of their groups' mean norm)"
         rank_zero_info(
             f"{self.label}: step {self.window.step}, asked {self._words_of_asked(live)}; {before - now} of {before} "
-            f"channels gone in {len(live.channels)} groups{rounded}{fewer}; {left:.2%} of the parameters are left."
+            f"channels gone in {len(live.channels)} groups{rounded}{fewer}{small}; {left:.2%} of the parameters are "
+            "left."
         )
         if miss is not None and miss.exceeds and self.window.closes_now:
             rank_zero_warn(f"{self.label}: {miss.sentence()}")
         metrics = {"channels/parameters": left}
+        if norm is not None:
+            metrics["channels/leaving_norm"] = norm
         if self.target is not None and self.target.figure != "parameters" and self._reached is not None:
             metrics[f"channels/{self.target.figure}"] = self._reached
         self.log_event(trainer, pl_module, metrics)
@@ -375,9 +416,6 @@ class ChannelPruning(CompressionCallback):
         dense, ratios = live.dense.channels, live.ratios(self.pruning_ratio)
         gone = sum(dense[name] * self._due(ratio) for name, ratio in ratios.items())
         return f"{gone / sum(dense[name] for name in ratios):.2%} of the channels gone"
-
-    def _fraction_left(self) -> float:
-        return SIZES["parameters"](self._target) / self._dense.parameters if self._dense else 1.0
 
     # State.
 
@@ -391,6 +429,8 @@ class ChannelPruning(CompressionCallback):
             "removed_at": self._recovery.removed_at,
             "batches_since": self._recovery.batches_since,
             "squares": self._statistics.state_dict(),
+            "shrinking": self._shrinking.state_dict(),
+            "coming": self._coming,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -403,6 +443,9 @@ class ChannelPruning(CompressionCallback):
         self._recovery.removed_at = state_dict["removed_at"]
         self._recovery.batches_since = state_dict["batches_since"]
         self._statistics.load_state_dict(state_dict["squares"])
+        self._shrinking.load_state_dict(state_dict.get("shrinking"))  # files before 0.2 have none
+        coming = state_dict.get("coming")
+        self._coming = None if coming is None else (coming[0], coming[1])
 
     def plan_entry(self) -> dict[str, Any]:
         """Return what was asked, and what is left."""
@@ -410,14 +453,14 @@ class ChannelPruning(CompressionCallback):
         entry = {"technique": "ChannelPruning", "asked": as_plain(goal)}
         if self._dense is None or getattr(self, "_target", None) is None:  # restored, and not fitted since
             return entry
-        return {**entry, "parameters_left": self._fraction_left()}
+        return {**entry, "parameters_left": self._dense.left_in(self._target)}
 
     def last_line(self, pl_module: pl.LightningModule) -> str:
         """Return the sentence that says what was asked and what is left."""
         if self._dense is None:
             return f"{self.label}: the run ended before a batch was seen."
         ended = "" if self.reached_end else f"the run ended at step {self.window.step}, before the window's end; "
-        return f"{self.label}: {ended}{self._fraction_left():.2%} of the parameters are left."
+        return f"{self.label}: {ended}{self._dense.left_in(self._target):.2%} of the parameters are left."
 
     def release(self, pl_module: pl.LightningModule) -> None:
         """Remove what the fit installed, and restore momenta and learning rates."""
@@ -438,4 +481,6 @@ class ChannelPruning(CompressionCallback):
         ratios = live.ratios(self.pruning_ratio)
         removed = {name: f"{ratio:.0%}" if self.target is None else "to the goal" for name, ratio in ratios.items()}
         title = f"{self.label}: steps {self.window.start_step} to {self.window.end_step}"
+        if self._shrinking:
+            title += f", channels shrink by {self.regularization} (strength {self.strength:g})"
         return live.report.table(title, live.dense.channels, removed)

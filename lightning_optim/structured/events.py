@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from lightning_optim.functional.channels import Slices, channels_to_remove, group_scores
 from lightning_optim.functional.criteria import parameter_generator
 from lightning_optim.functional.statistics import STATISTICS
-from lightning_optim.modules import INPUTS_FIRST, NORMS, copy_module
+from lightning_optim.modules import NORMS, copy_module
 from lightning_optim.patterns import Pattern, check_pattern
 from lightning_optim.structured.allocation import Allocation, Pool, kept_channels, one_pool
 from lightning_optim.structured.check import SHAPE, Damage, damage, trusted
 from lightning_optim.structured.find import ChannelReport, find_prunable, known_groups
-from lightning_optim.structured.groups import ChannelGroup, Member, Removal
+from lightning_optim.structured.groups import ChannelGroup, Member, Removal, dimension_of
 from lightning_optim.structured.proof import refused_in_parts
 from lightning_optim.structured.traced import TracedModel
 from lightning_optim.target import ForwardInputs
@@ -27,11 +27,10 @@ __all__ = [
     "event_damage",
     "find_prunable",
     "known_groups",
+    "leaving_channels",
     "plan_event",
     "statistics_of",
 ]
-
-_CHANNEL_DIM = {"out": 0, "in": 1}
 
 
 def check_ratio(ratio: float | dict[Pattern, float]) -> float | dict[Pattern, float]:
@@ -113,6 +112,7 @@ def plan_event(
     prefix: str = "",
     *,
     last: bool = True,
+    chosen: Mapping[str, Sequence[int]] | None = None,
     traced: TracedModel | None = None,
 ) -> Event:
     """Choose what leaves the live model so that ``ratios`` of the dense channels are gone.
@@ -127,19 +127,51 @@ def plan_event(
         statistics: What the criterion needs besides the weights: name of the statistic -> parameter name -> values.
         prefix: What the module's names begin with in the whole model; it seeds the random criterion.
         last: Whether no event follows that could remove what does not fit into this one.
+        chosen: Channels that were chosen before, by group: they are the first to leave.
         traced: A trace of the model with these inputs, if there is one.
     """
-    pools = [one_pool(ratios, names, allocation)] if isinstance(ratios, float) else ratios
     traced = TracedModel(module, inputs) if traced is None else traced
     groups = _as_traced(names, traced)
-    scores = {name: _scores(module, group, allocation, statistics or {}, prefix) for name, group in groups.items()}
-    kept = kept_channels(groups, dense, scores, pools, allocation, last=last)
-    leaving, counts = {}, {}
-    for name, group in groups.items():
-        counts[name] = (group.channels, kept[name])
-        if kept[name] < group.channels:
-            leaving[name] = channels_to_remove(scores[name], kept[name], group.blocks)
+    pools = [one_pool(ratios, names, allocation)] if isinstance(ratios, float) else ratios
+    leaving = leaving_channels(module, groups, dense, pools, allocation, statistics, prefix, last=last, chosen=chosen)
+    counts = {name: (group.channels, group.channels - len(leaving.get(name, ()))) for name, group in groups.items()}
     return Event(traced.remove(leaving, groups), counts, leaving)
+
+
+def leaving_channels(
+    module: nn.Module,
+    groups: Mapping[str, ChannelGroup],
+    dense: Mapping[str, int],
+    pools: Sequence[Pool],
+    allocation: Allocation,
+    statistics: Mapping[str, Mapping[str, Tensor]] | None = None,
+    prefix: str = "",
+    *,
+    last: bool = True,
+    chosen: Mapping[str, Sequence[int]] | None = None,
+) -> dict[str, list[int]]:
+    """Choose which channels of each group are to leave; groups that lose none are not there.
+
+    Args:
+        module: The model as it is.
+        groups: The prunable groups as they are now, by name.
+        dense: Channels of each group before anything left.
+        pools: What is to be gone of which groups; groups in no pool stay as they are.
+        allocation: How channels are chosen.
+        statistics: As for :func:`plan_event`.
+        prefix: As for :func:`plan_event`.
+        last: As for :func:`plan_event`.
+        chosen: As for :func:`plan_event`.
+    """
+    scores = {name: _scores(module, group, allocation, statistics or {}, prefix) for name, group in groups.items()}
+    for name, channels in (chosen or {}).items():
+        scores[name][channels] = scores[name].min() - 1.0
+    kept = kept_channels(groups, dense, scores, pools, allocation, last=last)
+    return {
+        name: channels_to_remove(scores[name], kept[name], group.blocks)
+        for name, group in groups.items()
+        if kept[name] < group.channels
+    }
 
 
 def _as_traced(names: Mapping[str, ChannelGroup], traced: TracedModel) -> dict[str, ChannelGroup]:
@@ -250,19 +282,13 @@ def _of_group(layer: nn.Module, weight: Tensor, member: Member, group: ChannelGr
     A layer that reads one block only, such as a part of a split, speaks for the channels that leave together: those of
     one block and their likes in the others.
     """
-    dim = _dimension(layer, weight, member)
+    dim = dimension_of(layer, weight, member)
     found = _by_channel(weight, dim, member.index, member.root, group.channels)
     if found is not None or group.blocks == 1:
         return found
     per_block = group.channels // group.blocks
     found = _by_channel(weight, dim, member.index, [root % per_block for root in member.root], per_block)
     return None if found is None else found.repeat(group.blocks, 1)
-
-
-def _dimension(layer: nn.Module, weight: Tensor, member: Member) -> int:
-    if member.parameter is not None:
-        return member.parameter[1]
-    return 0 if weight.ndim == 1 else _CHANNEL_DIM[member.side] ^ isinstance(layer, INPUTS_FIRST)
 
 
 def _by_channel(weight: Tensor, dim: int, index: Sequence[int], root: Sequence[int], channels: int) -> Tensor | None:

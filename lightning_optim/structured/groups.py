@@ -6,9 +6,19 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_optim.modules import CONVOLUTIONS, EMBEDDINGS, LINEARS, TRANSPOSED, Conv1D
+from lightning_optim.modules import CONVOLUTIONS, EMBEDDINGS, INPUTS_FIRST, LINEARS, TRANSPOSED, Conv1D
 
-__all__ = ["ChannelGroup", "Member", "Removal", "blocks_of", "inputs_of", "is_linear", "is_root", "outputs_of"]
+__all__ = [
+    "ChannelGroup",
+    "Member",
+    "Removal",
+    "blocks_of",
+    "dimension_of",
+    "inputs_of",
+    "is_linear",
+    "is_root",
+    "outputs_of",
+]
 
 _ROOTS = (*LINEARS, *CONVOLUTIONS, *TRANSPOSED, *EMBEDDINGS)
 
@@ -158,6 +168,13 @@ def blocks_of(layer: nn.Module) -> int:
     if isinstance(layer, (*CONVOLUTIONS, *TRANSPOSED)) and not _is_depthwise(layer):
         return layer.groups
     return 1
+
+
+def dimension_of(layer: nn.Module, weight: Tensor, member: Member) -> int:
+    """Return which dimension of a layer's weight a member's channels are."""
+    if member.parameter is not None:
+        return member.parameter[1]
+    return 0 if weight.ndim == 1 else {"out": 0, "in": 1}[member.side] ^ isinstance(layer, INPUTS_FIRST)
 
 
 def _is_depthwise(layer: Any) -> bool:

@@ -1,6 +1,6 @@
 """The channels of a live model: what can leave, what did, and what an event would take. No Trainer here."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
@@ -11,7 +11,8 @@ from lightning_optim.measure.size import SIZES
 from lightning_optim.modules import CONVOLUTIONS, LINEARS, copy_module
 from lightning_optim.patterns import Pattern
 from lightning_optim.structured.allocation import Allocation, Pool, Shortfall, one_pool, shortfall
-from lightning_optim.structured.events import Event, event_damage, plan_event
+from lightning_optim.structured.coupled import CoupledUnits
+from lightning_optim.structured.events import Event, event_damage, leaving_channels, plan_event
 from lightning_optim.structured.find import ChannelReport, find_prunable, known_groups
 from lightning_optim.structured.goal import Goal
 from lightning_optim.structured.removal import apply_removal
@@ -43,6 +44,10 @@ class Dense:
     channels: dict[str, int]
     parameters: float
     macs: float | None = None
+
+    def left_in(self, target: nn.Module) -> float:
+        """Return the parameters that are left, as a fraction of the dense model's."""
+        return SIZES["parameters"](target) / self.parameters
 
 
 class LiveChannels:
@@ -166,8 +171,15 @@ class LiveChannels:
         """Drop the trace, which holds a forward pass."""
         self._traced = None
 
-    def plan(self, ratios: float | list[Pool], statistics: Mapping[str, Mapping[str, Tensor]], *, last: bool) -> Event:
-        """Choose which channels leave so that ``ratios`` of the dense ones are gone."""
+    def plan(
+        self,
+        ratios: float | list[Pool],
+        statistics: Mapping[str, Mapping[str, Tensor]],
+        *,
+        last: bool,
+        chosen: Mapping[str, list[int]] | None = None,
+    ) -> Event:
+        """Choose which channels leave so that ``ratios`` of the dense ones are gone; ``chosen`` ones leave first."""
         return plan_event(
             self.target,
             self.inputs,
@@ -178,8 +190,35 @@ class LiveChannels:
             statistics,
             self.prefix,
             last=last,
+            chosen=chosen,
             traced=self._traced,
         )
+
+    def choose(
+        self,
+        pools: list[Pool],
+        statistics: Mapping[str, Mapping[str, Tensor]],
+        chosen: Mapping[str, list[int]],
+        *,
+        last: bool,
+    ) -> dict[str, list[int]]:
+        """Choose which channels are to leave at a later event, by group, without removing any.
+
+        Args:
+            pools: What is to be gone by then.
+            statistics: What the criterion needs.
+            chosen: Channels that leave before; they are not among those returned.
+            last: Whether no event follows the later one.
+        """
+        groups, dense = self.report.groups, self.dense.channels
+        found = leaving_channels(
+            self.target, groups, dense, pools, self.allocation, statistics, self.prefix, last=last, chosen=chosen
+        )
+        return {name: sorted(set(channels) - set(chosen.get(name, ()))) for name, channels in found.items()}
+
+    def units(self, names: Iterable[str]) -> dict[str, CoupledUnits]:
+        """Return what leaves together in some groups."""
+        return {name: CoupledUnits.of(self.target, self.report.groups[name]) for name in names}
 
     def damage(self, event: Event) -> str | None:
         """Say what an event would break, on copies; None when it breaks nothing."""
@@ -195,7 +234,7 @@ class LiveChannels:
 
     def fraction_left(self) -> float:
         """Return the parameters that are left, as a fraction of the dense model's."""
-        return SIZES["parameters"](self.target) / self.dense.parameters
+        return self.dense.left_in(self.target)
 
     def fraction_after(self, event: Event, goal: Goal, dense: Callable[[], nn.Module]) -> float:
         """Return a figure after an event, as a fraction of the dense model's.
