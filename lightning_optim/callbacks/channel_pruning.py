@@ -71,6 +71,14 @@ class ChannelPruning(CompressionCallback):
             batches, instead of trailing behind by their momentum; 0: they are left to it.
         warmup_steps: After an event the learning rates rise again from 0 over this many steps; 0: they do not.
         reduction: How the layers of a group decide together: ``"mean"``, ``"sum"`` or ``"max"``.
+        regularization: Name in ``functional.regularization.REGULARIZATIONS``: channels shrink before they are removed,
+            in all layers that lose them, right after each step of the optimizers. ``"growing"``: from ``start`` on,
+            those that the next event removes; they are chosen by the criterion at the event before (the first at
+            ``start``), shrink faster and faster, and are what leaves. ``"group_lasso"``: from ``start`` to ``end``, all
+            prunable channels, the small ones most; what leaves is chosen at the event. None: nothing shrinks.
+        strength: How much, None for the regularization's default. ``"growing"``: without gradients, channels arrive at
+            their event with exp(-strength) of their weights. ``"group_lasso"``: without gradients, the smallest
+            channels of each group lose about strength x the group's mean norm over the window.
         check: Try each group once, and every event, on copies: removing must equal setting to zero, norms taken over
             the channels that stay. Each group is tried in the part of the model that holds its layers, with a copy in
             float64 and at most seven forward passes. Without it channels are removed unchecked.
@@ -80,10 +88,11 @@ class ChannelPruning(CompressionCallback):
         exclude: Layers whose outputs stay.
 
     Logged at every event: ``channels/parameters`` (fraction of the dense model's), and with a goal in them
-    ``channels/macs`` or ``channels/latency``.
+    ``channels/macs`` or ``channels/latency``; with a regularization ``channels/leaving_norm`` (mean norm of the
+    channels that leave, as a fraction of the mean of their groups).
 
     State: the window, the channels of the dense model, and what the criterion collects (``taylor``: one float32 per
-    weight; ``activation``: one per input of a layer). A resumed
+    weight; ``activation``: one per input of a layer), and which channels shrink and how far they are. A resumed
     run continues bit for bit. Strategies: a single device and DDP (the model is wrapped anew after each event). Those
     that divide the model go on with one whose window is over, and refuse any other before the first step.
 
@@ -93,7 +102,8 @@ class ChannelPruning(CompressionCallback):
     alone, with its reason in the table.
 
     References:
-        Fang et al. 2023, "DepGraph: Towards Any Structural Pruning".
+        Fang et al. 2023, "DepGraph: Towards Any Structural Pruning"; Wang et al. 2021, "Neural Pruning via Growing
+        Regularization"; Wen et al. 2016, "Learning Structured Sparsity in Deep Neural Networks".
     """
 
     instead = (
@@ -119,7 +129,7 @@ class ChannelPruning(CompressionCallback):
         recalibrate_batches: int = 0,
         warmup_steps: int = 0,
         reduction: Literal["mean", "sum", "max"] = "mean",
-        regularization: Literal["group_lasso", "growing"] | None = None,
+        regularization: str | None = None,
         strength: float | None = None,
         check: bool = True,
         module: str | None = None,
@@ -147,6 +157,8 @@ class ChannelPruning(CompressionCallback):
         self.allocation = Allocation.of(criterion, scope=scope, reduction=reduction, round_to=round_to)
         self._shrinking = Shrinking(regularization, strength)
         self.regularization, self.strength = regularization, self._shrinking.strength
+        if self._shrinking and start == end:
+            raise ValueError(f"channels that are regularized shrink between `start` and `end`, got {start!r} for both.")
         if self._shrinking.chooses and start == 0 and set(self.allocation.needs) - {"generator"}:
             raise ValueError(
                 f"regularization={regularization!r} chooses channels at `start`, and by step 0 the criterion has seen "

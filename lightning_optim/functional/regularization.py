@@ -83,16 +83,17 @@ REGULARIZATIONS: Registry[type[Regularization]] = Registry("regularization")
 
 @REGULARIZATIONS.register("group_lasso")
 class GroupLasso(Regularization):
-    """The sum of the units' norms: all shrink by the same length, so small ones reach zero and large ones stay.
+    """The weighted sum of the units' norms: units shrink by a length, not by a factor, so small ones reach zero.
 
-    The penalty of a group is ``m * sum_k |w_k|``, where m, the mean norm, counts as a constant: it makes the strength
-    mean the same in every layer. The step is the exact (proximal) one, which sets units to zero:
-    ``w_k <- w_k * max(0, 1 - amount * m / |w_k|)``. At strength 1, without gradients, the window would shrink a unit of
-    mean norm by a factor of about e or to zero, depending on how the others shrink.
+    The penalty of a group is ``m * sum_k g_k |w_k|``. The mean norm m makes the strength mean the same in every layer.
+    The weights g_k fall from 1 for the smallest unit to 1/16 for the largest: the norms of a trained group lie close to
+    each other, and equal weights would shrink all of its units alike. Both count as constants. The step is the exact
+    (proximal) one, which sets units to zero: ``w_k <- w_k * max(0, 1 - amount * m * g_k / |w_k|)``.
 
     References:
         Wen et al. 2016, "Learning Structured Sparsity in Deep Neural Networks", equations 2 and 3; Yuan and Lin 2006,
-        "Model selection and estimation in regression with grouped variables" (the step).
+        "Model selection and estimation in regression with grouped variables" (the step); Fang et al. 2023, "DepGraph:
+        Towards Any Structural Pruning", section 3.3 (the weights, with alpha = 4).
     """
 
     strength = 1.0
@@ -103,13 +104,19 @@ class GroupLasso(Regularization):
         return progress
 
     def penalty(self, norms: Tensor, leaving: Tensor) -> Tensor:
-        """Return the mean norm, as a constant, times the sum of the norms."""
-        return norms.mean().detach() * norms.sum()
+        """Return the weighted sum of the norms."""
+        return (self._lengths(norms.detach()) * norms).sum()
 
     def factors(self, norms: Tensor, leaving: Tensor, amount: float) -> Tensor:
         """Return what soft thresholding leaves of each unit."""
-        threshold = amount * norms.mean()
-        return (1.0 - threshold / norms.clamp_min(torch.finfo(norms.dtype).tiny)).clamp_min(0.0)
+        thresholds = amount * self._lengths(norms)
+        return (1.0 - thresholds / norms.clamp_min(torch.finfo(norms.dtype).tiny)).clamp_min(0.0)
+
+    def _lengths(self, norms: Tensor) -> Tensor:
+        """Return by how much each norm falls in a step of amount 1."""
+        low, high = norms.min(), norms.max()
+        place = (norms - low) / (high - low).clamp_min(torch.finfo(norms.dtype).tiny)
+        return norms.mean() * torch.exp2(-4.0 * place)
 
 
 @REGULARIZATIONS.register("growing")

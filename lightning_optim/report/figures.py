@@ -309,6 +309,7 @@ SCORE_PANELS = [
     ("P/error", "1 - accuracy", False, "Its error term, on the validation data."),
     ("pruning/sparsity", "zeros (fraction)", True, "Zeros among the selected weights."),
     ("channels/parameters", "parameters / dense", True, "Parameters that removed channels leave."),
+    ("channels/leaving_norm", "norm / mean norm", True, "Channels that leave, against the mean of their groups."),
 ]
 """What callbacks of this package log: name, label of the y axis, whether that begins at 0, caption."""
 

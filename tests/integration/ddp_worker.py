@@ -82,6 +82,10 @@ def callbacks(name: str) -> list:
         "channels": lambda: [ChannelPruning(0.5, start=2, end=0.8, events=3)],
         "channels-taylor": lambda: [ChannelPruning(0.5, criterion="taylor", start=2, end=0.8, events=3)],
         "channels-activation": lambda: [ChannelPruning(0.5, criterion="activation", start=2, end=0.8, events=3)],
+        "channels-growing": lambda: [
+            ChannelPruning(0.5, regularization="growing", criterion="taylor", start=2, end=0.8, events=3)
+        ],
+        "channels-lasso": lambda: [ChannelPruning(0.5, regularization="group_lasso", start=2, end=0.8, events=3)],
         "low-rank": lambda: [
             LowRankFactorization(rank=4, start=2, end=12),
             WeightPruning(0.5, **{**words, "start": 0.6}),

@@ -26,6 +26,8 @@ SLOW = (
     "channels/bf16-mixed",
     "channels-taylor/32-true",
     "channels-activation/32-true",
+    "channels-growing/32-true",
+    "channels-lasso/bf16-mixed",
     "blocks-stack/bf16-mixed",
     "blocks-influence-stack/32-true",
     "low-rank/32-true",

@@ -60,6 +60,10 @@ CALLBACKS = {
     "weights, taylor": lambda **arguments: [weights(criterion="taylor", **arguments)],
     "channels, taylor": lambda **arguments: [channels(criterion="taylor", **arguments)],
     "channels, activation": lambda **arguments: [channels(criterion="activation", **arguments)],
+    "channels, growing": lambda **arguments: [channels(regularization="growing", **arguments)],
+    "channels, group lasso and activation": lambda **arguments: [
+        channels(criterion="activation", regularization="group_lasso", strength=0.3, **arguments)
+    ],
     "channels and weights": lambda **arguments: [channels(**arguments), weights(**arguments)],
     "weights and channels": lambda **arguments: [weights(**arguments), channels(**arguments)],
     "low rank and weights": low_rank_then_weights,
@@ -179,7 +183,7 @@ def test_resumed_at_every_step_equals_uninterrupted(tmp_path, name, first):
 
         example = {"example_inputs": torch.zeros(2, 12)}
         ours = [
-            channels(criterion=callback.allocation.criterion, **example)
+            channels(criterion=callback.allocation.criterion, regularization=callback.regularization, **example)
             if isinstance(callback, ChannelPruning)
             else callback
             for callback in make()
