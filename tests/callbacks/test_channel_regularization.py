@@ -81,14 +81,15 @@ def test_without_gradients_growing_leaves_what_its_strength_says(tmp_path):
 
 def test_group_lasso_zeroes_the_smallest_units(tmp_path):
     module, notes = new(Still), NormsOfUnits()
-    fit(tmp_path, module, channels("group_lasso", scope="layer", start=3, end=23, events=1, strength=1.5), notes)
+    fit(tmp_path, module, channels("group_lasso", scope="layer", start=3, end=23, events=1, strength=3.0), notes)
     dense, last = notes.norms[3], notes.norms[22]
     gone = last < 1e-3 * dense.mean()
-    assert 2 <= int(gone.sum()) <= 14
+    assert 1 <= int(gone.sum()) <= 14
     assert float(dense[gone].max()) < float(dense[~gone].max())
     assert widths(module) == [8, 8, 3]
 
 
+@pytest.mark.slow
 @every_regularization
 @pytest.mark.parametrize("criterion", sorted(set(CHANNEL_CRITERIA) - {"bn_scale"}))
 def test_every_criterion_reaches_what_is_asked(tmp_path, name, criterion):
@@ -124,7 +125,7 @@ def test_what_was_chosen_is_what_leaves(tmp_path):
             if trainer.global_step == 11:
                 self.before = pl_module.net[4].bias.detach().clone()
                 scale = pl_module.net[4].weight.detach().norm(dim=1)
-                self.small = scale < 0.1 * scale.median()
+                self.small = scale < 0.1 * scale.max()
             if trainer.global_step == 13:
                 self.after = pl_module.net[4].bias.shape
 
@@ -196,7 +197,7 @@ class StillManual(Manual):
 def test_however_often_an_optimizer_steps_its_parameters_shrink_by_the_same(tmp_path):
     class Looks(pl.Callback):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-            if pl_module.net[4].weight.shape[0] == 16 and batch_idx == 7:
+            if pl_module.net[0].weight.shape[0] == 16 and batch_idx == 7:
                 self.first = pl_module.net[0].weight.detach().clone()
                 self.second = pl_module.net[4].weight.detach().clone()
 
@@ -223,6 +224,9 @@ RUNS = {
 }
 
 
+QUICK = ("manual", "goal")
+
+
 def pruning_of(name, options, arguments):
     ends = {"start": 1, "end": 8} if "accumulate_grad_batches" in options else {"start": 2, "end": 17}
     arguments = {**ends, "events": 2, **arguments}
@@ -232,7 +236,9 @@ def pruning_of(name, options, arguments):
 
 
 @every_regularization
-@pytest.mark.parametrize("case", RUNS)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=[] if case in QUICK else [pytest.mark.slow]) for case in RUNS]
+)
 def test_a_run_resumed_at_an_epoch_equals_the_uninterrupted_one(tmp_path, name, case):
     model, arguments, options = RUNS[case]
     whole = new(model)
@@ -242,7 +248,7 @@ def test_a_run_resumed_at_an_epoch_equals_the_uninterrupted_one(tmp_path, name, 
     for file in files:
         assert "shrinking" in str(torch.load(file, weights_only=True)["callbacks"])
         again = new(model)
-        fit(tmp_path, again, pruning_of(name, options, arguments), ckpt_path=file, weights_only=True, **options)
+        fit(tmp_path, again, pruning_of(name, options, arguments), ckpt_path=file, **options)
         assert_same_state(whole, again)
     assert_same_state(whole, load_from_checkpoint(model, files[-1]))
 
@@ -259,7 +265,7 @@ def test_a_run_resumed_at_any_step_equals_the_uninterrupted_one(tmp_path, name):
 
     for known in ({"example_inputs": torch.zeros(2, 12)}, {}):
         whole = run(new(), Files(tmp_path / "files", every_n_steps=1), **known)
-        for step in (1, 2, 3, 5, 7, 9, 12, 13):
+        for step in (2, 5, 7, 12):
             again = run(new(), ckpt_path=tmp_path / "files" / f"step{step}.ckpt", **known)
             assert_same_state(whole, again)
 
@@ -340,10 +346,16 @@ def test_in_a_recipe_with_zeros_and_integers(tmp_path, name):
 
 
 def test_zeros_stay_zero_while_channels_shrink(tmp_path):
-    pruning = WeightPruning(0.5, start=1, end=1)
-    module = new()
-    fit(tmp_path, module, channels("group_lasso", start=4, end=30, strength=0.1), pruning, max_epochs=2)
-    assert int((module.net[0].weight == 0).sum()) + int((module.net[4].weight == 0).sum()) == (16 * 12 + 16 * 16) // 2
+    class Looks(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if trainer.global_step == 8:
+                self.zeros = [int((pl_module.net[place].weight == 0).sum()) for place in (0, 4)]
+
+    pruning, module, looks = WeightPruning(0.5, start=1, end=1), new(), Looks()
+    fit(
+        tmp_path, module, channels("group_lasso", start=4, end=16, events=1, strength=0.1), looks, pruning, max_epochs=2
+    )
+    assert sum(looks.zeros) == (16 * 12 + 16 * 16) // 2
 
 
 def test_under_a_teacher(tmp_path):
