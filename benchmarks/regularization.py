@@ -13,7 +13,7 @@ import platform
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import isnan
 from pathlib import Path
 from statistics import mean
@@ -81,13 +81,13 @@ def rows() -> list[Row]:
     return found
 
 
-@dataclass
-class Results:
-    """What the seeds gave."""
+@dataclass(frozen=True)
+class Result:
+    """What one seed gave."""
 
-    norms: list[float] = field(default_factory=list)
-    at_cut: list[float] = field(default_factory=list)
-    at_end: list[float] = field(default_factory=list)
+    norm: float
+    at_cut: float
+    at_end: float
 
 
 class AtCut(pl.Callback):
@@ -138,7 +138,7 @@ def fit(module: Reader, epochs: int, seed: int, *callbacks: pl.Callback) -> pl.T
     return trainer
 
 
-def measure(row: Row, dense: nn.Module, seed: int, results: Results) -> None:
+def measure(row: Row, dense: nn.Module, seed: int) -> Result:
     """Train a copy of the trained net on, with half of its channels removed."""
     pl.seed_everything(seed, verbose=False)
     module, look = Reader(copy.deepcopy(dense), 5e-4), AtCut()
@@ -149,28 +149,28 @@ def measure(row: Row, dense: nn.Module, seed: int, results: Results) -> None:
         arguments = {"start": START, "end": CUT, "scope": "layer", **example, **row.arguments}
         pruning, look.step = [cls(RATIO, **arguments)], arguments["end"]
     trainer = fit(module, AFTER, seed + 100, *pruning, look)
-    results.norms.append(float(trainer.callback_metrics.get("channels/leaving_norm", float("nan"))))
-    results.at_cut.append(look.found)
-    results.at_end.append(accuracy(module.net))
+    norm = float(trainer.callback_metrics.get("channels/leaving_norm", float("nan")))
+    return Result(norm, look.found, accuracy(module.net))
 
 
-def table(name: str, seeds: int) -> list[str]:
-    """Train a net with every seed, and every row from it."""
-    trained: list[nn.Module] = []
-    for seed in range(seeds):
-        pl.seed_everything(seed, verbose=False)
-        module = Reader(NETS[name]())
-        fit(module, EPOCHS, seed)
-        trained.append(module.net)
-    lines = [f"## {name.capitalize()} (trained: {spread([accuracy(net) for net in trained])})", ""]
+def results_of(name: str, seed: int) -> list[Result]:
+    """Train a net with a seed, and every row from it; the first result is that of the trained net."""
+    pl.seed_everything(seed, verbose=False)
+    module = Reader(NETS[name]())
+    fit(module, EPOCHS, seed)
+    return [Result(0.0, 0.0, accuracy(module.net)), *(measure(row, module.net, seed) for row in rows())]
+
+
+def table(name: str, results: list[list[Result]]) -> list[str]:
+    """Write a net's table from the results of each seed."""
+    trained, *found = zip(*results, strict=True)
+    lines = [f"## {name.capitalize()} (trained: {spread([each.at_end for each in trained])})", ""]
     lines += ["| | events | norm of what leaves | accuracy at the cut | after recovery |", "|---|---|---|---|---|"]
-    for row in rows():
-        results = Results()
-        for seed, net in enumerate(trained):
-            measure(row, net, seed, results)
-        norm = "" if isnan(results.norms[0]) else f"{mean(results.norms):.2f}"
+    for row, each in zip(rows(), found, strict=True):
+        norm = "" if isnan(each[0].norm) else f"{mean(result.norm for result in each):.2f}"
         events = "" if row.arguments is None else str(row.arguments["events"])
-        lines.append(f"| {row.name} | {events} | {norm} | {spread(results.at_cut)} | {spread(results.at_end)} |")
+        at_cut, at_end = spread([result.at_cut for result in each]), spread([result.at_end for result in each])
+        lines.append(f"| {row.name} | {events} | {norm} | {at_cut} | {at_end} |")
     return [*lines, ""]
 
 
@@ -201,7 +201,7 @@ def main() -> None:
     began = time.process_time()
     lines = [introduction(words.seeds)]
     for name in NETS:
-        lines += table(name, words.seeds)
+        lines += table(name, [results_of(name, seed) for seed in range(words.seeds)])
     text = "\n".join(lines)
     print(text)
     print(f"{time.process_time() - began:.0f} s of CPU time")

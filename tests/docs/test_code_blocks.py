@@ -29,6 +29,7 @@ from lightning_optim.functional.channels import CHANNEL_CRITERIA
 from lightning_optim.functional.criteria import CRITERIA, STATISTICS
 from lightning_optim.functional.losses import FEATURE_LOSSES, LOSSES
 from lightning_optim.functional.observers import OBSERVERS
+from lightning_optim.functional.regularization import REGULARIZATIONS
 from lightning_optim.functional.schedules import SCHEDULES
 from lightning_optim.techniques import TECHNIQUES
 
@@ -42,6 +43,7 @@ REGISTRIES = (
     FEATURE_LOSSES,
     LOSSES,
     OBSERVERS,
+    REGULARIZATIONS,
     RUNTIMES,
     SCHEDULES,
     STATISTICS,
