@@ -32,11 +32,11 @@ from lightning_optim import ChannelPruning
 from lightning_optim.demo import DigitsNet
 from low_rank import BATCH_SIZE, Reader, Transformer, accuracy, spread
 
-EPOCHS, AFTER = 20, 10
-START, CUT = 1, 75
+EPOCHS, AFTER, STEPS_PER_EPOCH = 15, 6, 15
+START, CUT = 1, 45
 EVENTS = 4
 RATIO = 0.5
-STRENGTHS = {"growing": (1.0, 3.0, 5.0), "group_lasso": (0.5, 1.0, 2.0)}
+STRENGTHS = {"growing": (1.0, 3.0, 5.0), "group_lasso": (1.0, 2.0, 4.0)}
 
 
 def convolutional() -> nn.Module:
@@ -75,10 +75,7 @@ def rows() -> list[Row]:
     found.append(Row("growing 3, at random", {**once, **growing, "criterion": "random"}))
     found.append(Row("growing 3, in the gradient", {**once, **growing}, coupled=True))
     several = {"events": EVENTS}
-    found += [Row("none", several), Row("none, at random", {**several, "criterion": "random"})]
-    found.append(Row("growing 3", {**several, **growing}))
-    found.append(Row("group_lasso 1", {**several, "regularization": "group_lasso", "strength": 1.0}))
-    return found
+    return [*found, Row("none", several), Row("growing 3", {**several, **growing})]
 
 
 @dataclass(frozen=True)
@@ -176,15 +173,16 @@ def table(name: str, results: list[list[Result]]) -> list[str]:
 
 def introduction(seeds: int) -> str:
     versions = f"torch {torch.__version__}, lightning {lightning.__version__}, transformers {transformers.__version__}"
+    steps = AFTER * STEPS_PER_EPOCH
     return f"""# Digit readers whose channels shrink before they are removed
 
 2026-11-30, {platform.machine()} CPU, one thread; {versions}.
 `python benchmarks/regularization.py --seeds {seeds}`
 
-Nets trained for {EPOCHS} epochs of 958 scans go on for {AFTER} epochs (150 steps, AdamW, learning rate 5e-4). Half
-of the channels of each layer leave (`scope="layer"`): in one cut at step {CUT}, or in {EVENTS} events until then, the
-last of which removes little (the schedule is cubic). Test accuracy in percent on 719 scans (one is 0.14 points), mean ±
-standard deviation over {seeds} seeds: right after the (last) cut, and after the rest of the 150 steps. "Norm" is that
+Nets trained for {EPOCHS} epochs of 958 scans go on for {AFTER} epochs ({steps} steps, AdamW, learning rate 5e-4).
+Half of the channels of each layer leave (`scope="layer"`): in one cut at step {CUT}, or in {EVENTS} events until then,
+the last of which removes little (the schedule is cubic). Test accuracy in percent on 719 scans (one is 0.14 points),
+mean ± standard deviation over {seeds} seeds: right after the (last) cut, and after the rest of the steps. "Norm" is that
 of the channels that leave in the last cut, as a fraction of the mean of their groups. "At random": the channels are
 drawn by the names of their layers. "In the gradient": the same penalty is added to the gradient, as the papers do with
 SGD. The control "cut at step {START}" has no time to shrink, and all steps to recover.
