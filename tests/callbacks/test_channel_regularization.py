@@ -28,6 +28,7 @@ from lightning_optim.functional.channels import CHANNEL_CRITERIA
 from lightning_optim.functional.regularization import REGULARIZATIONS
 
 every_regularization = pytest.mark.parametrize("name", sorted(REGULARIZATIONS))
+one_quickly = pytest.mark.parametrize("name", ["growing", pytest.param("group_lasso", marks=pytest.mark.slow)])
 
 
 def channels(name, ratio=0.5, **arguments):
@@ -102,7 +103,7 @@ def test_every_criterion_reaches_what_is_asked(tmp_path, name, criterion):
     assert all(width % 4 == 0 for width in widths(module)[:2])
 
 
-@every_regularization
+@one_quickly
 def test_convolutions_with_groups_patterns_and_goals(tmp_path, name):
     module = new(ConvNet)
     fit(tmp_path, module, channels(name, scope="layer"))
@@ -235,7 +236,7 @@ def pruning_of(name, options, arguments):
     return ChannelPruning(0.5, regularization=name, **arguments)
 
 
-@every_regularization
+@one_quickly
 @pytest.mark.parametrize(
     "case", [pytest.param(case, marks=[] if case in QUICK else [pytest.mark.slow]) for case in RUNS]
 )
@@ -253,7 +254,7 @@ def test_a_run_resumed_at_an_epoch_equals_the_uninterrupted_one(tmp_path, name, 
     assert_same_state(whole, load_from_checkpoint(model, files[-1]))
 
 
-@every_regularization
+@one_quickly
 def test_a_run_resumed_at_any_step_equals_the_uninterrupted_one(tmp_path, name):
     """Also where its inputs, and so its groups, are known after the first resumed step only."""
 
@@ -300,7 +301,7 @@ def test_a_second_fit_and_a_file_without_it(tmp_path):
     assert sum(widths(resumed)[:2]) == 16
 
 
-@every_regularization
+@one_quickly
 def test_frozen_parameters_stay_whole_until_they_leave(tmp_path, name):
     class Frozen(Classifier):
         def __init__(self):
@@ -317,7 +318,7 @@ def test_frozen_parameters_stay_whole_until_they_leave(tmp_path, name):
 # With other techniques.
 
 
-@every_regularization
+@one_quickly
 def test_blocks_that_leave_while_channels_shrink(tmp_path, name):
     def both():
         return [channels(name, start=2, end=15, events=3, scope="layer"), DepthPruning(0.5, start=4, end=9)]
@@ -330,7 +331,7 @@ def test_blocks_that_leave_while_channels_shrink(tmp_path, name):
     assert_same_state(whole, again)
 
 
-@every_regularization
+@one_quickly
 def test_in_a_recipe_with_zeros_and_integers(tmp_path, name):
     recipe = Recipe(
         channel_pruning={"pruning_ratio": 0.5, "regularization": name, "scope": "layer", "events": 2},

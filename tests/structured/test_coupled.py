@@ -102,7 +102,10 @@ def language_models():
     }
 
 
-@pytest.mark.parametrize("name", ["llama", "llama, two key heads", "gpt2", "neox", "mixtral"])
+SLOW = ("llama, two key heads", "gpt2", "neox")
+
+
+@pytest.mark.parametrize("name", ["llama", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW), "mixtral"])
 @pytest.mark.parametrize("width", [False, True], ids=["heads and inner", "residual width"])
 def test_heads_experts_and_the_residual_width(name, width):
     if width and name == "mixtral":
