@@ -183,9 +183,9 @@ Nets trained for {EPOCHS} epochs of 958 scans go on for {AFTER} epochs ({steps} 
 Half of the channels of each layer leave (`scope="layer"`): in one cut at step {CUT}, or in {EVENTS} events until then,
 the last of which removes little (the schedule is cubic). Test accuracy in percent on 719 scans (one is 0.14 points),
 mean ± standard deviation over {seeds} seeds: right after the (last) cut, and after the rest of the steps. "Norm" is
-that of the channels that leave in the last cut, as a fraction of the mean of their groups. "At random": the channels are
-drawn by the names of their layers. "In the gradient": the same penalty is added to the gradient, as the papers do with
-SGD. The control "cut at step {START}" has no time to shrink, and all steps to recover.
+that of the channels that leave in the last cut, as a fraction of the mean of their groups. "At random": the channels
+are drawn by the names of their layers. "In the gradient": the same penalty is added to the gradient, as the papers do
+with SGD. The control "cut at step {START}" has no time to shrink, and all steps to recover.
 """
 
 

@@ -140,8 +140,7 @@ def _losing(layer: nn.Module, member: Member) -> Iterator[tuple[str, nn.Paramete
         return
     if member.parameter is not None:
         leaf, dim = member.parameter
-        if leaf in own:
-            yield leaf, own[leaf], dim
+        yield leaf, layer.get_parameter(leaf), dim
         return
     if isinstance(layer, RECURRENT):
         yield from (

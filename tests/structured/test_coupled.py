@@ -108,8 +108,6 @@ SLOW = ("llama, two key heads", "gpt2", "neox")
 @pytest.mark.parametrize("name", ["llama", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW), "mixtral"])
 @pytest.mark.parametrize("width", [False, True], ids=["heads and inner", "residual width"])
 def test_heads_experts_and_the_residual_width(name, width):
-    if width and name == "mixtral":
-        pytest.skip("the residual width of experts stays")
     torch.manual_seed(0)
     model = language_models()[name]()
     selection = {"include": [nn.Embedding]} if width else {}
