@@ -28,7 +28,6 @@ from lightning_optim.structured.events import check_ratio
 from lightning_optim.structured.goal import Goal
 from lightning_optim.structured.live import Dense, LiveChannels, NothingPrunable, reading_weights
 from lightning_optim.structured.removal import ChannelRemoval
-from lightning_optim.structured.renamed import renamed_groups
 from lightning_optim.structured.selection import refuse_shared, select_roots
 from lightning_optim.target import Pattern, find_target
 from lightning_optim.window import Window
@@ -226,9 +225,8 @@ class ChannelPruning(CompressionCallback):
             return
         if all(now == name for name, now in changed.layers.items()):
             return
-        before, groups = self._dense.channels, {} if self._live is None else self._live.report.groups
-        names = renamed_groups(before, groups, changed, self._prefix)
-        self._dense.channels = {new: before[old] for new, old in names.items()}
+        before = self._dense.channels
+        names = self._dense.follow(changed, self._prefix)
         if self._live is not None:
             live = LiveChannels.again(self._target, self._prefix, self._live.inputs, self._dense, self.allocation)
             self._dense.channels = {new: before[names[new]] for new in live.channels}
@@ -438,6 +436,7 @@ class ChannelPruning(CompressionCallback):
             "channels": None if self._dense is None else dict(self._dense.channels),
             "parameters": None if self._dense is None else self._dense.parameters,
             "macs": None if self._dense is None else self._dense.macs,
+            "outputs": {} if self._dense is None else self._dense.outputs,
             "removed_at": self._recovery.removed_at,
             "batches_since": self._recovery.batches_since,
             "squares": self._statistics.state_dict(),
@@ -451,7 +450,8 @@ class ChannelPruning(CompressionCallback):
         channels = state_dict["channels"]
         self._dense = None
         if channels is not None:
-            self._dense = Dense(dict(channels), state_dict["parameters"], state_dict["macs"])
+            figures, outputs = (state_dict["parameters"], state_dict["macs"]), state_dict.get("outputs", {})
+            self._dense = Dense(dict(channels), *figures, {name: list(each) for name, each in outputs.items()})
         self._recovery.removed_at = state_dict["removed_at"]
         self._recovery.batches_since = state_dict["batches_since"]
         self._statistics.load_state_dict(state_dict["squares"])

@@ -1,10 +1,11 @@
 """The channels of a live model: what can leave, what did, and what an event would take. No Trainer here."""
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
 
+from lightning_optim.change import Changed
 from lightning_optim.measure.latency import interleaved_latency
 from lightning_optim.measure.macs import count_macs
 from lightning_optim.measure.size import SIZES
@@ -16,6 +17,7 @@ from lightning_optim.structured.events import Event, event_damage, leaving_chann
 from lightning_optim.structured.find import ChannelReport, find_prunable, known_groups
 from lightning_optim.structured.goal import Goal
 from lightning_optim.structured.removal import apply_removal
+from lightning_optim.structured.renamed import renamed_groups
 from lightning_optim.structured.traced import TracedModel
 from lightning_optim.target import ForwardInputs, Weight, named_layers
 
@@ -44,6 +46,20 @@ class Dense:
     channels: dict[str, int]
     parameters: float
     macs: float | None = None
+    outputs: dict[str, list[str]] = field(default_factory=dict)
+    """The layers whose outputs each group holds, which may name it when the first is removed."""
+
+    def follow(self, changed: Changed, prefix: str) -> dict[str, str]:
+        """Rename groups after layers moved or were removed; returns the names that they had, by the new ones."""
+        names = renamed_groups(self.channels, self.outputs, changed, prefix)
+        self.channels = {new: self.channels[old] for new, old in names.items()}
+        layers = {
+            new: [changed.layer(prefix + layer) for layer in self.outputs.get(old, ())] for new, old in names.items()
+        }
+        self.outputs = {
+            name: [layer.removeprefix(prefix) for layer in each if layer is not None] for name, each in layers.items()
+        }
+        return names
 
     def left_in(self, target: nn.Module) -> float:
         """Return the parameters that are left, as a fraction of the dense model's."""
@@ -79,6 +95,10 @@ class LiveChannels:
         self.allocation = allocation
         self.channels = {name: group.channels for name, group in report.groups.items()}
         """How many each group has now."""
+        dense.outputs = {
+            name: list(dict.fromkeys(member.layer for member in group.members if member.side == "out"))
+            for name, group in report.groups.items()
+        }
         self._traced: TracedModel | None = None
 
     @classmethod

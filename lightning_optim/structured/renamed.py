@@ -1,15 +1,14 @@
 """The names of groups of channels after layers moved or were removed."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from lightning_optim.change import Changed
-from lightning_optim.structured.groups import ChannelGroup
 
 __all__ = ["renamed_groups"]
 
 
 def renamed_groups(
-    names: Iterable[str], groups: Mapping[str, ChannelGroup], changed: Changed, prefix: str = ""
+    names: Iterable[str], outputs: Mapping[str, Sequence[str]], changed: Changed, prefix: str = ""
 ) -> dict[str, str]:
     """Return the names that groups may have now -> the names that they had.
 
@@ -17,14 +16,13 @@ def renamed_groups(
 
     Args:
         names: The groups' names before.
-        groups: The groups that are known, by these names.
+        outputs: The layers whose outputs each group holds, by these names.
         changed: What became of the model's layers.
         prefix: What the groups' names begin with in the whole model; empty or ending in a dot.
     """
     renamed: dict[str, str] = {}
     for name in names:
-        members = groups[name].members if name in groups else ()
-        for layer in (name, *(member.layer for member in members if member.side == "out")):
+        for layer in (name, *outputs.get(name, ())):
             new = changed.layer(prefix + layer)
             if new is not None:
                 renamed.setdefault(new.removeprefix(prefix), name)
