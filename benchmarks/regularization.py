@@ -39,7 +39,7 @@ RATIO = 0.5
 STRENGTHS = {"growing": (1.0, 3.0, 5.0), "group_lasso": (1.0, 2.0, 4.0)}
 
 
-SHORT = ("trained on, whole", "none", f"none, cut at step {START}", "growing 3", "group_lasso 2")
+SHORT = ("trained on, whole", "none", f"none, cut at step {START}", "growing 3", "group_lasso 4")
 
 
 def convolutional() -> nn.Module:
