@@ -25,18 +25,43 @@ import torch
 import transformers
 from digits_runs import THREADS, WIDTH, splits
 from quiet import prepare
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_optim import ChannelPruning
 from lightning_optim.demo import DigitsNet
-from low_rank import BATCH_SIZE, Reader, Transformer, accuracy, spread
+from low_rank import BATCH_SIZE, Reader, accuracy, spread
 
 EPOCHS, AFTER, STEPS_PER_EPOCH = 15, 6, 15
 START, CUT = 1, 45
 EVENTS = 4
 RATIO = 0.5
 STRENGTHS = {"growing": (1.0, 3.0, 5.0), "group_lasso": (1.0, 2.0, 4.0)}
+
+
+class Transformer(nn.Module):
+    """A vision transformer of two blocks on patches of 2x2."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        config = transformers.ViTConfig(
+            hidden_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            intermediate_size=96,
+            image_size=8,
+            patch_size=2,
+            num_channels=1,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+        )
+        self.encoder = transformers.ViTModel(config, add_pooling_layer=False)
+        self.head = nn.Linear(48, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logits."""
+        logits: Tensor = self.head(self.encoder(images).last_hidden_state[:, 0])
+        return logits
 
 
 SHORT = ("trained on, whole", "none", f"none, cut at step {START}", "growing 3", "group_lasso 4")
