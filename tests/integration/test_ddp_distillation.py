@@ -86,7 +86,7 @@ def test_one_rank_wrote_the_cache_and_the_run_is_that_of_a_live_teacher(launched
     cache = LogitCache(
         launched("cache/32-true") / "cache-32-true" / "logits.cache", teacher=Teacher([teacher()]).checksum(), rows=64
     )
-    assert cache.shape == (64, 3)
+    assert (len(cache), cache.rows, cache.identity.classes) == (64, 64, 3)
     live, cached = (results(launched, f"{name}/32-true", 0)["straight"]["metrics"] for name in ("kd", "cache"))
     assert cached == pytest.approx(live, rel=1e-2)  # float16
 

@@ -106,7 +106,7 @@ def over_top_k(student_logits: Tensor, teacher: TopK) -> tuple[Tensor, Tensor]:
             "rows must be the same, and the words among the student's classes."
         )
     words = teacher.words.long()
-    ours: Tensor = _Coarse.apply(student_logits, words)
+    ours: Tensor = _Coarse.apply(student_logits, words)  # type: ignore[no-untyped-call]
     theirs = torch.cat([teacher.log_probabilities, teacher.rest.unsqueeze(-1)], -1).float()
     if k == student_logits.shape[-1]:
         return ours[:, :-1], theirs[:, :-1]
@@ -123,7 +123,7 @@ class _Coarse(torch.autograd.Function):
         return torch.cat([logits.gather(-1, words).float(), rest.unsqueeze(-1)], -1)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         logits, words, rest = ctx.saved_tensors
         result = torch.empty_like(logits)
