@@ -64,13 +64,13 @@ class LogitCache:
         samples, self.rows = self.identity.samples, int(header["rows"])
         first = start + 12 * samples + 8
         self._check_size(first + self.rows * self.identity.row.itemsize)
-        self._bytes = np.asarray(np.memmap(self.path, np.uint8, "r"))  # a slice of a memmap itself takes longer
-        index = self._bytes[start:first]
+        content: Any = np.asarray(np.memmap(self.path, np.uint8, "r"))  # a slice of a memmap itself takes longer
+        index = content[start:first]
         if zlib.crc32(index) != header["index"]:
             raise ValueError(self._damaged("its index"))
         self._starts = index[: 8 * samples + 8].view("<i8")
         self._checksums = index[8 * samples + 8 :].view("<u4")
-        self._data = self._bytes[first:]
+        self._data: Any = content[first:]
 
     def _check_size(self, expected: int) -> None:
         size = self.path.stat().st_size

@@ -5,6 +5,7 @@ that is killed leaves whole records and at most a torn one, which is cut off, so
 """
 
 import struct
+import sys
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -20,10 +21,8 @@ from lightning_optim.distillation.cache_file import ALIGNED, MAGIC, Identity, re
 from lightning_optim.files import written_aside
 from lightning_optim.functional.losses import TopK
 
-try:
+if sys.platform != "win32":  # where two runs that write one cache at once are not told apart
     import fcntl
-except ImportError:  # not on Windows, where two runs that write one cache at once are not told apart
-    fcntl = None  # type: ignore[assignment]
 
 __all__ = ["Part", "join_parts", "parts_of", "remove_parts", "samples_in"]
 
@@ -117,7 +116,7 @@ class Part:
 
 def _lock(file: BinaryIO, path: Path) -> None:
     """Lock a file until it is closed, by whatever end of the process."""
-    if fcntl is None:
+    if sys.platform == "win32":
         return
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

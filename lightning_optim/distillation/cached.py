@@ -118,7 +118,7 @@ class CachedTeacher:
         for all: one without a batch left repeats the first.
         """
         own = list(batches[rank::world])
-        asked = own + batches[:1] if len(own) < -(-len(batches) // world) else own
+        asked = [*own, *batches[:1]] if len(own) < -(-len(batches) // world) else own
         positions = Positions()  # a build leaves no trace in what training decides later
         try:
             with progress_bar(f"teacher logits -> {self.path.name}", len(asked), shown=shown) as advance:

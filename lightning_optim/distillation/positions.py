@@ -289,8 +289,9 @@ def answered_positions(
         ValueError: If the mask does not fit.
     """
     if len(shape) == 2:
-        is_flat = isinstance(labels, Tensor) and labels.ndim > 1 and labels.numel() == shape[0] != len(labels)
-        return labels.reshape(-1) != IGNORED if is_flat else None
+        if not isinstance(labels, Tensor) or labels.ndim < 2 or labels.numel() != shape[0] or len(labels) == shape[0]:
+            return None
+        return labels.reshape(-1) != IGNORED  # flattened positions
     if mask is not None and not _is_of_positions(mask, shape, dim):
         raise ValueError(_unfit(mask, shape))
     keep = None if mask is None else mask.bool()
