@@ -77,7 +77,7 @@ class CachedTeacher:
         return hashlib.blake2b(repr(chosen).encode(), digest_size=8).hexdigest()
 
     def _build(self, trainer: Any, loader: Any, checksum: str | None) -> None:
-        rank, world = trainer.global_rank, trainer.world_size
+        rank = trainer.global_rank
 
         def missing() -> list[Sequence[int]]:
             """Return the batches with samples that no part holds; rank 0 decides, for all read other files by now."""
@@ -92,7 +92,7 @@ class CachedTeacher:
             batches = trainer.strategy.broadcast(_together(trainer, missing), src=0)
             part = Part(self.path.with_name(f".{self.path.name}.part{rank}"))
             try:
-                _together(trainer, lambda: self._write(part, loader, batches, rank, world, checksum, _has_bar(trainer)))
+                _together(trainer, lambda: self._write(trainer, part, loader, batches, checksum))
             finally:
                 part.close()
         _together(trainer, lambda: None if rank else self._join(dataset_length(loader)))
@@ -103,25 +103,18 @@ class CachedTeacher:
         remove_parts(parts)
 
     def _write(
-        self,
-        part: Part,
-        loader: Any,
-        batches: Sequence[Sequence[int]],
-        rank: int,
-        world: int,
-        checksum: str | None,
-        shown: bool,
+        self, trainer: Any, part: Part, loader: Any, batches: Sequence[Sequence[int]], checksum: str | None
     ) -> None:
         """Ask the teacher for this rank's batches, and append its answers to this rank's part.
 
         Every rank calls it as often as the others, because the forward of a teacher that is divided among them waits
         for all: one without a batch left repeats the first.
         """
-        own = list(batches[rank::world])
-        asked = [*own, *batches[:1]] if len(own) < -(-len(batches) // world) else own
+        own = list(batches[trainer.global_rank :: trainer.world_size])
+        asked = [*own, *batches[:1]] if len(own) < -(-len(batches) // trainer.world_size) else own
         positions = Positions()  # a build leaves no trace in what training decides later
         try:
-            with progress_bar(f"teacher logits -> {self.path.name}", len(asked), shown=shown) as advance:
+            with progress_bar(f"teacher logits -> {self.path.name}", len(asked), shown=_has_bar(trainer)) as advance:
                 for number, batch in enumerate(reading(loader, asked)):
                     identity, index, counts, answers = self._answer(batch, positions, checksum, dataset_length(loader))
                     if number < len(own):

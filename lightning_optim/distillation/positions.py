@@ -291,7 +291,8 @@ def answered_positions(
     if len(shape) == 2:
         if not isinstance(labels, Tensor) or labels.ndim < 2 or labels.numel() != shape[0] or len(labels) == shape[0]:
             return None
-        return labels.reshape(-1) != IGNORED  # flattened positions
+        flattened: Tensor = labels.reshape(-1)
+        return flattened != IGNORED
     if mask is not None and not _is_of_positions(mask, shape, dim):
         raise ValueError(_unfit(mask, shape))
     keep = None if mask is None else mask.bool()

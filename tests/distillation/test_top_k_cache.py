@@ -242,6 +242,13 @@ def test_texts_of_different_lengths_learn_what_the_live_teacher_says(tmp_path, k
             assert value == pytest.approx(expected, rel=3e-3)
 
 
+def test_rows_compared_in_chunks_learn_the_same(tmp_path):
+    one, value = fitted_on_texts(tmp_path, cache=tmp_path / "c", cache_top_k=8, chunk_size=None)
+    other, in_chunks = fitted_on_texts(tmp_path, cache=tmp_path / "c", cache_top_k=8, chunk_size=7)
+    torch.testing.assert_close(parameters(one), parameters(other), rtol=1e-5, atol=1e-6)
+    assert value == pytest.approx(in_chunks, rel=1e-5)
+
+
 def test_only_positions_that_count_are_stored(tmp_path):
     samples, _ = texts()
     fitted_on_texts(tmp_path, cache=tmp_path / "c", cache_top_k=8, epochs=1)
