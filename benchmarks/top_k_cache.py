@@ -34,7 +34,7 @@ from torch.utils.data import DataLoader
 from lightning_optim import DistillationModule, IndexedDataset
 from lightning_optim.distillation import IndexedCollate, LogitCache
 
-LONGEST, BATCH, STEPS = 48, 32, 100
+LONGEST, BATCH, STEPS = 48, 16, 100
 PAD, UNKNOWN, END = 0, 1, 2
 WAYS: dict[str, int | None] = {"k = 8": 8, "k = 32": 32, "k = 128": 128, "all logits": None}
 
@@ -143,7 +143,7 @@ def step_times(
                 loader = DataLoader(IndexedDataset(texts), batch, collate_fn=IndexedCollate(collate))
                 if way == "alone":
                     loader = DataLoader(texts, batch, collate_fn=collate)  # type: ignore[arg-type]
-                seconds.setdefault(way, []).extend(step_seconds(module, loader, folder, skip=2))
+                seconds.setdefault(way, []).extend(step_seconds(module, loader, folder, skip=1))
     alone = faster(seconds["alone"])
     return {"seconds": alone, **{way: faster(times) / alone for way, times in seconds.items()}}
 
@@ -165,25 +165,25 @@ def main() -> None:
     sizes = {}
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)
-        teacher = Writer(words, 192, 3)
-        fit(teacher, train, 0, folder, epochs=2)
+        teacher = Writer(words, 128, 2)
+        fit(teacher, train, 0, folder)
         of_teacher = perplexity(teacher, test)
         for seed in range(arguments.seeds):
             for way in ways:
                 torch.manual_seed(seed)
-                module = student_with(partial(Writer, words, 96, 2), teacher, way, folder)
+                module = student_with(partial(Writer, words, 64, 1), teacher, way, folder)
                 fit(module, seen if way == "alone" else IndexedDataset(seen), seed, folder)  # type: ignore[arg-type]
                 values[way].append(perplexity(getattr(module, "student", module), test))
         for way in WAYS:
             cache = LogitCache(Path(folder) / way.replace(" ", ""))
             sizes[way] = (cache.bytes_per_row, cache.path.stat().st_size / 1e6)
-    small = step_times(partial(Writer, words, 96, 2), teacher, seen[: 16 * BATCH], BATCH, tuple(WAYS), arguments.rounds)
+    small = step_times(partial(Writer, words, 64, 1), teacher, seen[: 20 * BATCH], BATCH, tuple(WAYS), arguments.rounds)
     large_words, batch = 32_000, 8
     random = torch.Generator().manual_seed(0)
-    texts = [torch.randint(3, large_words, (LONGEST,), generator=random) for _ in range(7 * batch)]
-    large_teacher = Writer(large_words, 576, 8)
+    texts = [torch.randint(3, large_words, (LONGEST,), generator=random) for _ in range(5 * batch)]
+    large_teacher = Writer(large_words, 384, 4)
     large = step_times(
-        partial(Writer, large_words, 576, 4, 1e-4),
+        partial(Writer, large_words, 384, 3, 1e-4),
         large_teacher,
         texts,
         batch,
@@ -195,15 +195,17 @@ def main() -> None:
     print(f"transformers {transformers.__version__}.")
     print(f"`python benchmarks/top_k_cache.py --seeds {arguments.seeds} --rounds {arguments.rounds}`\n")
     print(
-        f"Banking77's messages, {words:,} words; teacher of width 192 with 3 blocks, perplexity {of_teacher:.1f}; ",
+        f"Banking77's messages, {words:,} words; teacher of width 128 with 2 blocks, {len(train) // BATCH} steps, ",
         end="",
     )
-    print(f"students of width 96 with 2 blocks, {STEPS} steps of {BATCH} messages, {arguments.seeds} seeds ", end="")
     print(
-        "(mean ± std). The ratio is that of a step to the student's alone (with 32,000 words: width 576, 4 blocks, ",
+        f"perplexity {of_teacher:.1f}; students of width 64 with 1 block, {STEPS} steps of {BATCH} messages, ", end=""
+    )
+    print(
+        f"{arguments.seeds} seeds (mean ± std). The ratio is that of a step to the student's alone (with 32,000 ",
         end="",
     )
-    print(f"{batch} x {LONGEST} random tokens, teacher with 8 blocks).\n")
+    print(f"words: width 384, 3 blocks, {batch} x {LONGEST} random tokens, teacher with 4 blocks).\n")
     print("| | bytes a token | cache, MB | perplexity | step, ratio | step at 32,000 words, ratio |")
     print("| --- | --- | --- | --- | --- | --- |")
     for way in ways:

@@ -20,8 +20,8 @@ from lightning_optim.distillation.layout import Layout
 from lightning_optim.distillation.live import LiveTeacher
 from lightning_optim.distillation.positions import Positions, one_a_row
 from lightning_optim.distillation.subclass_points import SubclassPoints
+from lightning_optim.functional.chunks import RowPlaces, chunk_rows
 from lightning_optim.functional.losses import TopK, top_k_of
-from lightning_optim.functional.rows import rows_of
 from lightning_optim.progress import progress_bar
 from lightning_optim.target import ForwardInputs, batch_inputs, map_inputs
 
@@ -132,29 +132,47 @@ class CachedTeacher:
         points, item = self.points, without_index(batch)
         index = torch.as_tensor(points.sample_index(batch)).reshape(-1).cpu()
         inputs = map_inputs(lambda tensor: tensor.to(points.device), batch_inputs(points._called, item))
-        logits, layout = self._ask(inputs, item, positions)
+        answers, layout = self._ask(inputs, item, positions)
+        logits = answers[0]
         answered = layout.answered(logits, points)
-        rows = rows_of(logits, _on(answered, logits), layout.dim)
-        class_dim = 1 if layout.dim == 1 and logits.ndim > 2 else -1
-        identity = Identity(str(checksum), samples, rows.shape[-1], self.top_k, self._chosen(), class_dim)
-        if self.top_k is not None and self.top_k > rows.shape[-1]:
+        places = RowPlaces.of(logits, layout.dim, _on(answered, logits))
+        classes = logits.shape[layout.dim]
+        if self.top_k is not None and points.teacher_classes is not None:
+            classes = len(points.teacher_classes)
+        if self.top_k is not None and self.top_k > classes:
             raise ValueError(
-                f"`cache_top_k` is {self.top_k}, and the teacher has {rows.shape[-1]} classes. Pass at most that many, "
-                "or leave it out: then the logits of all are cached."
+                f"`cache_top_k` is {self.top_k}, and the teacher has {classes} classes. Pass at most that many, or "
+                "leave it out: then the logits of all are cached."
             )
+        class_dim = 1 if layout.dim == 1 and logits.ndim > 2 else -1
+        identity = Identity(str(checksum), samples, classes, self.top_k, self._chosen(), class_dim)
         counts = _counts(answered, logits, layout.dim, len(index))
-        return identity, index, counts, rows if self.top_k is None else top_k_of(rows, self.top_k)
+        return identity, index, counts, self._kept(answers, places)
 
-    def _ask(self, inputs: ForwardInputs, item: Any, positions: Positions) -> tuple[Tensor, Layout]:
-        """Return the logits of all teachers combined, of the classes that are kept, and how they lie."""
+    def _ask(self, inputs: ForwardInputs, item: Any, positions: Positions) -> tuple[list[Tensor], Layout]:
+        """Return the logits of each teacher, and how they lie."""
         points, live = self.points, self.live
         own = map_inputs(lambda tensor: tensor.to(points.device), live.inputs_for(inputs, item))
         answers = [one_a_row(answer) for answer in live.logits(own)]
-        layout = Layout.of(points, answers[0], inputs, item, positions=positions)
-        logits = live.combine(answers, layout.dim, one_logit=answers[0].shape[layout.dim] == 1)
-        if self.top_k is not None and points.teacher_classes is not None:
-            logits = logits.movedim(layout.dim, -1)[..., points.teacher_classes].movedim(-1, layout.dim)
-        return logits, layout
+        return answers, Layout.of(points, answers[0], inputs, item, positions=positions)
+
+    def _rows(self, answers: Sequence[Tensor], places: RowPlaces, part: slice, *, choose: bool) -> Tensor:
+        """Return the logits of all teachers combined for some rows: of all classes, or of those chosen of them."""
+        own = [places.take(answer, part) for answer in answers]
+        rows = self.live.combine(own, -1, one_logit=own[0].shape[-1] == 1)
+        chosen = self.points.teacher_classes
+        return rows[:, chosen] if choose and chosen is not None else rows
+
+    def _kept(self, answers: Sequence[Tensor], places: RowPlaces) -> Tensor | TopK:
+        """Return what the file keeps of the rows; k words are found some rows at a time."""
+        if self.top_k is None:
+            return self._rows(answers, places, slice(None), choose=False)
+        size = max(chunk_rows("auto", len(places), answers[0].shape[places.dim]), 1)
+        parts = [
+            top_k_of(self._rows(answers, places, slice(start, start + size), choose=True), self.top_k)
+            for start in range(0, max(len(places), 1), size)
+        ]
+        return TopK(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
 
     def answers(self, inputs: ForwardInputs, batch: Any) -> "CachedAnswers":
         """Return the cached answers to a batch.
@@ -177,10 +195,11 @@ class CachedTeacher:
         return cached
 
     def _prove(self, cached: "CachedAnswers", inputs: ForwardInputs, item: Any) -> None:
-        logits, layout = self._ask(inputs, item, Positions())
-        answered = layout.answered(logits, self.points)
-        live = rows_of(logits, _on(answered, logits), layout.dim).float()
-        stored = cached.rows(logits, layout, answered)
+        answers, layout = self._ask(inputs, item, Positions())
+        answered = layout.answered(answers[0], self.points)
+        places = RowPlaces.of(answers[0], layout.dim, _on(answered, answers[0]))
+        live = self._rows(answers, places, slice(None), choose=True).float()
+        stored = cached.rows(answers[0], layout, answered, live.shape[-1])
         if isinstance(stored, TopK):
             scale = live.masked_fill(live.isinf(), 0.0).abs().amax(-1, keepdim=True)  # of the rounding of logits
             distance = live.log_softmax(-1).gather(-1, stored.words).clamp_min(LOWEST) - stored.log_probabilities
@@ -214,13 +233,14 @@ class CachedAnswers:
         """The dimension of the teacher's output that holds the classes."""
         return self.cache.identity.class_dim
 
-    def rows(self, logits: Tensor, layout: Layout, keep: Tensor | None) -> Tensor | TopK:
+    def rows(self, logits: Tensor, layout: Layout, keep: Tensor | None, classes: int) -> Tensor | TopK:
         """Return the answers for the rows that count, on the device of the logits.
 
         Args:
             logits: The student's.
             layout: How they lie.
             keep: The positions that count, ``[rows, positions...]``; None: all.
+            classes: Number of classes that are compared.
 
         Returns:
             Logits ``[rows, classes]``, or the k likeliest classes of each row.
@@ -229,7 +249,7 @@ class CachedAnswers:
             ValueError: If other positions count than when the file was written, or the classes differ.
         """
         answered = layout.answered(logits, self.points)
-        self._check_classes(logits.shape[layout.dim])
+        self._check_classes(classes)
         self._check(_counts(answered, logits, layout.dim, len(self.index)))
         stored = self.cache.read(self.index)
         chosen = self.points.teacher_classes

@@ -85,7 +85,7 @@ class LogitComparison:
             arguments["temperature"] = self.ramps.temperature.value(points.global_step)
         taught: _Taught | _FromFile
         if isinstance(answers, CachedAnswers):
-            taught = _FromFile(answers.rows(logits, layout, rows.keep))
+            taught = _FromFile(answers.rows(logits, layout, rows.keep, classes))
         else:
             checks = logits.device.type == "cpu" or batch_idx % 50 == 0  # on others each check waits for the device
             taught = _Taught(self, answers, rows, checks)

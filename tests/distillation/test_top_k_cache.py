@@ -132,6 +132,10 @@ def test_several_teachers_and_chosen_classes(tmp_path):
     expected = top_k_of(combined, 2)
     for one, other in zip(stored, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=2e-3, atol=1e-3)
+    whole = {**words, "cache": tmp_path / "all", "cache_top_k": None}
+    run(tmp_path, distilled(teacher_classes=[4, 0, 2], **whole), max_epochs=1)
+    run(tmp_path, distilled(teacher_classes=[4, 0, 1], **whole), max_epochs=1)  # the file holds the logits of all
+    assert LogitCache(tmp_path / "all").identity.classes == 5
     with pytest.raises(ValueError, match="of another choice of `teacher_classes`"):
         run(tmp_path, distilled(teacher_classes=[4, 0, 1], **words), max_epochs=1)
 
