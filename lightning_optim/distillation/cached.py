@@ -30,8 +30,9 @@ __all__ = ["CachedAnswers", "CachedTeacher"]
 Result = TypeVar("Result")
 
 _CLOSE = 2e-2
-_FINAL = (ValueError, TypeError, MisconfigurationException)
+_FINAL = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, MisconfigurationException)
 """Errors that come again with the same data: what was written before them is of no use."""
+_SHARED = (*_FINAL, RuntimeError, OSError)
 
 
 @dataclass(eq=False)
@@ -326,7 +327,7 @@ def _together(trainer: Any, work: Callable[[], Result]) -> Result:
     result: Any = None
     try:
         result = work()
-    except (ValueError, TypeError, RuntimeError, OSError, MisconfigurationException) as error:
+    except _SHARED as error:
         problem = error
     if trainer.world_size > 1:
         strategy = trainer.strategy
