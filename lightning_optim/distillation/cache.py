@@ -171,8 +171,9 @@ class LogitCache:
         Args:
             path: The file; its folder is created.
             answers: ``(indices, logits)`` batch by batch, ``[n]`` and ``[n, classes]`` or ``[n, positions, classes]``;
-                or ``(indices, logits, counted)``, the last ``[n, positions]`` with True where a position counts (its
-                label is not -100 and it is no padding). Each sample once. Texts may differ in length.
+                or ``(indices, logits, counted)``, the last ``[n, positions]`` with True where a run reads the position:
+                it is no padding, and it or the next one has a label other than -100. Each sample once. Texts may
+                differ in length.
             teacher: The teacher's checksum.
             rows: Length of the dataset.
             top_k: Number of classes to keep of each row; None: the logits of all.
