@@ -18,6 +18,7 @@ from lightning_optim.distillation.ramp import Ramps
 from lightning_optim.distillation.subclass_points import SubclassPoints
 from lightning_optim.functional.chunks import RowPlaces, chunk_rows, loss_by_chunks
 from lightning_optim.functional.losses import TopK, over_top_k
+from lightning_optim.functional.rows import rows_of
 from lightning_optim.sharding import is_dtensor
 from lightning_optim.target import ForwardInputs
 
@@ -85,17 +86,19 @@ class LogitComparison:
             arguments["temperature"] = self.ramps.temperature.value(points.global_step)
         taught: _Taught | _FromFile
         if isinstance(answers, CachedAnswers):
-            taught = _FromFile(answers.rows(logits, layout, rows.keep, classes))
+            taught = _FromFile(answers.rows(logits, layout, rows.keep, classes), rows)
         else:
             checks = logits.device.type == "cpu" or batch_idx % 50 == 0  # on others each check waits for the device
             taught = _Taught(self, answers, rows, checks)
-        size = chunk_rows(self.chunk_size, count, classes) if self._by_rows and not is_dtensor(logits) else count
+        in_blocks = isinstance(taught, _FromFile) and isinstance(taught.stored, TopK)  # that loss works so by itself
+        whole = in_blocks or is_dtensor(logits) or not self._by_rows
+        size = count if whole else chunk_rows(self.chunk_size, count, classes)
         chosen = objective.of_classes(classes)
         if size < count:
             places = RowPlaces.of(logits, rows.dim, rows.keep)
             total, values = _by_chunks(chosen, logits, taught, places, size, arguments)
         else:
-            values = points.kd_loss(*taught.all_rows(logits, rows.of(logits)), **arguments)
+            values = points.kd_loss(*taught.all_rows(logits), **arguments)
             total = objective.total(values)
         self.compared_by = chosen.weights
         parts = {f"kd/{name}": value.detach() for name, value in values.items()} if len(values) > 1 else {}
@@ -144,13 +147,9 @@ class _Taught:
     rows: Rows
     checks: bool
 
-    def all_rows(self, logits: Tensor, ours: Tensor) -> tuple[Tensor, Tensor]:
-        """Return what the losses compare: all rows of the student, and the combined logits for them.
-
-        Args:
-            logits: The student's.
-            ours: Their rows that count, ``[rows, classes]``.
-        """
+    def all_rows(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what the losses compare, ``[rows, classes]`` each: the student's rows, and the combined logits."""
+        ours = self.rows.of(logits)
         if not self.answers or any(isinstance(answer, HeadAnswer) for answer in self.answers):
             return self.some_rows(ours, RowPlaces.of(logits, self.rows.dim, self.rows.keep), slice(None))
         own = [self.rows.of(one_a_row(answer)) for answer in self.answers if isinstance(answer, Tensor)]
@@ -174,15 +173,22 @@ class _Taught:
 class _FromFile:
     """The same from a cache: logits ``[rows, classes]``, or k words of each row."""
 
-    rows: Tensor | TopK
+    stored: Tensor | TopK
+    rows: Rows
 
-    def all_rows(self, logits: Tensor, ours: Tensor) -> tuple[Tensor, Tensor]:
-        """Return what the losses compare for all rows of the student."""
-        return over_top_k(ours, self.rows) if isinstance(self.rows, TopK) else (ours, self.rows)
+    def all_rows(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what the losses compare: the student's rows and the teacher's, of all classes or k + 1."""
+        if isinstance(self.stored, Tensor):
+            return self.rows.of(logits), self.stored
+        flat, keep = rows_of(logits, None, self.rows.dim), self.rows.keep
+        counted = None if keep is None or bool(keep.all()) else keep.reshape(-1).nonzero().squeeze(-1)
+        return over_top_k(flat, self.stored, rows=counted)
 
     def some_rows(self, ours: Tensor, places: RowPlaces, part: slice) -> tuple[Tensor, Tensor]:
-        """Return what the losses compare for some rows of the student."""
-        return over_top_k(ours, self.rows.rows(part)) if isinstance(self.rows, TopK) else (ours, self.rows[part])
+        """Return the same of some rows, for all classes."""
+        if isinstance(self.stored, Tensor):
+            return ours, self.stored[part]
+        return over_top_k(ours, self.stored.rows(part))
 
 
 def _by_chunks(

@@ -182,6 +182,22 @@ def test_no_other_tensor_of_the_size_of_the_logits_is_made(monkeypatch):
     ]
 
 
+@pytest.mark.parametrize("rows", [[0, 2, 5], [4], [5, 0, 1, 2, 3, 4], []])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_some_rows_are_those_of_an_index(rows, dtype, monkeypatch):
+    monkeypatch.setattr(top_k, "_BLOCK", {"cpu": 2 * CLASSES})
+    rows = torch.tensor(rows, dtype=torch.long)
+    both = [logits(0).to(dtype).requires_grad_() for _ in range(2)]
+    kept = top_k_of(logits(1)[rows], 3)
+    pairs = [over_top_k(both[0], kept, rows=rows), over_top_k(both[1][rows], kept)]
+    for ours, theirs in pairs:
+        (ours.log_softmax(-1) * theirs.exp()).sum().backward()
+    assert torch.equal(pairs[0][0], pairs[1][0])
+    torch.testing.assert_close(both[0].grad, both[1].grad)
+    absent = [row for row in range(ROWS) if row not in rows.tolist()]
+    assert not both[0].grad[absent].any()
+
+
 @pytest.mark.parametrize("k", [0, CLASSES + 1])
 def test_k_beyond_the_classes_is_rejected(k):
     with pytest.raises(ValueError, match=f"from 1 to the 9 classes, got {k}"):

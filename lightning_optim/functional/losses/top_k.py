@@ -56,12 +56,12 @@ def top_k_of(logits: Tensor, k: int) -> TopK:
     if not 1 <= k <= logits.shape[-1]:
         raise ValueError(f"`k` must be from 1 to the {logits.shape[-1]} classes, got {k}.")
     with torch.no_grad():
-        values, words = logits.topk(k, -1)
-        coarse = torch.cat([values.float(), _log_sum_of_others(logits, words).unsqueeze(-1)], -1).log_softmax(-1)
+        words = logits.topk(k, -1).indices
+        coarse = _coarse_logits(logits, None, words).log_softmax(-1)
     return TopK(coarse[:, :-1], words, coarse[:, -1])
 
 
-def over_top_k(student_logits: Tensor, teacher: TopK) -> tuple[Tensor, Tensor]:
+def over_top_k(student_logits: Tensor, teacher: TopK, *, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return student and teacher as distributions over the teacher's k words and one more class, the rest.
 
     A loss that compares the classes of a row as a distribution (:func:`kd`, for example) takes the two as its logits:
@@ -81,6 +81,8 @@ def over_top_k(student_logits: Tensor, teacher: TopK) -> tuple[Tensor, Tensor]:
         student_logits: ``[rows, classes]``, any float dtype. Its gradient is computed in blocks; beside that gradient
             and the logits themselves, neither pass makes a tensor of their size.
         teacher: Of as many rows.
+        rows: Which rows of ``student_logits`` are the teacher's, ``[rows]``, each once; None: all. Their copy, which
+            indexing would make, and the slow gradient of that are spared.
 
     Returns:
         Logits ``[rows, k + 1]`` of the student and of the teacher, float32, the rest last; ``[rows, k]`` if k is the
@@ -99,14 +101,14 @@ def over_top_k(student_logits: Tensor, teacher: TopK) -> tuple[Tensor, Tensor]:
         [tensor([[0.2500, 0.7500]]), tensor([[0.5000, 0.5000]])]
     """
     check_classes(student_logits)
-    rows, k = teacher.words.shape
-    if student_logits.shape[0] != rows or k > student_logits.shape[-1]:
+    count, k = teacher.words.shape
+    given = len(student_logits) if rows is None else len(rows)
+    if given != count or k > student_logits.shape[-1]:
         raise ValueError(
-            f"student logits are {tuple(student_logits.shape)}, and the teacher has {rows} rows of {k} words: the "
-            "rows must be the same, and the words among the student's classes."
+            f"student logits are {(given, student_logits.shape[-1])}, and the teacher has {count} rows of {k} words: "
+            "the rows must be the same, and the words among the student's classes."
         )
-    words = teacher.words.long()
-    ours: Tensor = _Coarse.apply(student_logits, words)  # type: ignore[no-untyped-call]
+    ours: Tensor = _Coarse.apply(student_logits, rows, teacher.words.long())  # type: ignore[no-untyped-call]
     theirs = torch.cat([teacher.log_probabilities, teacher.rest.unsqueeze(-1)], -1).float()
     if k == student_logits.shape[-1]:
         return ours[:, :-1], theirs[:, :-1]
@@ -117,45 +119,55 @@ class _Coarse(torch.autograd.Function):
     """The logits of k words, and the log of the sum of the exponentials of all others: ``[rows, k + 1]``, float32."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, logits: Tensor, words: Tensor) -> Tensor:
-        rest = _log_sum_of_others(logits, words)
-        ctx.save_for_backward(logits, words, rest)
-        return torch.cat([logits.gather(-1, words).float(), rest.unsqueeze(-1)], -1)
+    def forward(ctx: FunctionCtx, logits: Tensor, rows: Tensor | None, words: Tensor) -> Tensor:
+        coarse = _coarse_logits(logits, rows, words)
+        ctx.save_for_backward(logits, rows, words, coarse[:, -1:].clone())
+        return coarse
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        logits, words, rest = ctx.saved_tensors
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        logits, rows, words, rest = ctx.saved_tensors
         result = torch.empty_like(logits)
+        if rows is not None:
+            absent = torch.ones(len(logits), dtype=torch.bool, device=logits.device).index_fill_(0, rows, False)
+            result.index_fill_(0, absent.nonzero().squeeze(-1), 0.0)
+        rest = rest.nan_to_num(neginf=torch.inf)  # no other word: exp(-inf), a gradient of 0
         size = _rows_at_a_time(logits)
-        scale = gradient[:, -1:]
-        rest = rest.unsqueeze(-1).nan_to_num(neginf=torch.inf)  # no other word: exp(-inf), a gradient of 0
-        for start in range(0, len(logits), size):
+        for start in range(0, len(words), size):
             block = slice(start, start + size)
-            part = result[block]
-            if part.dtype == torch.float32:
-                torch.sub(logits[block], rest[block], out=part).exp_().mul_(scale[block])
+            part = _taken(logits, rows, block).sub_(rest[block]).exp_().mul_(gradient[block, -1:])
+            part.scatter_(-1, words[block], gradient[block, :-1])
+            if rows is None:
+                result[block] = part
             else:
-                part.copy_((logits[block].float() - rest[block]).exp_().mul_(scale[block]))
-        result.scatter_(-1, words, gradient[:, :-1].to(result.dtype))
-        return result, None
+                result.index_copy_(0, rows[block], part.to(result.dtype))
+        return result, None, None
 
 
-def _log_sum_of_others(logits: Tensor, words: Tensor) -> Tensor:
-    """Return ``logsumexp`` over the classes that are not among ``words``, ``[rows]``, float32; -inf without any.
+def _coarse_logits(logits: Tensor, rows: Tensor | None, words: Tensor) -> Tensor:
+    """Return the logits of the words and ``logsumexp`` over all others (-inf without any), ``[rows, k + 1]``.
 
-    It is not the difference of two sums: where the k words have almost all of the probability, nothing of the rest is
-    left of that in float32.
+    That is not the difference of two sums: where the k words have almost all of the probability, nothing of the rest is
+    left of it in float32.
     """
-    result = logits.new_empty(len(logits), dtype=torch.float32)
+    result = logits.new_empty((len(words), words.shape[-1] + 1), dtype=torch.float32)
     size = _rows_at_a_time(logits)
-    for start in range(0, len(logits), size):
+    for start in range(0, len(words), size):
         block = slice(start, start + size)
-        others = torch.empty_like(logits[block], dtype=torch.float32).copy_(logits[block])
-        others.scatter_(-1, words[block], -torch.inf)
-        highest = others.amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).min)
-        result[block] = others.sub_(highest).exp_().sum(-1).log_().add_(highest.squeeze(-1))
+        part = _taken(logits, rows, block)
+        result[block, :-1] = part.gather(-1, words[block])
+        part.scatter_(-1, words[block], -torch.inf)
+        highest = part.amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).min)
+        result[block, -1] = part.sub_(highest).exp_().sum(-1).log_().add_(highest.squeeze(-1))
     return result
+
+
+def _taken(logits: Tensor, rows: Tensor | None, block: slice) -> Tensor:
+    """Return some rows as a float32 copy."""
+    if rows is not None:
+        return logits.index_select(0, rows[block]).float()
+    return torch.empty_like(logits[block], dtype=torch.float32).copy_(logits[block])
 
 
 def _rows_at_a_time(logits: Tensor) -> int:
