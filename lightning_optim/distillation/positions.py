@@ -299,7 +299,7 @@ def answered_positions(
     if not isinstance(labels, Tensor) or dim not in class_dims(shape, labels.shape):
         return keep
     labels = _ignoring(labels_at(labels, shape, dim), student)
-    labeled = labels != IGNORED
+    labeled: Tensor = labels != IGNORED
     if labels.ndim == 2 and not labels.is_floating_point():
         labeled |= labels_of_next(labels) != IGNORED
     return labeled if keep is None else keep & labeled

@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from lightning_optim.functional.losses.probabilities import check_classes
 
@@ -119,7 +119,7 @@ class _Coarse(torch.autograd.Function):
     """The logits of k words, and the log of the sum of the exponentials of all others: ``[rows, k + 1]``, float32."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, logits: Tensor, rows: Tensor | None, words: Tensor) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, rows: Tensor | None, words: Tensor) -> Tensor:
         coarse = _coarse_logits(logits, rows, words)
         ctx.save_for_backward(logits, rows, words, coarse[:, -1:].clone())
         return coarse
