@@ -34,7 +34,7 @@ from torch.utils.data import DataLoader
 from lightning_optim import DistillationModule, IndexedDataset
 from lightning_optim.distillation import IndexedCollate, LogitCache
 
-LONGEST, BATCH, STEPS = 48, 16, 100
+LONGEST, BATCH, STEPS, LARGE = 48, 16, 100, 32_000
 PAD, UNKNOWN, END = 0, 1, 2
 WAYS: dict[str, int | None] = {"k = 8": 8, "k = 32": 32, "k = 128": 128, "all logits": None}
 
@@ -148,19 +148,9 @@ def step_times(
     return {"seconds": alone, **{way: faster(times) / alone for way, times in seconds.items()}}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--rounds", type=int, default=3)
-    arguments = parser.parse_args()
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    train, test, words = read_texts(arguments.data)
-    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0)).tolist()
-    train = [train[place] for place in order]
-    seen, test = train[: BATCH * STEPS], test[:1024]
-    ways = ("alone", "live teacher", *WAYS)
+def print_quality(train: list[Tensor], test: list[Tensor], words: int, seeds: int) -> None:
+    """Train the teacher and all students, and print their perplexities."""
+    seen, ways = train[: BATCH * STEPS], ("alone", "live teacher", *WAYS)
     values: dict[str, list[float]] = {way: [] for way in ways}
     sizes = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -168,7 +158,7 @@ def main() -> None:
         teacher = Writer(words, 128, 2)
         fit(teacher, train, 0, folder)
         of_teacher = perplexity(teacher, test)
-        for seed in range(arguments.seeds):
+        for seed in range(seeds):
             for way in ways:
                 torch.manual_seed(seed)
                 module = student_with(partial(Writer, words, 64, 1), teacher, way, folder)
@@ -176,38 +166,56 @@ def main() -> None:
                 values[way].append(perplexity(getattr(module, "student", module), test))
         for way in WAYS:
             cache = LogitCache(Path(folder) / way.replace(" ", ""))
-            sizes[way] = (cache.bytes_per_row, cache.path.stat().st_size / 1e6)
-    small = step_times(partial(Writer, words, 64, 1), teacher, seen[: 20 * BATCH], BATCH, tuple(WAYS), arguments.rounds)
-    large_words, batch = 32_000, 8
+            sizes[way] = (f"{cache.bytes_per_row:,}", f"{cache.path.stat().st_size / 1e6:.1f}")
+    print("## Quality\n")
+    print(f"Banking77's messages, {words:,} words. Teacher: width 128, 2 blocks, {len(train) // BATCH} steps, ", end="")
+    print(f"perplexity {of_teacher:.1f}. Students: width 64, 1 block, {STEPS} steps of {BATCH} messages, ", end="")
+    print(f"{seeds} seeds (mean ± std).\n\n| | bytes a token | cache, MB | perplexity |\n| --- | --- | --- | --- |")
+    for way in ways:
+        token, total = sizes.get(way, ("", ""))
+        spread = stdev(values[way]) if seeds > 1 else 0.0
+        print(f"| {way} | {token} | {total} | {fmean(values[way]):.2f} ± {spread:.2f} |")
+
+
+def print_times(train: list[Tensor], words: int, rounds: int) -> None:
+    """Measure steps at two sizes, and print their ratios."""
+    make = partial(Writer, words, 64, 1)
+    small = step_times(make, Writer(words, 128, 2), train[: 20 * BATCH], BATCH, tuple(WAYS), rounds)
     random = torch.Generator().manual_seed(0)
-    texts = [torch.randint(3, large_words, (LONGEST,), generator=random) for _ in range(5 * batch)]
-    large_teacher = Writer(large_words, 384, 8)
-    make_large = partial(Writer, large_words, 384, 8, 1e-4)
-    large = step_times(make_large, large_teacher, texts, batch, ("k = 32",), max(arguments.rounds - 1, 1))
+    texts = [torch.randint(3, LARGE, (LONGEST,), generator=random) for _ in range(5 * 8)]
+    make = partial(Writer, LARGE, 384, 8, 1e-4)
+    large = step_times(make, Writer(LARGE, 384, 8), texts, 8, ("k = 32",), max(rounds - 1, 1))
+    print("\n## Time of a step\n")
+    print(f"Ratios to the student alone ({small['seconds'] * 1e3:.0f} ms; {large['seconds'] * 1e3:.0f} ms). ", end="")
+    print(
+        f"{words:,} words: the models above. {LARGE:,} words: width 384, 8 blocks, a teacher of the same size, ", end=""
+    )
+    print(f"8 x {LONGEST} random tokens.\n")
+    print(f"| | {words:,} words | {LARGE:,} words |\n| --- | --- | --- |")
+    for way in ("alone", "live teacher", *WAYS):
+        print(f"| {way} | {small[way]:.2f} | {f'{large[way]:.2f}' if way in large else ''} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--part", choices=("quality", "time", "both"), default="both")
+    arguments = parser.parse_args()
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    train, test, words = read_texts(arguments.data)
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0)).tolist()
+    train = [train[place] for place in order]
     print("# A teacher as k words a position\n")
     print(f"{platform.machine()}, one thread; torch {torch.__version__}, lightning {lightning.__version__}, ", end="")
     print(f"transformers {transformers.__version__}.")
     print(f"`python benchmarks/top_k_cache.py --seeds {arguments.seeds} --rounds {arguments.rounds}`\n")
-    print(
-        f"Banking77's messages, {words:,} words; teacher of width 128 with 2 blocks, {len(train) // BATCH} steps, ",
-        end="",
-    )
-    print(
-        f"perplexity {of_teacher:.1f}; students of width 64 with 1 block, {STEPS} steps of {BATCH} messages, ", end=""
-    )
-    print(
-        f"{arguments.seeds} seeds (mean ± std). The ratio is that of a step to the student's alone (with 32,000 ",
-        end="",
-    )
-    print(f"words: width 384, 8 blocks, {batch} x {LONGEST} random tokens, teacher of the same size).\n")
-    print("| | bytes a token | cache, MB | perplexity | step, ratio | step at 32,000 words, ratio |")
-    print("| --- | --- | --- | --- | --- | --- |")
-    for way in ways:
-        token, total = (f"{sizes[way][0]:,}", f"{sizes[way][1]:.1f}") if way in sizes else ("", "")
-        spread = stdev(values[way]) if arguments.seeds > 1 else 0.0
-        print(f"| {way} | {token} | {total} | {fmean(values[way]):.2f} ± {spread:.2f} ", end="")
-        print(f"| {small[way]:.2f} | {f'{large[way]:.2f}' if way in large else ''} |")
-    print(f"\nThe step alone: {small['seconds'] * 1e3:.0f} ms, and {large['seconds'] * 1e3:.0f} ms at 32,000 words.")
+    if arguments.part != "time":
+        print_quality(train, test[:1024], words, arguments.seeds)
+    if arguments.part != "quality":
+        print_times(train, words, arguments.rounds)
 
 
 if __name__ == "__main__":
