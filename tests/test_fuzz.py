@@ -262,6 +262,7 @@ FUNCTIONS = {
         "logits_from": lambda v: v == "",
         "features": lambda v: isinstance(v, (list, dict, str)) and not v,
         "cache": lambda v: v is None or (isinstance(v, str) and v != ""),
+        "cache_top_k": lambda v: v is None,  # without a cache
         "teacher_classes": lambda v: v is None or (isinstance(v, list) and all(type(c) is int and c >= 0 for c in v)),
     },
     lambda **words: recommend(1000, **{"devices": 2, "batch_size": 1, "memory_gb": 1.0, **words}): {

@@ -7,12 +7,22 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
-from lightning_optim.checks import check_count, listed
+from lightning_optim.checks import check_count, check_path, listed
 from lightning_optim.distillation.hooks import is_lightning
+from lightning_optim.distillation.objective import LogitLosses
 from lightning_optim.distillation.subclass_points import SubclassPoints
+from lightning_optim.functional.losses import LOSSES
 from lightning_optim.target import ForwardInputs
 
-__all__ = ["SEVERAL", "apply_example", "check_chunk_size", "check_student", "classes_of", "optimizers_of"]
+__all__ = [
+    "SEVERAL",
+    "apply_example",
+    "check_cache",
+    "check_chunk_size",
+    "check_student",
+    "classes_of",
+    "optimizers_of",
+]
 
 SEVERAL = (
     "distillation adds one loss to one optimizer, and the student configures {}. Give it one optimizer (with parameter "
@@ -34,6 +44,29 @@ def check_student(student: Any, optimizer: Any, task_loss: Any) -> None:
     for name, value in (("optimizer", optimizer), ("task_loss", task_loss)):
         if value is not None:
             raise ValueError(f"`{name}` is for a plain module; {type(student).__name__} brings its own.")
+
+
+def check_cache(cache: Any, top_k: Any, objective: LogitLosses, features: Any) -> None:
+    """Check the file of a cache, and that the losses can be computed on what it holds."""
+    if cache is not None:
+        check_path("cache", cache)
+        if features:
+            raise ValueError(
+                "`features` need the teacher's layers, so its logits need no `cache`. Pass one of the two."
+            )
+    if top_k is None:
+        return
+    check_count("cache_top_k", top_k)
+    if cache is None:
+        raise ValueError("`cache_top_k` is of a cache: pass its file too, cache='teacher.bin'.")
+    if objective.not_on_top_k:
+        known = ", ".join(sorted(name for name, loss in LOSSES.items() if getattr(loss, "top_k", False)))
+        raise ValueError(
+            f"`cache_top_k` keeps k classes of each row and the probability of the rest, and loss "
+            f"{objective.not_on_top_k[0]!r} needs more than that. Losses that do with it: {known}, and a callable with "
+            "the attribute `top_k = True`. Choose one, or leave out `cache_top_k`: then the logits of all classes are "
+            "cached."
+        )
 
 
 def classes_of(places: Any) -> list[int]:

@@ -1,7 +1,7 @@
-"""Datasets whose samples carry their index, and loaders that read every sample once."""
+"""Datasets whose samples carry their index, and batches that hold every sample once."""
 
 import copy
-from collections.abc import Callable, Iterable, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from itertools import chain
 from statistics import median_low
 from typing import Any, NamedTuple
@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-__all__ = ["Indexed", "IndexedCollate", "IndexedDataset", "dataset_length", "every_sample_once", "without_index"]
+__all__ = ["Indexed", "IndexedCollate", "IndexedDataset", "batches_once", "dataset_length", "reading", "without_index"]
 
 
 class Indexed(NamedTuple):
@@ -98,26 +98,47 @@ def dataset_length(loader: Any) -> int:
     return len(dataset)
 
 
-def every_sample_once(loader: Any) -> DataLoader[Any]:
-    """Return an unsharded loader with the same dataset and collate function that reads every sample once.
+def batches_once(loader: Any) -> list[Sequence[int]]:
+    """Return batches of indices that hold every sample of a loader's dataset once.
 
     A batch sampler written by the user (batches of similar length, for example) also makes these batches, if it yields
     every sample once. It is copied, so that training still gets the same batches. Otherwise the batches follow the
     dataset's order.
     """
-    dataset, sampler = loader.dataset, getattr(loader, "batch_sampler", None)
+    sampler, rows = getattr(loader, "batch_sampler", None), dataset_length(loader)
     if loader.batch_size is not None or sampler is None:  # torch's own batches: any others are as good
-        return DataLoader(dataset, loader.batch_size or 64, shuffle=False, collate_fn=loader.collate_fn)
-    rows = dataset_length(loader)
-    batches, problem = _batches_of(sampler, dataset, rows)
+        return _in_order(rows, loader.batch_size or 64)
+    batches, problem = _batches_of(sampler, loader.dataset, rows)
     if not problem:
-        return DataLoader(dataset, batch_sampler=batches, collate_fn=loader.collate_fn)
+        return list(batches)
     size = median_low([len(batch) for batch in batches]) if batches else getattr(sampler, "batch_size", 64)
     rank_zero_info(
         f"{type(sampler).__name__} {problem}, so the teacher's logits are computed in the dataset's order, {size} at a "
         "time."
     )
-    return DataLoader(dataset, size, shuffle=False, collate_fn=loader.collate_fn)
+    return _in_order(rows, size)
+
+
+def _in_order(rows: int, size: int) -> list[Sequence[int]]:
+    return [range(start, min(start + size, rows)) for start in range(0, rows, size)]
+
+
+def reading(loader: Any, batches: Sequence[Sequence[int]]) -> DataLoader[Any]:
+    """Return an unsharded loader with the same dataset and collate function that reads these batches."""
+    return DataLoader(loader.dataset, batch_sampler=_Lists(batches), collate_fn=loader.collate_fn)
+
+
+class _Lists:
+    """Batches as lists, which is what a dataset's ``__getitems__`` takes, made one at a time."""
+
+    def __init__(self, batches: Sequence[Sequence[int]]) -> None:
+        self._batches = batches
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return map(list, self._batches)
 
 
 def _batches_of(sampler: Iterable[Iterable[int]], dataset: Any, rows: int) -> tuple[list[list[int]], str]:

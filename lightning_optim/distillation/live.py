@@ -23,7 +23,7 @@ from lightning_optim.distillation.heads import (
 from lightning_optim.distillation.positions import one_a_row
 from lightning_optim.distillation.subclass_points import SubclassPoints
 from lightning_optim.distillation.teacher import Teacher, shared_parameters
-from lightning_optim.target import ForwardInputs, as_forward_inputs, map_inputs
+from lightning_optim.target import ForwardInputs, as_forward_inputs
 
 __all__ = ["LiveTeacher"]
 
@@ -110,6 +110,10 @@ class LiveTeacher:
                 raise RuntimeError(f"the teacher's layer {name!r} is never called by its forward. Name another layer.")
         return answers, {name: captured.outputs(name)[0] for name in names}
 
+    def logits(self, inputs: ForwardInputs) -> list[Tensor]:
+        """Return the logits of each teacher for arguments of its forward."""
+        return [self._logits(network, inputs) for network in self.required().networks]
+
     def _logits(self, network: nn.Module, inputs: ForwardInputs) -> Tensor:
         if is_hugging_face(network):  # it would compute a loss, for which nobody asks
             inputs = replace(inputs, kwargs=without_labels(network, inputs.kwargs or {}))
@@ -164,24 +168,6 @@ class LiveTeacher:
         if len(answers) == 1:
             return answers[0]
         return self.required().combine(answers, dim=dim, binary=one_logit or self.points._objective.binary)
-
-    def ask_combined(self, inputs: ForwardInputs, item: Any) -> Tensor:
-        """Return the logits to cache: all classes of one teacher, or of several combined.
-
-        Args:
-            inputs: The arguments of the student's forward.
-            item: The batch without its index.
-        """
-        points = self.points
-        own = map_inputs(lambda tensor: tensor.to(points.device), self.inputs_for(inputs, item))
-        answers = [self._logits(network, own) for network in self.required().networks]
-        if len(answers) == 1:
-            return answers[0].float()
-        first = one_a_row(answers[0])
-        labels = points._labels(item, inputs, asks=first.ndim > 2)
-        matters = not points._objective.elementwise
-        dim = points._positions.dim_of(first, labels, told=points.class_dim, matters=matters)
-        return self.combine(answers, dim, one_logit=first.shape[dim] == 1).reshape(answers[0].shape)
 
     def checksum_for(self, trainer: Any, *, needed: bool) -> str | None:
         """Return the teacher's checksum if it is needed or there are several ranks; None: not computed, or no teacher.

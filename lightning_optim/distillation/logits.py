@@ -8,13 +8,17 @@ import torch
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
+from lightning_optim.distillation.cached import CachedAnswers
 from lightning_optim.distillation.heads import Answer, HeadAnswer
+from lightning_optim.distillation.layout import Layout
 from lightning_optim.distillation.live import LiveTeacher
 from lightning_optim.distillation.objective import LogitLosses
-from lightning_optim.distillation.positions import Rows, fitting_mask, one_a_row
+from lightning_optim.distillation.positions import Rows, one_a_row
 from lightning_optim.distillation.ramp import Ramps
 from lightning_optim.distillation.subclass_points import SubclassPoints
 from lightning_optim.functional.chunks import RowPlaces, chunk_rows, loss_by_chunks
+from lightning_optim.functional.losses import TopK, over_top_k
+from lightning_optim.functional.rows import rows_of
 from lightning_optim.sharding import is_dtensor
 from lightning_optim.target import ForwardInputs
 
@@ -45,7 +49,7 @@ class LogitComparison:
     def losses(
         self,
         logits: Tensor,
-        answers: Sequence[Answer],
+        answers: Sequence[Answer] | CachedAnswers,
         inputs: ForwardInputs,
         item: Any,
         batch_idx: int,
@@ -55,7 +59,7 @@ class LogitComparison:
 
         Args:
             logits: The student's, at least two dimensions.
-            answers: The logits of each teacher; none if no loss needs a teacher.
+            answers: The logits of each teacher; none if no loss needs a teacher. Or those in a cache.
             inputs: The arguments of the student's forward.
             item: The batch without its index.
             batch_idx: Its number.
@@ -63,18 +67,16 @@ class LogitComparison:
         """
         points, objective = self.points, self.points._objective
         needs_labels = "targets" in objective.needs
-        labels = points._labels(item, inputs, asks=needs_labels or logits.ndim > 2)
-        mask = points.padding_mask(item, inputs) if logits.ndim > 2 else None
-        matters = not objective.elementwise
-        dim = points._positions.dim_of(logits, labels, mask=mask, told=points.class_dim, matters=matters)
-        if not is_overridden("padding_mask", points, SubclassPoints):
-            mask = fitting_mask(mask, logits, labels, dim)
-        if dim != logits.ndim - 1:  # the classes of a Linear's output are last: it is another layout
-            answers = [answer if isinstance(answer, Tensor) else answer.whole() for answer in answers]
-        for answer in answers:
-            self._check_shape(logits, answer, dim)
+        class_dim = answers.class_dim if isinstance(answers, CachedAnswers) else None
+        layout = Layout.of(points, logits, inputs, item, class_dim=class_dim)
+        dim = layout.dim
+        if not isinstance(answers, CachedAnswers):
+            if dim != logits.ndim - 1:  # the classes of a Linear's output are last: it is another layout
+                answers = [answer if isinstance(answer, Tensor) else answer.whole() for answer in answers]
+            for answer in answers:
+                self._check_shape(logits, answer, dim)
         rows = points._positions.read(
-            logits, labels, mask, student=points.student, dim=dim, loss=loss, shifts=points.shift_labels
+            logits, layout.labels, layout.mask, student=points.student, dim=dim, loss=loss, shifts=points.shift_labels
         )
         count, classes = rows.count(logits), logits.shape[dim]
         if not count:  # no position has a label: nothing to learn, and the mean of nothing is NaN
@@ -82,16 +84,21 @@ class LogitComparison:
         arguments: dict[str, Any] = {"targets": _as_classes(rows.targets, item)} if needs_labels else {}
         if self.ramps.temperature is not None:
             arguments["temperature"] = self.ramps.temperature.value(points.global_step)
-        checks = logits.device.type == "cpu" or batch_idx % 50 == 0  # on other devices each check waits for the device
-        taught = _Taught(self, answers, rows, checks)
-        size = chunk_rows(self.chunk_size, count, classes) if self._by_rows and not is_dtensor(logits) else count
+        taught: _Taught | _FromFile
+        if isinstance(answers, CachedAnswers):
+            taught = _FromFile(answers.rows(logits, layout, rows.keep, classes), rows)
+        else:
+            checks = logits.device.type == "cpu" or batch_idx % 50 == 0  # on others each check waits for the device
+            taught = _Taught(self, answers, rows, checks)
+        in_blocks = isinstance(taught, _FromFile) and isinstance(taught.stored, TopK)  # that loss works so by itself
+        whole = in_blocks or is_dtensor(logits) or not self._by_rows
+        size = count if whole else chunk_rows(self.chunk_size, count, classes)
         chosen = objective.of_classes(classes)
         if size < count:
-            total, values = _by_chunks(chosen, logits, taught, size, arguments)
+            places = RowPlaces.of(logits, rows.dim, rows.keep)
+            total, values = _by_chunks(chosen, logits, taught, places, size, arguments)
         else:
-            ours = rows.of(logits)
-            theirs = taught.all_rows(logits) if answers else ours.detach()
-            values = points.kd_loss(ours, theirs, **arguments)
+            values = points.kd_loss(*taught.all_rows(logits), **arguments)
             total = objective.total(values)
         self.compared_by = chosen.weights
         parts = {f"kd/{name}": value.detach() for name, value in values.items()} if len(values) > 1 else {}
@@ -140,17 +147,20 @@ class _Taught:
     rows: Rows
     checks: bool
 
-    def all_rows(self, logits: Tensor) -> Tensor:
-        """Return the combined logits of all rows, ``[rows, classes]``."""
-        if any(isinstance(answer, HeadAnswer) for answer in self.answers):
-            return self.some_rows(RowPlaces.of(logits, self.rows.dim, self.rows.keep), slice(None))
+    def all_rows(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what the losses compare, ``[rows, classes]`` each: the student's rows, and the combined logits."""
+        ours = self.rows.of(logits)
+        if not self.answers or any(isinstance(answer, HeadAnswer) for answer in self.answers):
+            return self.some_rows(ours, RowPlaces.of(logits, self.rows.dim, self.rows.keep), slice(None))
         own = [self.rows.of(one_a_row(answer)) for answer in self.answers if isinstance(answer, Tensor)]
-        return self.comparison.combined(own, checks=self.checks)
+        return ours, self.comparison.combined(own, checks=self.checks)
 
-    def some_rows(self, places: RowPlaces, part: slice) -> Tensor:
-        """Return the combined logits of some rows."""
+    def some_rows(self, ours: Tensor, places: RowPlaces, part: slice) -> tuple[Tensor, Tensor]:
+        """Return the same of some rows; of losses that need no teacher, the student's logits twice."""
+        if not self.answers:
+            return ours, ours.detach()
         own = [self._rows_of(answer, places, part) for answer in self.answers]
-        return self.comparison.combined(own, checks=self.checks)
+        return ours, self.comparison.combined(own, checks=self.checks)
 
     @staticmethod
     def _rows_of(answer: Answer, places: RowPlaces, part: slice) -> Tensor:
@@ -159,21 +169,46 @@ class _Taught:
         return answer.of(places.take(answer.hidden, part))
 
 
+@dataclass(frozen=True, eq=False)
+class _FromFile:
+    """The same from a cache: logits ``[rows, classes]``, or k words of each row."""
+
+    stored: Tensor | TopK
+    rows: Rows
+
+    def all_rows(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what the losses compare: the student's rows and the teacher's, of all classes or k + 1."""
+        if isinstance(self.stored, Tensor):
+            return self.rows.of(logits), self.stored
+        flat, keep = rows_of(logits, None, self.rows.dim), self.rows.keep
+        counted = None if keep is None or bool(keep.all()) else keep.reshape(-1).nonzero().squeeze(-1)
+        return over_top_k(flat, self.stored, rows=counted)
+
+    def some_rows(self, ours: Tensor, places: RowPlaces, part: slice) -> tuple[Tensor, Tensor]:
+        """Return the same of some rows, for all classes."""
+        if isinstance(self.stored, Tensor):
+            return ours, self.stored[part]
+        return over_top_k(ours, self.stored.rows(part))
+
+
 def _by_chunks(
-    losses: LogitLosses, logits: Tensor, taught: _Taught, size: int, arguments: dict[str, Any]
+    losses: LogitLosses,
+    logits: Tensor,
+    taught: _Taught | _FromFile,
+    places: RowPlaces,
+    size: int,
+    arguments: dict[str, Any],
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the weighted sum of the losses, and each of them, compared ``size`` rows at a time."""
-    places = RowPlaces.of(logits, taught.rows.dim, taught.rows.keep)
-    targets: Any = arguments.get("targets")
     count = len(places)
+    targets: Any = arguments.get("targets")
     sliced = isinstance(targets, Tensor) and targets.ndim > 0 and len(targets) == count
 
     def compare(ours: Tensor, part: slice) -> tuple[Tensor, Tensor]:
-        with torch.no_grad():
-            theirs = taught.some_rows(places, part) if taught.answers else ours.detach()
+        pair = taught.some_rows(ours, places, part)
         own = {**arguments, "targets": targets[part]} if sliced else arguments
         shares = losses.shares(targets, part, count)
-        values = {name: value * shares[name] for name, value in losses(ours, theirs, **own).items()}
+        values = {name: value * shares[name] for name, value in losses(*pair, **own).items()}
         return losses.total(values), torch.stack([value.detach().float() for value in values.values()])
 
     total, sums = loss_by_chunks(logits, places, size, compare)

@@ -13,8 +13,15 @@ from torch.optim import Optimizer
 
 from lightning_optim import checkpoint
 from lightning_optim.change import Changed
-from lightning_optim.checks import check_path, listed
-from lightning_optim.distillation.arguments import SEVERAL, check_chunk_size, check_student, classes_of, optimizers_of
+from lightning_optim.checks import listed
+from lightning_optim.distillation.arguments import (
+    SEVERAL,
+    check_cache,
+    check_chunk_size,
+    check_student,
+    classes_of,
+    optimizers_of,
+)
 from lightning_optim.distillation.cached import CachedTeacher
 from lightning_optim.distillation.checkpoints import Checkpoints
 from lightning_optim.distillation.features import Feature
@@ -63,7 +70,11 @@ class DistillationModule(StandsForStudent, SubclassPoints):
         features: ``(student layer, teacher layer[, loss[, weight]])`` each, or :class:`Feature`; see
             :meth:`match_features`. Features are those of the first teacher.
         cache: File for the teacher's logits: computed once at fit start, then read. The training dataset must be an
-            :class:`IndexedDataset` without augmentation.
+            :class:`IndexedDataset` without augmentation. Texts may differ in length; positions that do not count are
+            not stored. A run that is killed meanwhile goes on where it stopped.
+        cache_top_k: Keep only the k likeliest classes of each row and the probability of the rest, 6 k + 2 bytes, for
+            large vocabularies: losses compare k + 1 classes (``functional.losses.over_top_k``). k = classes equals the
+            live teacher within float16. For losses that compare probabilities (kd, reverse_kd, jsd, listwise).
         teacher_classes: Indices of the teacher's outputs that are the student's classes, in the student's order.
         teacher_autocast: Dtype of the teacher's autocast (``torch.bfloat16``); None: its own precision.
         chunk_size: Rows (samples, or positions of sequences) that are compared at a time, so that no loss keeps tensors
@@ -116,6 +127,7 @@ class DistillationModule(StandsForStudent, SubclassPoints):
         logits_from: str = "",
         features: Sequence[Any] = (),
         cache: str | Path | None = None,
+        cache_top_k: int | None = None,
         teacher_classes: Sequence[int] | None = None,
         teacher_autocast: torch.dtype | None = None,
         chunk_size: int | str | None = "auto",
@@ -136,14 +148,9 @@ class DistillationModule(StandsForStudent, SubclassPoints):
         self._ramps = Ramps(alpha, temperature)
         self._objective = LogitLosses.of(loss)
         self._positions = Positions()
-        if cache is not None:
-            check_path("cache", cache)
-            if features:
-                raise ValueError(
-                    "`features` need the teacher's layers, so its logits need no `cache`. Pass one of the two."
-                )
+        check_cache(cache, cache_top_k, self._objective, features)
         self._live = LiveTeacher(self, teacher_autocast)
-        self._cached = None if cache is None else CachedTeacher(self, self._live, Path(cache))
+        self._cached = None if cache is None else CachedTeacher(self, self._live, Path(cache), cache_top_k)
         self._matching = FeatureMatching(self, self._live, example_inputs)
         comparison = LogitComparison(self, self._ramps, self._live, check_chunk_size(self, chunk_size))
         self._step = Step(self, self._ramps, self._live, self._cached, self._matching, comparison)

@@ -130,6 +130,15 @@ class LogitLosses:
         """Whether no loss uses a teacher."""
         return self._all("teacher_free")
 
+    @property
+    def not_on_top_k(self) -> list[str]:
+        """The losses that need the logits of all classes: not computed on k words and the rest."""
+        return [
+            name
+            for name, function in self.functions.items()
+            if not getattr(_unwrapped(function), "top_k", False) or "top_k" in getattr(function, "keywords", {})
+        ]
+
     def _all(self, mark: str) -> bool:
         return all(getattr(_unwrapped(function), mark, False) for function in self.functions.values())
 

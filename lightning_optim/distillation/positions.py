@@ -15,6 +15,7 @@ from lightning_optim.target import ForwardInputs
 __all__ = [
     "Positions",
     "Rows",
+    "answered_positions",
     "find_labels",
     "find_logits",
     "find_loss",
@@ -264,6 +265,44 @@ class Positions:
             seen = None if loss is None else tells_shift(logits, labels, loss.detach())
             self._shifts = _predicts_next(student) if seen is None else seen
         return bool(self._shifts)
+
+
+def answered_positions(
+    shape: Shape, labels: Any, mask: Tensor | None, *, student: nn.Module, dim: int
+) -> Tensor | None:
+    """Return the positions whose logits a cache of the teacher holds: all that :meth:`Positions.read` can ever count.
+
+    Whether the student predicts its own label or the next is not known where the cache is written. So a position counts
+    here if either is labeled: one more at the end of each text.
+
+    Args:
+        shape: Shape of the logits.
+        labels: Labels of the batch; ignored unless they are a tensor that fits.
+        mask: The positions that count, ``[rows, positions...]``.
+        student: The student.
+        dim: The dimension that holds the classes.
+
+    Returns:
+        ``[rows, positions...]``, or ``[rows]`` of logits ``[rows, classes]``; None: all.
+
+    Raises:
+        ValueError: If the mask does not fit.
+    """
+    if len(shape) == 2:
+        if not isinstance(labels, Tensor) or labels.ndim < 2 or labels.numel() != shape[0] or len(labels) == shape[0]:
+            return None
+        flattened: Tensor = labels.reshape(-1)
+        return flattened != IGNORED
+    if mask is not None and not _is_of_positions(mask, shape, dim):
+        raise ValueError(_unfit(mask, shape))
+    keep = None if mask is None else mask.bool()
+    if not isinstance(labels, Tensor) or dim not in class_dims(shape, labels.shape):
+        return keep
+    labels = _ignoring(labels_at(labels, shape, dim), student)
+    labeled: Tensor = labels != IGNORED
+    if labels.ndim == 2 and not labels.is_floating_point():
+        labeled |= labels_of_next(labels) != IGNORED
+    return labeled if keep is None else keep & labeled
 
 
 def _of_samples(logits: Tensor, labels: Any) -> Rows:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_optim.distillation.cached import CachedTeacher
+from lightning_optim.distillation.cached import CachedAnswers, CachedTeacher
 from lightning_optim.distillation.capture import Capture
 from lightning_optim.distillation.heads import Answer
 from lightning_optim.distillation.hooks import as_student, is_lightning
@@ -106,10 +106,10 @@ class Step:
 
     def _answers(
         self, inputs: ForwardInputs, batch: Any, logits: Tensor | None
-    ) -> tuple[list[Answer], dict[str, Tensor]]:
-        """Return what each teacher answers, and the outputs of the layers that features name."""
+    ) -> tuple[list[Answer] | CachedAnswers, dict[str, Tensor]]:
+        """Return what each teacher answers (or the cache of it), and the outputs of the layers that features name."""
         if self.cached is not None and self.cached.cache is not None:
-            return [self.cached.read(inputs, batch)], {}
+            return self.cached.answers(inputs, batch), {}
         if not self.needs_teacher:
             return [], {}
         classes = None if logits is None or not self.comparison.takes_rows(logits) else logits.shape[-1]

@@ -121,7 +121,8 @@ class SubclassPoints(pl.LightningModule):
         """Return each loss of the logits, unweighted, by name.
 
         Args:
-            student_logits: ``[rows, classes]``, without padding.
+            student_logits: ``[rows, classes]``, without padding; with ``cache_top_k`` ``[rows, k + 1]``, those of the k
+                classes and of the rest.
             teacher_logits: The same shape.
             arguments: ``temperature`` and ``targets``; each loss gets those that it takes.
         """

@@ -198,6 +198,9 @@ class OptimFSDP2(ModelParallelStrategy):
         module = self.lightning_module
         check_shardable(self, trainer)
         with following(module):
+            reshard(
+                module
+            )  # an evaluation leaves the root gathered, and every unit that stays gathered after its forward
             is_whole = not is_sharded(module)
             if is_whole:
                 announce_sharding(trainer, module)
@@ -205,7 +208,6 @@ class OptimFSDP2(ModelParallelStrategy):
                 if fitting and self._layer_sync is not None:
                     self._layer_sync.apply(module)
                 self._parallelize(module)
-            reshard(module)  # a root stays gathered after an evaluation
             _upstream.materialize_distributed_module(module, self.root_device)
             self.model_to_device()
         self._reads, self._whole = Reads.of(module), parameters_left_whole(module, self._data_mesh)

@@ -3,6 +3,7 @@
 import copy
 import pickle
 import re
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 
@@ -29,8 +30,9 @@ from lightning_optim.distillation import (
     IndexedCollate,
     IndexedDataset,
     LogitCache,
+    cached,
 )
-from lightning_optim.distillation.indexed import every_sample_once
+from lightning_optim.distillation.indexed import batches_once, reading
 
 ROWS = 64
 
@@ -70,16 +72,37 @@ def test_what_is_written_is_read(tmp_path):
             cache.read(index)
 
 
-def test_another_teacher_length_or_dtype_is_refused(tmp_path):
+def test_another_teacher_length_or_k_is_refused(tmp_path):
     path = tmp_path / "logits.cache"
     written(path)
     with pytest.raises(ValueError, match="of another teacher: me, and this run's is you"):
         LogitCache(path, teacher="you")
     with pytest.raises(ValueError, match="of another dataset length: 4, and this run's is 5"):
         LogitCache(path, rows=5)
-    path.write_bytes(path.read_bytes().replace(b"float16", b"float32"))
-    with pytest.raises(ValueError, match="of another dtype: float32"):
+    with pytest.raises(ValueError, match="of another `cache_top_k`: all classes, and this run's is 2"):
+        LogitCache(path, top_k=2)
+
+
+def test_a_file_of_0_1_is_refused(tmp_path):
+    path = tmp_path / "logits.cache"
+    path.write_bytes(b"LODISTL1" + bytes(100))
+    with pytest.raises(ValueError, match=r"written by lightning_optim 0\.1.*Delete it, and it is computed again"):
         LogitCache(path)
+
+
+@pytest.mark.parametrize("place", [9, 14, 40, 4096 + 3, 4096 + 8 * 5 + 2, -1, -7])
+def test_a_damaged_file_is_refused(tmp_path, place):
+    path = tmp_path / "logits.cache"
+    written(path)
+    content = bytearray(path.read_bytes())
+    content[place] ^= 16
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"damaged.*[Dd]elete it, and it is computed again|another"):
+        LogitCache(path, rows=4, teacher="me").verify()
+    if place < 0:  # one sample: the others can be read
+        LogitCache(path).read([0])
+        with pytest.raises(ValueError, match=r"damaged: the checksum of sample [23]"):
+            LogitCache(path).read([0, 2, 3])
 
 
 @pytest.mark.parametrize("left", [0, 4, 10, 40, 4096, -1])
@@ -112,7 +135,7 @@ def test_what_cannot_be_cached_is_refused(tmp_path):
         build(answers(4), rows=5)
     with pytest.raises(ValueError, match="beyond float16"):
         build([(torch.arange(4), torch.full((4, 3), 1e6))])
-    with pytest.raises(ValueError, match="of one shape"):
+    with pytest.raises(ValueError, match="rows of one kind"):
         build([(torch.arange(2), torch.zeros(2, 3)), (torch.arange(2, 4), torch.zeros(2, 5))])
     assert not list(tmp_path.iterdir())
 
@@ -233,7 +256,8 @@ def test_the_build_takes_the_batches_of_a_sampler_of_ones_own_and_training_gets_
 def once(sampler, dataset=None):
     """Batches of indices that a build makes of a sampler's, and their loader's dataset."""
     dataset = IndexedDataset(data()) if dataset is None else dataset
-    return [batch.index.tolist() for batch in every_sample_once(DataLoader(dataset, batch_sampler=sampler))]
+    read = DataLoader(dataset, batch_sampler=sampler)
+    return [batch.index.tolist() for batch in reading(read, batches_once(read))]
 
 
 def in_order(size):
@@ -435,8 +459,22 @@ def test_validation_needs_no_index(tmp_path):
     assert indexed == trainer(tmp_path).validate(module, val_loader(), verbose=False)
 
 
-def test_a_progress_bar_where_the_trainer_has_one(tmp_path, capsys):
+def test_a_progress_bar_where_the_trainer_has_one(tmp_path, monkeypatch):
+    log = []
+
+    @contextmanager
+    def bar(title, total, *, shown):
+        log.append((title, total, shown))
+        yield lambda: log.append("step")
+
+    monkeypatch.setattr(cached, "progress_bar", bar)
     run(tmp_path, distilled(cache=tmp_path / "a.cache"), max_epochs=1)
-    assert "teacher logits" not in capsys.readouterr().out
     run(tmp_path, distilled(cache=tmp_path / "b.cache"), max_epochs=1, enable_progress_bar=True)
-    assert "teacher logits" in capsys.readouterr().out
+    run(tmp_path, distilled(cache=tmp_path / "b.cache"), max_epochs=1, enable_progress_bar=True)  # it is there
+    steps = ["step"] * (ROWS // 8)
+    assert log == [
+        ("teacher logits -> a.cache", 8, False),
+        *steps,
+        ("teacher logits -> b.cache", 8, True),
+        *steps,
+    ]

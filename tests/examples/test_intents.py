@@ -303,7 +303,8 @@ def test_a_student_of_cached_logits_repeats_bit_for_bit(tmp_path):
     files = tmp_path / "files"
     assert intents.main(["--synthetic", "--prepare", "--files", str(files), "--report", str(tmp_path)]) is None
     data, recipe = IntentsData(synthetic=True, batch_size=64), Recipe.load("text-classifier")
-    assert LogitCache(files / "teacher_logits.bin").shape == (len(data.task.train), data.task.intents)
+    identity = LogitCache(files / "teacher_logits.bin").identity
+    assert (identity.samples, identity.classes) == (len(data.task.train), data.task.intents)
     vectors = tmp_path / "vectors.pt"
     torch.save(torch.randn(len(data.task.vocabulary), 40, generator=torch.Generator().manual_seed(0)), vectors)
     widths = intents.Widths(32, 32, 32)

@@ -43,8 +43,9 @@ def module(name: str, folder: Path) -> DistillationModule:
         "chunks": {"loss": {"reverse_kd": 1.0, "jsd": 1.0}, "chunk_size": 3},
         "ramps": {"alpha": Ramp(0.9, 0.1, "cosine"), "temperature": Ramp(4.0, 1.0)},
         "cache": {"cache": folder / "logits.cache"},
+        "top_k": {"cache": folder / "logits.cache", "cache_top_k": 2},
     }.get(name, {"features": HINT})
-    return DistillationModule(new(InDDPIndexed if name == "cache" else InDDP), teacher(), **words)
+    return DistillationModule(new(InDDPIndexed if "cache" in words else InDDP), teacher(), **words)
 
 
 def callbacks(name: str) -> list:

@@ -10,6 +10,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import LearningRateFinder
+from torch.utils.data import DataLoader
 
 from helpers.gpt import Language
 from helpers.models import Files, trainer
@@ -20,6 +21,7 @@ from lightning_optim import (
     DepthPruning,
     DistillationModule,
     Feature,
+    IndexedDataset,
     LowRankFactorization,
     PerformanceScore,
     QuantizationAwareTraining,
@@ -65,6 +67,21 @@ class Distilled(DistillationModule):
         self.losses.append(float(loss))
 
 
+class FromCache(Distilled):
+    """The same from a file of the teacher's likeliest words, which the ranks write together."""
+
+    def __init__(self, folder: Path) -> None:
+        torch.manual_seed(5)
+        teacher = Language(width=48)
+        torch.manual_seed(3)
+        DistillationModule.__init__(self, Language(), teacher, cache=folder / "teacher.cache", cache_top_k=8)
+        self.losses = []
+
+    def train_dataloader(self):
+        plain = self.student._loader(shuffle=True)
+        return DataLoader(IndexedDataset(plain.dataset), plain.batch_size, sampler=plain.sampler)
+
+
 TECHNIQUES: dict[str, tuple[type, Any]] = {
     "weights": (Language, lambda: [WeightPruning(0.8, **WEIGHTS)]),
     "wanda": (Language, lambda: [WeightPruning(0.8, criterion="wanda", **WEIGHTS)]),
@@ -80,6 +97,7 @@ TECHNIQUES: dict[str, tuple[type, Any]] = {
     "both": (Language, lambda: [WeightPruning(0.8, **WEIGHTS), QuantizationAwareTraining(**BITS)]),
     "score": (Language, lambda: [PerformanceScore(size="nonzero", batch_size=2), WeightPruning(0.8, **WEIGHTS)]),
     "distilled": (Distilled, lambda: []),
+    "cached": (FromCache, lambda: []),
     "all": (
         Distilled,
         lambda: [
@@ -105,7 +123,7 @@ def run(
     module_class, make = TECHNIQUES[name]
     ours = make()
     torch.manual_seed(3)
-    module = module_class()
+    module = module_class(folder) if module_class is FromCache else module_class()
     extra = [Files(folder)] if ckpt_path is None else []
     fitted = trainer(
         folder,

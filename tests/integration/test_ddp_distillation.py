@@ -7,15 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from helpers.distilled import teacher
-from helpers.models import Classifier, assert_same_state
+from helpers.models import Classifier, assert_same_state, data, new, trainer, val_loader
 from helpers.ranks import Launches, quick_and_slow
 from lightning_optim import load_from_checkpoint
-from lightning_optim.distillation import LogitCache, Teacher, student_only
+from lightning_optim.distillation import DistillationModule, IndexedDataset, LogitCache, Teacher, student_only
 
 WORKER = Path(__file__).with_name("distillation_worker.py")
-QUICK = ("kd/32-true", "cache/32-true", "channels/32-true")
+QUICK = ("kd/32-true", "cache/32-true", "top_k/32-true", "channels/32-true")
 SLOW = (
     "kd/bf16-mixed",
     "hint/32-true",
@@ -82,11 +83,20 @@ def test_channels_left_the_projector_too(launched):
     assert state["student.net.0.weight"].shape[0] < 16
 
 
-def test_one_rank_wrote_the_cache_and_the_run_is_that_of_a_live_teacher(launched):
+@pytest.mark.parametrize(("case", "top_k"), [("cache/32-true", None), ("top_k/32-true", 2)])
+def test_both_ranks_wrote_the_bytes_of_one_process(launched, case, top_k, tmp_path):
+    module = DistillationModule(new(), teacher(), cache=tmp_path / "c", cache_top_k=top_k)
+    trainer(tmp_path, max_epochs=1).fit(module, DataLoader(IndexedDataset(data()), 4), val_loader())
+    folder = launched(case) / case.replace("/", "-")
+    assert (folder / "logits.cache").read_bytes() == (tmp_path / "c").read_bytes()
+    assert not list(folder.glob(".logits*"))
+
+
+def test_the_run_from_a_cache_is_that_of_a_live_teacher(launched):
     cache = LogitCache(
         launched("cache/32-true") / "cache-32-true" / "logits.cache", teacher=Teacher([teacher()]).checksum(), rows=64
     )
-    assert cache.shape == (64, 3)
+    assert (len(cache), cache.rows, cache.identity.classes) == (64, 64, 3)
     live, cached = (results(launched, f"{name}/32-true", 0)["straight"]["metrics"] for name in ("kd", "cache"))
     assert cached == pytest.approx(live, rel=1e-2)  # float16
 

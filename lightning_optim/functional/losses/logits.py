@@ -2,8 +2,9 @@
 
 Both tensors are ``[rows, classes]``. A loss with ``needs=("targets",)`` gets the labels too. Attributes say more about
 it: ``by_rows`` (a mean of one value per row, so rows may be compared some at a time), ``elementwise`` (entry by entry,
-so the dimension of the classes does not matter), ``binary`` (each logit is an answer of its own) and ``teacher_free``
-(it uses no teacher).
+so the dimension of the classes does not matter), ``binary`` (each logit is an answer of its own), ``teacher_free`` (it
+uses no teacher) and ``top_k`` (it compares a row's classes as a distribution, in any order, so that it can be computed
+on k words and the rest, see ``top_k.py``).
 """
 
 import math
@@ -393,6 +394,8 @@ label_smoothing.teacher_free = True  # type: ignore[attr-defined]
 
 for _loss in (kd, reverse_kd, jsd, logit_std, dkd, mse, bce, cosine, listwise, label_smoothing):
     _loss.by_rows = True  # type: ignore[attr-defined]
+for _loss in (kd, reverse_kd, jsd, listwise):
+    _loss.top_k = True  # type: ignore[attr-defined]
 
 
 def _standardized(logits: Tensor) -> Tensor:
