@@ -81,7 +81,7 @@ class LogitComparison:
             return {"kd": rows.of(logits).float().sum()}
         arguments: dict[str, Any] = {"targets": _as_classes(rows.targets, item)} if needs_labels else {}
         if self.ramps.temperature is not None:
-            arguments["temperature"] = self.ramps.temperature.value(points.global_step)
+            arguments["temperature"] = self.ramps.temperature.value(self.ramps.step)
         checks = logits.device.type == "cpu" or batch_idx % 50 == 0  # on other devices each check waits for the device
         taught = _Taught(self, answers, rows, checks)
         size = chunk_rows(self.chunk_size, count, classes) if self._by_rows and not is_dtensor(logits) else count

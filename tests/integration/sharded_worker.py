@@ -41,15 +41,41 @@ class Deep(Language):
         super().__init__(layers=4)
 
 
+class ByHand(Language):
+    """It steps an optimizer for its blocks and one for the rest itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        blocks, others = self.optimizers()
+        blocks.zero_grad()
+        others.zero_grad()
+        loss = super().training_step(batch, batch_idx)
+        self.manual_backward(loss)
+        blocks.step()
+        others.step()
+        return loss
+
+    def configure_optimizers(self):
+        net = self.net
+        others = [net.embedding, net.norm, net.head]
+        return [
+            torch.optim.AdamW(net.blocks.parameters(), 1e-2),
+            torch.optim.AdamW([parameter for part in others for parameter in part.parameters()], 1e-2),
+        ]
+
+
 class Distilled(DistillationModule):
     """The small model learns from a wider one, from its logits in chunks and from a layer through a projector."""
 
-    def __init__(self) -> None:
+    def __init__(self, student: type = Language, block: str = "net.blocks.0") -> None:
         torch.manual_seed(5)
         teacher = Language(width=48)
         torch.manual_seed(3)
-        features = [Feature("net.blocks.0", "net.blocks.0", "hint")]
-        super().__init__(Language(), teacher, features=features, chunk_size=5)
+        features = [Feature(block, block, "hint")]
+        super().__init__(student(), teacher, features=features, chunk_size=5)
         self.losses = []
 
     def train_dataloader(self):
@@ -63,6 +89,13 @@ class Distilled(DistillationModule):
     def on_train_batch_end(self, outputs, batch, batch_idx):
         loss = self.trainer.strategy.reduce(outputs["loss"].detach().float().clone(), reduce_op="mean")
         self.losses.append(float(loss))
+
+
+class DistilledByHand(Distilled):
+    """The same with a student that optimizes manually, and the last block by its place."""
+
+    def __init__(self) -> None:
+        super().__init__(ByHand, "net.blocks.-1")
 
 
 TECHNIQUES: dict[str, tuple[type, Any]] = {
@@ -80,6 +113,7 @@ TECHNIQUES: dict[str, tuple[type, Any]] = {
     "both": (Language, lambda: [WeightPruning(0.8, **WEIGHTS), QuantizationAwareTraining(**BITS)]),
     "score": (Language, lambda: [PerformanceScore(size="nonzero", batch_size=2), WeightPruning(0.8, **WEIGHTS)]),
     "distilled": (Distilled, lambda: []),
+    "by_hand": (DistilledByHand, lambda: []),
     "all": (
         Distilled,
         lambda: [
