@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -21,7 +21,7 @@ from lightning_optim.depth.check import same_as_skipping
 from lightning_optim.depth.judge import Choice, Judge, Run, block_needs
 from lightning_optim.depth.prune import check_block_ratio
 from lightning_optim.depth.removal import BlockRemoval
-from lightning_optim.depth.stacks import Stack, check_readers, find_stacks, number_of_blocks
+from lightning_optim.depth.stacks import Stack, check_left, check_readers, find_stacks, number_of_blocks
 from lightning_optim.functional.blocks import BLOCK_CRITERIA, BlockCriterion
 from lightning_optim.functional.schedules import SCHEDULES, Schedule
 from lightning_optim.measure.size import SIZES
@@ -218,13 +218,17 @@ class DepthPruning(CompressionCallback):
 
     def _check_readers(self) -> None:
         """Refuse features of a distillation that name a block that may be removed."""
-        readers: Any = getattr(type(self._pl_module), "read_layers", None)
-        if readers is None or self.window.closed:
+        if self.window.closed:
             return
         try:
-            check_readers(self._pl_module, readers(self._pl_module), self.module, self.include, self.exclude)
+            check_readers(self._pl_module, self._readers(), self.module, self.include, self.exclude)
         except ValueError as error:
             raise MisconfigurationException(f"DepthPruning: {error}") from error
+
+    def _readers(self) -> Mapping[str, str]:
+        ask: Any = getattr(type(self._pl_module), "read_layers", None)
+        readers: Mapping[str, str] = {} if ask is None else ask(self._pl_module)
+        return readers
 
     def register_hooks(self, trainer: pl.Trainer) -> None:
         """Watch the optimizers, and refuse those that cannot follow a removal."""
@@ -349,6 +353,7 @@ class DepthPruning(CompressionCallback):
             found = find_stacks(root, _caller(self._inputs.layer, inputs), self.module, self.include, self.exclude)
             found = trainer.strategy.broadcast(found, src=0)
             numbers = {name: number_of_blocks(self.pruning_ratio, stack) for name, stack in found.stacks.items()}
+            check_left(self._readers(), {name: stack.blocks - numbers[name] for name, stack in found.stacks.items()})
         except ValueError as error:
             raise MisconfigurationException(f"DepthPruning: {error}") from error
         if not sum(numbers.values()):

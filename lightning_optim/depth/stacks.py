@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_optim.depth.check import call_repeatably, same_as_skipping
 from lightning_optim.depth.hidden import Call, watching
@@ -15,7 +15,7 @@ from lightning_optim.structure import children_of
 from lightning_optim.tables import by_reason, render
 from lightning_optim.target import find_target, named_layers
 
-__all__ = ["LEAST", "Found", "Stack", "check_readers", "find_stacks", "number_of_blocks"]
+__all__ = ["LEAST", "Found", "Stack", "check_left", "check_readers", "find_stacks", "hidden_states", "number_of_blocks"]
 
 LEAST = 3
 """Blocks that make a stack."""
@@ -174,8 +174,57 @@ def check_readers(
             stay = ", ".join(f"{name}.{keys[place]}" for place in stack.stay) or "none for certain"
             raise ValueError(
                 f"{reader} names {layer}, in a block that may be removed. Keep that block, "
-                f"exclude=['{name}.{key}'], or name one of the blocks of {name} that stay: {stay}."
+                f"exclude=['{name}.{key}'], or name one of the blocks of {name} that stay: {stay}. A place from the "
+                f"end, such as {name}.-1, is whichever block is there."
             )
+
+
+def check_left(readers: Mapping[str, str], left: Mapping[str, int]) -> None:
+    """Refuse to remove so many blocks that a place from the end, such as ``layers.-4``, no longer exists.
+
+    Args:
+        readers: Name of a layer -> what reads it, as for :func:`check_readers`.
+        left: Stack -> how many blocks it will have.
+
+    Raises:
+        ValueError: If a place will be out of range.
+    """
+    for layer, reader in readers.items():
+        for name, blocks in left.items():
+            place = layer.removeprefix(f"{name}.").partition(".")[0]
+            if layer.startswith(f"{name}.-") and -int(place) > blocks:
+                raise ValueError(
+                    f"{reader} names the block at {place} of {name}, of which {blocks} will be left. Name one of the "
+                    f"last {blocks}, or remove fewer."
+                )
+
+
+def hidden_states(root: nn.Module, call: Callable[[nn.Module], list[Any]]) -> dict[str, dict[str, Tensor]]:
+    """Return the stacks of two or more blocks, in call order, with the hidden state that each block returns.
+
+    Args:
+        root: The model in eval mode, which is called once. Nothing is tried, so blocks need not be removable.
+        call: Calls it, as for :func:`find_stacks`.
+
+    Returns:
+        Stack -> block -> hidden state; blocks that are not called are left out.
+    """
+    containers, stacks, asked, left_out = _candidates(root, None, None, None, least=2)
+    blocks = {f"{name}.{key}": block for name in stacks for key, block in children_of(containers[name]).items()}
+    with watching(blocks) as calls:
+        call_repeatably(root, call)
+    for name in [name for name, stack in stacks.items() if _look_at_calls(stack, containers[name], calls)]:
+        del stacks[name]
+    _keep_outermost(stacks, asked, left_out)
+    states: dict[str, dict[str, Tensor]] = {}
+    for name in sorted(stacks, key=lambda name: min(own[0].number for own in _calls_of(name, calls) if own)):
+        keys = [f"{name}.{key}" for key in children_of(containers[name]) if calls[f"{name}.{key}"]]
+        states[name] = {key: state for key in keys if (state := calls[key][0].hidden_out) is not None}
+    return states
+
+
+def _calls_of(stack: str, calls: Mapping[str, list[Call]]) -> list[list[Call]]:
+    return [own for name, own in calls.items() if name.rpartition(".")[0] == stack]
 
 
 def _candidates(
@@ -183,6 +232,7 @@ def _candidates(
     module: str | None,
     include: Sequence[Pattern] | None,
     exclude: Sequence[Pattern] | None,
+    least: int = LEAST,
 ) -> tuple[dict[str, nn.Module], dict[str, Stack], set[str], dict[str, str]]:
     """Return what can be told without a call: containers, stacks, those that ``include`` names, and what is left."""
     prefix, target = find_target(root, module)
@@ -191,14 +241,14 @@ def _candidates(
         for name, layer in named_layers(target, prefix)
         if isinstance(layer, (nn.ModuleList, nn.Sequential)) and len(children_of(layer)) > 1
     }
-    problems = {name: _problem(layer) for name, layer in containers.items()}
+    problems = {name: _problem(layer, least) for name, layer in containers.items()}
     stacks = {name: Stack(name, len(children_of(layer))) for name, layer in containers.items() if not problems[name]}
     left_out = {name: problem for name, problem in problems.items() if problem.startswith(_REPEATED)}
     asked = _select(stacks, containers, problems, left_out, prefix, include, exclude)
     return containers, stacks, asked, left_out
 
 
-def _problem(container: nn.Module) -> str:
+def _problem(container: nn.Module, least: int) -> str:
     """Return why a container is no stack, as far as it can be seen without calling it; empty if it may be one."""
     blocks = [without_compiler(block) for block in children_of(container).values()]
     classes = dict.fromkeys(own_class(block).__name__ for block in blocks)
@@ -206,8 +256,8 @@ def _problem(container: nn.Module) -> str:
         return f"its blocks are of different classes ({', '.join(list(classes)[:3])})"
     if len(set(blocks)) < len(blocks):
         return f"{_REPEATED} {next(iter(classes))} several times, so that none leaves with its parameters"
-    if len(blocks) < LEAST:
-        return f"it has {len(blocks)} blocks, and a stack has {LEAST} or more"
+    if len(blocks) < least:
+        return f"it has {len(blocks)} blocks, and a stack has {least} or more"
     if not any(True for block in blocks for _ in block.parameters()):
         return "its blocks have no parameters"
     return ""

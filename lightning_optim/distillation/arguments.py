@@ -2,7 +2,6 @@
 
 from typing import Any, cast
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
@@ -25,7 +24,8 @@ __all__ = [
 ]
 
 SEVERAL = (
-    "distillation adds one loss to one optimizer, and the student configures {}. Give it one optimizer (with parameter "
+    "the student configures {} optimizers, and Lightning trains several only under manual optimization. Set "
+    "self.automatic_optimization = False and step them in its training step, or give it one optimizer (with parameter "
     "groups for different learning rates)."
 )
 
@@ -36,11 +36,6 @@ def check_student(student: Any, optimizer: Any, task_loss: Any) -> None:
         raise TypeError(f"`student` must be a LightningModule or a module, got {student!r}.")
     if not is_lightning(student):
         return
-    if not student.automatic_optimization:
-        raise MisconfigurationException(
-            f"{type(student).__name__} optimizes manually: its step calls the optimizer itself, so no loss can be "
-            "added. Use automatic optimization, or add a loss of `functional.losses` in its own step."
-        )
     for name, value in (("optimizer", optimizer), ("task_loss", task_loss)):
         if value is not None:
             raise ValueError(f"`{name}` is for a plain module; {type(student).__name__} brings its own.")

@@ -8,6 +8,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
+from lightning_optim.distillation.places import plain_name
 from lightning_optim.modules import evaluating, without_compiler
 from lightning_optim.outputs import output_tensors
 from lightning_optim.target import ForwardInputs
@@ -16,7 +17,7 @@ __all__ = ["Capture", "find_layer", "observe", "tensor_of"]
 
 
 def find_layer(root: nn.Module, name: str, argument: str) -> nn.Module:
-    """Return the layer with a dotted name; the empty name is ``root``.
+    """Return the layer with a dotted name; the empty name is ``root``, ``"layers.-1"`` the last block of a stack.
 
     Args:
         root: The student or a teacher.
@@ -26,6 +27,7 @@ def find_layer(root: nn.Module, name: str, argument: str) -> nn.Module:
     Raises:
         ValueError: If there is no such layer; the closest names are listed.
     """
+    name = plain_name(root, name, argument)
     try:
         return root.get_submodule(name)
     except AttributeError:
@@ -48,6 +50,7 @@ class Capture:
         argument: Where the names come from, for errors.
         trains: Skip calls without gradients while the surrounding code records gradients, such as a metric in the
             training step that calls the model again.
+        watch: Called with the output of each call of the first layer that is recorded.
 
     Raises:
         ValueError: If there is no such layer.
@@ -55,14 +58,22 @@ class Capture:
     """
 
     def __init__(
-        self, root: nn.Module, names: Iterable[str], argument: str = "feature", *, trains: bool = False
+        self,
+        root: nn.Module,
+        names: Iterable[str],
+        argument: str = "feature",
+        *,
+        trains: bool = False,
+        watch: Callable[[Any], None] | None = None,
     ) -> None:
         self.trains = trains and torch.is_grad_enabled()
         self.without_gradient = 0
         self.layers = {name: find_layer(root, name, argument) for name in names}
         for name in self.layers:
-            _refuse_compiled(root, name)
+            _refuse_compiled(root, plain_name(root, name, argument))
         self.calls: dict[str, list[tuple[ForwardInputs, Any]]] = {name: [] for name in self.layers}
+        self._watch = watch
+        self._watched = next(iter(self.calls.values()), None)
         self._restore: list[Callable[[], object]] = []
 
     def __enter__(self) -> "Capture":
@@ -85,6 +96,8 @@ class Capture:
             self.without_gradient += 1
         else:
             calls.append((ForwardInputs(args, dict(kwargs)), output))
+            if self._watch is not None and calls is self._watched:
+                self._watch(output)
 
     def _hook(self, calls: list[tuple[ForwardInputs, Any]]) -> Callable[[nn.Module, Any, Any, Any], None]:
         def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:

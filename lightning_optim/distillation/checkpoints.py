@@ -14,6 +14,7 @@ from lightning_optim.distillation.student import (
     save_student,
 )
 from lightning_optim.provenance import as_plain
+from lightning_optim.sharding import own_class
 
 __all__ = ["Checkpoints"]
 
@@ -43,6 +44,7 @@ class Checkpoints:
             "windows": self.step.ramps.state_dict(),
             "asked": self._asked(),
             "batches": self.step.batches,
+            "steps": self.step.ramps.step,
             "taught_by": dict(self.step.comparison.compared_by),
             "layers": [feature.student for feature in points.features],
         }
@@ -62,6 +64,7 @@ class Checkpoints:
             points.name_features(layers)
         self.step.ramps.load_state_dict(state["windows"])
         self.step.batches = state.get("batches", 0)
+        self.step.ramps.step = state.get("steps", 0)
         self.step.comparison.compared_by = dict(state.get("taught_by", {}))
 
     def _asked(self) -> dict[str, Any]:
@@ -72,7 +75,7 @@ class Checkpoints:
             "alpha": ramps.alpha.ramp,
             "temperature": None if ramps.temperature is None else ramps.temperature.ramp,
             "features": points.features,
-            "teacher": [] if teacher is None else [type(network).__name__ for network in teacher.networks],
+            "teacher": [] if teacher is None else [own_class(network).__name__ for network in teacher.networks],
         }
         return {name: as_plain(value) for name, value in asked.items()}
 

@@ -1,15 +1,17 @@
 """Features: pairs of a student layer and a teacher layer, and proposals for them."""
 
+import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lightning_optim.functional.losses import FEATURE_LOSSES, FeatureLoss
 from lightning_optim.modules import CONVOLUTIONS, LINEARS, TRANSPOSED
 
-__all__ = ["Feature", "candidate_layers", "channel_axis", "feature_names", "propose_features"]
+__all__ = ["Feature", "candidate_layers", "channel_axis", "feature_names", "pair_stacks", "propose_features"]
 
 
 @dataclass(frozen=True)
@@ -17,9 +19,11 @@ class Feature:
     """A student layer trained to match the output of a teacher layer.
 
     Args:
-        student: Dotted name of the student's layer.
-        teacher: Dotted name of the (first) teacher's layer.
-        loss: Name in ``functional.losses.FEATURE_LOSSES`` or a callable ``(student_feature, teacher_feature)``.
+        student: Dotted name of the student's layer; ``"layers.-1"`` is the last block of the stack ``layers``. A place
+            from the end means the block that is there now, also after blocks were removed.
+        teacher: The same for the (first) teacher.
+        loss: Name in ``functional.losses.FEATURE_LOSSES`` or a callable ``(student_feature, teacher_feature)``. One
+            with an argument ``mask`` gets the positions of sequences that count; the others get zeros where none do.
         weight: Weight in the total loss, >= 0.
         projector: Whether a learned projection maps the student's feature to the teacher's width; None: if the loss
             needs one.
@@ -59,6 +63,21 @@ class Feature:
         """The loss function."""
         return FEATURE_LOSSES.resolve(self.loss)
 
+    def loss_of(self, ours: Tensor, theirs: Tensor, mask: Tensor | None) -> Tensor:
+        """Return the loss of a feature, projected if it has to be.
+
+        Args:
+            ours: The student's.
+            theirs: The teacher's.
+            mask: The positions that count, ``[rows, positions]``; None: all.
+        """
+        function = self.function
+        if mask is None:
+            return function(ours, theirs)
+        if "mask" in inspect.signature(function).parameters:
+            return function(ours, theirs, mask=mask)
+        return function(*(torch.where(mask.unsqueeze(-1), x, torch.zeros_like(x)) for x in (ours, theirs)))
+
     @property
     def projects(self) -> bool:
         """Whether it has a projector."""
@@ -80,8 +99,49 @@ def channel_axis(feature: Tensor) -> int:
     return 1 if feature.ndim >= 4 else feature.ndim - 1
 
 
+def pair_stacks(
+    student: Mapping[str, Mapping[str, Tensor]],
+    teacher: Mapping[str, Mapping[str, Tensor]],
+    loss: FeatureLoss | str = "hint",
+    pairs: int | None = None,
+) -> list[Feature]:
+    """Pair the blocks of stacks of any depth evenly: the last with the last, the others at the same relative depth.
+
+    Stacks are paired in call order. Where the widths are equal, hidden states are compared without a projector.
+
+    Args:
+        student: Stack -> block -> hidden state, in call order.
+        teacher: The same for the teacher.
+        loss: The loss of every pair.
+        pairs: How many pairs a stack gives at most; None: as many as the shorter one has blocks.
+
+    Returns:
+        The pairs; none if the numbers of stacks differ, or their hidden states are of different kinds, or images.
+    """
+    if len(student) != len(teacher):
+        return []
+    found: list[Feature] = []
+    for ours, theirs in zip(student.values(), teacher.values(), strict=True):
+        kinds = {state.ndim for state in (*ours.values(), *theirs.values())}
+        if len(kinds) != 1 or not kinds <= {2, 3}:
+            return []
+        for one, other in _evenly(list(ours), list(theirs), pairs):
+            pair = Feature(one, other, loss)
+            same = ours[one].shape[-1] == theirs[other].shape[-1]
+            found.append(replace(pair, projector=False) if same and pair.projects else pair)
+    return found
+
+
+def _evenly(ours: Sequence[str], theirs: Sequence[str], pairs: int | None = None) -> list[tuple[str, str]]:
+    count = min(len(ours), len(theirs), *([] if pairs is None else [pairs]))
+    return [(ours[_at(i, count, len(ours))], theirs[_at(i, count, len(theirs))]) for i in range(count)]
+
+
 def propose_features(
-    student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], loss: FeatureLoss | str = "hint"
+    student: Mapping[str, Tensor],
+    teacher: Mapping[str, Tensor],
+    loss: FeatureLoss | str = "hint",
+    pairs: int | None = None,
 ) -> list[Feature]:
     """Propose pairs: images by resolution (the last layer of each), everything else by relative depth.
 
@@ -89,19 +149,19 @@ def propose_features(
         student: Features by layer name, in call order.
         teacher: The same for the teacher.
         loss: The loss of every pair.
+        pairs: How many pairs at most of each kind of feature; None: as many as there are.
     """
-    pairs: list[tuple[str, str]] = []
+    found: list[tuple[str, str]] = []
     theirs = _by_kind(teacher)
     for kind, names in _by_kind(student).items():
         others = theirs.get(kind)
         if not others:
             continue
         if kind[0] == 4:
-            pairs.append((names[-1], others[-1]))
+            found.append((names[-1], others[-1]))
         else:
-            count = min(len(names), len(others))
-            pairs += [(names[_at(i, count, len(names))], others[_at(i, count, len(others))]) for i in range(count)]
-    return [Feature(ours, other, loss) for ours, other in pairs]
+            found += _evenly(names, others, pairs)
+    return [Feature(ours, other, loss) for ours, other in found]
 
 
 def _at(position: int, count: int, length: int) -> int:

@@ -9,6 +9,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from lightning_optim.distillation.capture import Capture, find_layer
+from lightning_optim.distillation.divided import check_teacher, divide_teacher, is_divided
 from lightning_optim.distillation.heads import (
     Answer,
     Head,
@@ -43,10 +44,13 @@ class LiveTeacher:
 
         Raises:
             TypeError: If it is not a module.
-            ValueError: If it shares parameters with the student, or lacks the layer of a feature.
+            ValueError: If it shares parameters with the student, lacks the layer of a feature, has no weights yet, or
+                is divided already.
         """
         handle = Teacher.of(teacher, self.autocast)
         if handle is not None:
+            for network in handle.networks:
+                check_teacher(network)
             shared = shared_parameters(self.points.student, handle)
             if shared:
                 raise ValueError(
@@ -57,6 +61,13 @@ class LiveTeacher:
                 find_layer(handle.networks[0], feature.teacher, "feature of the teacher")
             handle.freeze()
         self.teacher, self._heads = handle, {}
+
+    def divide(self, trainer: Any, *, wanted: bool) -> None:
+        """Divide the teacher among the devices, if the Trainer's strategy does so and it is wanted."""
+        if self.teacher is not None:
+            divide_teacher(trainer, self.teacher.networks, wanted=wanted)
+            if any(is_divided(network) for network in self.teacher.networks):
+                self._heads = {}  # of a divided teacher no layer is called alone
 
     def required(self) -> Teacher:
         """Return the teacher.

@@ -83,7 +83,7 @@ class LogitComparison:
             return {"kd": rows.of(logits).float().sum()}
         arguments: dict[str, Any] = {"targets": _as_classes(rows.targets, item)} if needs_labels else {}
         if self.ramps.temperature is not None:
-            arguments["temperature"] = self.ramps.temperature.value(points.global_step)
+            arguments["temperature"] = self.ramps.temperature.value(self.ramps.step)
         taught: _Taught | _FromFile
         if isinstance(answers, CachedAnswers):
             taught = _FromFile(answers.rows(logits, layout, rows.keep, classes), rows)

@@ -13,14 +13,24 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from lightning_optim.checks import check_count
+from lightning_optim.depth.stacks import hidden_states
 from lightning_optim.distillation.arguments import SEVERAL, apply_example
 from lightning_optim.distillation.capture import Capture, find_layer, observe
-from lightning_optim.distillation.features import Feature, candidate_layers, feature_names, propose_features
+from lightning_optim.distillation.counted import Counted
+from lightning_optim.distillation.features import (
+    Feature,
+    candidate_layers,
+    feature_names,
+    pair_stacks,
+    propose_features,
+)
 from lightning_optim.distillation.indexed import without_index
 from lightning_optim.distillation.live import LiveTeacher
 from lightning_optim.distillation.projectors import Projectors, new_projector
 from lightning_optim.distillation.subclass_points import SubclassPoints
 from lightning_optim.distillation.survivors import surviving_channels
+from lightning_optim.modules import evaluating
 from lightning_optim.sharding import is_sharded
 from lightning_optim.structured.groups import Removal
 from lightning_optim.tables import render
@@ -56,24 +66,33 @@ class FeatureMatching:
 
     # The loss.
 
-    def losses(self, captured: Capture, layers: Mapping[str, Tensor], call: int) -> dict[str, Tensor]:
+    def losses(
+        self, captured: Capture, layers: Mapping[str, Tensor], call: int, item: Any, loss: Tensor | None
+    ) -> dict[str, Tensor]:
         """Return the loss of each feature by its name.
 
         Args:
             captured: What the student's layers returned.
             layers: What the teacher's layers returned, by name.
             call: Number of the student's call in this step.
+            item: The batch without its index.
+            loss: The loss that the student computed in this call, which tells whether it shifts the labels.
         """
-        losses = {}
+        losses: dict[str, Tensor] = {}
+        counted: Counted | None = None
         for position, (name, feature) in enumerate(self._named()):
             outputs = captured.outputs(feature.student)
             if call >= len(outputs):
                 raise RuntimeError(f"feature {name!r}: the student's step never called its layer {feature.student!r}.")
-            ours = outputs[call]
+            ours, theirs = outputs[call], layers[feature.teacher]
+            if ours.ndim == 3 and counted is None:
+                inputs, output = captured.calls[self.points.logits_from][call]
+                counted = Counted.of_call(self.points, output, inputs, item, loss)
+            mask = None if counted is None or ours.shape[:2] != theirs.shape[:2] else counted.of(feature.student, ours)
             if str(position) in self.points.projectors:
                 ours = self.points.projectors[str(position)](ours)
             with torch.autocast(ours.device.type, enabled=False):
-                losses[name] = feature.function(ours, layers[feature.teacher])
+                losses[name] = feature.loss_of(ours, theirs, mask)
         return losses
 
     def weighted(self, losses: Mapping[str, Tensor]) -> list[Tensor]:
@@ -162,12 +181,12 @@ class FeatureMatching:
         return ours, {name: captured.outputs(name)[0] for name in names}
 
     def join_optimizer(self, trainer: pl.Trainer) -> None:
-        """Add projectors to the optimizer's first group.
+        """Add projectors to the first group of the first optimizer.
 
         In place: a group of their own would break schedulers, which know the number of groups.
         """
         optimizers = trainer.optimizers
-        if len(optimizers) > 1:
+        if len(optimizers) > 1 and self.points.automatic_optimization:
             raise MisconfigurationException(SEVERAL.format(len(optimizers)))
         present = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
         missing = [p for p in self.points.projectors.parameters() if id(p) not in present]
@@ -178,16 +197,24 @@ class FeatureMatching:
 
     # Proposals and removals.
 
-    def propose(self, example_inputs: Any, loss: str) -> list[Feature]:
+    def propose(self, example_inputs: Any, loss: str, count: int | None) -> list[Feature]:
         """Propose pairs of layers, and print them as a table."""
+        if count is not None:
+            check_count("pairs", count)
         if example_inputs is not None:
             self.example = as_forward_inputs(example_inputs)
-        student, teacher = self.points.student, self.live.required().networks[0]
+        student, called = self.points.student, self.points._called
+        teacher = self.live.required().networks[0]
         inputs, item = self._example_inputs()
-        with isolate_rng():
-            ours = observe(student, self.points._called, inputs, candidate_layers(student))
-            theirs = observe(teacher, teacher, self._teacher_inputs(inputs, item), candidate_layers(teacher))
-        pairs = propose_features(ours, theirs, loss)
+        teacher_inputs = self._teacher_inputs(inputs, item)
+        stacks = _hidden_states(student, called, inputs), _hidden_states(teacher, teacher, teacher_inputs)
+        ours, theirs = (_merged(blocks) for blocks in stacks)
+        pairs = pair_stacks(*stacks, loss=loss, pairs=count)
+        if not pairs:
+            with isolate_rng():
+                ours = observe(student, called, inputs, candidate_layers(student))
+                theirs = observe(teacher, teacher, teacher_inputs, candidate_layers(teacher))
+            pairs = propose_features(ours, theirs, loss, count)
         rows = [
             (
                 pair.student,
@@ -227,3 +254,13 @@ class FeatureMatching:
                         projectors.keep_inputs(i, kept[layer], trainer.optimizers)
 
         return follow
+
+
+def _hidden_states(network: nn.Module, called: nn.Module, inputs: ForwardInputs) -> dict[str, dict[str, Tensor]]:
+    """Return the stacks of a network and the hidden states of their blocks, from one call of a part of it."""
+    with evaluating(network):
+        return hidden_states(network, lambda _: [inputs.call(called)])
+
+
+def _merged(stacks: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    return {block: state for blocks in stacks.values() for block, state in blocks.items()}

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from lightning_optim import checkpoint
 from lightning_optim.change import Changed
-from lightning_optim.checks import listed
+from lightning_optim.checks import check_flags, listed
 from lightning_optim.distillation.arguments import (
     SEVERAL,
     check_cache,
@@ -30,6 +30,7 @@ from lightning_optim.distillation.live import LiveTeacher
 from lightning_optim.distillation.logits import LogitComparison
 from lightning_optim.distillation.matching import FeatureMatching
 from lightning_optim.distillation.objective import LogitLosses
+from lightning_optim.distillation.places import followed
 from lightning_optim.distillation.positions import Positions
 from lightning_optim.distillation.projectors import Projectors
 from lightning_optim.distillation.ramp import Ramp, Ramps
@@ -56,7 +57,8 @@ class DistillationModule(StandsForStudent, SubclassPoints):
     smoothing (``loss="label_smoothing"``) was as good; with few labels and unlabeled data the gain was large.
 
     Args:
-        student: A LightningModule with automatic optimization and one optimizer, or a plain module.
+        student: A LightningModule, or a plain module. If it optimizes manually, the teacher's loss joins the loss that
+            its step gives to ``manual_backward``, once a batch; it may have several optimizers then.
         teacher: A module (a LightningModule, also a compressed one), several in a list, or ``[(module, weight), ...]``:
             the log of their mean probability. It is frozen in place. None if nothing is trained. It must not share
             parameters with the student; for self-distillation pass a deep copy.
@@ -68,7 +70,8 @@ class DistillationModule(StandsForStudent, SubclassPoints):
         logits_from: Name of the student's layer whose output are the logits, if its step does not call its own
             ``forward`` but, for example, ``self.net(x)``: ``"net"``.
         features: ``(student layer, teacher layer[, loss[, weight]])`` each, or :class:`Feature`; see
-            :meth:`match_features`. Features are those of the first teacher.
+            :meth:`match_features`. Features are those of the first teacher. ``"model.layers.-1"`` is the last block of
+            a stack, whichever it is. The feature of a layer that returns several tensors is the first.
         cache: File for the teacher's logits: computed once at fit start, then read. The training dataset must be an
             :class:`IndexedDataset` without augmentation. Texts may differ in length; positions that do not count are
             not stored. A run that is killed meanwhile goes on where it stopped.
@@ -81,6 +84,9 @@ class DistillationModule(StandsForStudent, SubclassPoints):
             of the logits' size; the gradients are the same. An int >= 1; ``"auto"``: all at once below 64 MB of
             float32 logits, else 16 MB; None: all at once. The head of a teacher that returns its last Linear's output
             is called for the same rows, so its logits are never whole.
+        divide_teacher: Whether strategies that divide the student and free its units (``optim_fsdp``, ``optim_hsdp``,
+            ``optim_2d``) divide the teacher too, in place: each device holds a shard, and gathers a block while it
+            computes. False: whole on every device, as under all other strategies and with ``cache``; faster if it fits.
         example_inputs: Arguments of the student's forward, which size projectors. Default: its ``example_input_array``,
             or else the first training batch.
         optimizer: For a plain student: ``parameters -> optimizer``, such as ``partial(torch.optim.Adam, lr=1e-3)``.
@@ -91,23 +97,26 @@ class DistillationModule(StandsForStudent, SubclassPoints):
     shape without dimension 1. Positions labeled -100 are left out; samples labeled -100 are not, since a teacher needs
     no label, but losses that need labels skip them. A mask of the output's positions counts too: a decoder's, not its
     encoder's. If the model compares each position with the next label, as causal language models of Hugging Face do,
-    the losses here do the same. Calls of the student without gradients do not count.
+    the losses here do the same. Calls of the student without gradients do not count. Features of sequences are compared
+    at the same positions; where the logits have none, at those that are no padding.
 
     Subclass points: :meth:`get_logits`, :meth:`teacher_inputs`, :meth:`targets`, :meth:`padding_mask`,
     :meth:`sample_index`, :meth:`kd_loss`, :meth:`task_loss`, ``configure_optimizers``; :attr:`class_dim` and
-    :attr:`shift_labels`.
+    :attr:`shift_labels`; :attr:`taught_backward` and :attr:`accumulated_batches` for manual optimization.
 
     Logged: ``distillation/task``, ``distillation/kd`` (all losses of logits together; of several each as
     ``distillation/kd/<name>``), ``distillation/<student layer>``: means over the epoch, not weighted by ``alpha``.
 
     State: ``student.*`` and ``projectors.*`` in ``state_dict()``; windows of ramps. A resumed run continues bit for bit
-    if the student's own would. Strategies: a single device, DDP, and all that shard the model (the teacher is whole on
-    every device). Inference is not faster by this: the student is.
+    if the student's own would. Strategies: a single device, DDP, and all that shard the model. Inference is not faster
+    by this: the student is.
 
     Raises:
         TypeError: If ``student`` or ``teacher`` is not a module.
         ValueError: If an argument is out of range, a layer does not exist, or teacher and student share parameters.
-        MisconfigurationException: If the student optimizes manually.
+        MisconfigurationException: In the run, if a student that optimizes manually calls ``manual_backward`` several
+            times a batch or not at all, or accumulates batches, and the module is not told how (``taught_backward``,
+            ``accumulated_batches``).
 
     References:
         Hinton et al. 2015, "Distilling the Knowledge in a Neural Network".
@@ -131,6 +140,7 @@ class DistillationModule(StandsForStudent, SubclassPoints):
         teacher_classes: Sequence[int] | None = None,
         teacher_autocast: torch.dtype | None = None,
         chunk_size: int | str | None = "auto",
+        divide_teacher: bool = True,
         example_inputs: Any = None,
         optimizer: Callable[[Any], Optimizer] | None = None,
         task_loss: Callable[[Tensor, Any], Tensor] | None = None,
@@ -139,12 +149,14 @@ class DistillationModule(StandsForStudent, SubclassPoints):
         check_student(student, optimizer, task_loss)
         if not isinstance(logits_from, str):
             raise TypeError(f"`logits_from` must be the name of a layer of the student, got {logits_from!r}.")
+        check_flags(divide_teacher=divide_teacher)
         self.projectors = Projectors()
         self.logits_from = logits_from
         self.features = [Feature.of(feature) for feature in listed("features", features, "pairs of layers")]
         self.teacher_classes = None if teacher_classes is None else classes_of(teacher_classes)
         self.student = student  # from here on, a public attribute that is set may be the student's
         self._optimizer, self._task_loss = optimizer, task_loss
+        self._divide_teacher = divide_teacher and cache is None  # one rank alone may write the cache
         self._ramps = Ramps(alpha, temperature)
         self._objective = LogitLosses.of(loss)
         self._positions = Positions()
@@ -184,25 +196,38 @@ class DistillationModule(StandsForStudent, SubclassPoints):
         """
         self._live.set(teacher)
 
+    def frozen_beside(self) -> tuple[list[nn.Module], bool]:
+        """Return the networks that take memory beside the student, and whether strategies that divide it divide them.
+
+        :func:`~lightning_optim.strategies.recommend` counts them.
+        """
+        networks = [] if self.teacher is None else self.teacher.networks
+        return list(dict.fromkeys(networks)), self._divide_teacher
+
     @property
     def lacks_teacher(self) -> bool:
         """Whether a fit would need a teacher, or a cache of its logits, and there is neither."""
         return self._step.needs_teacher and self._cached is None and self.teacher is None
 
-    def match_features(self, example_inputs: Any = None, *, loss: str = "hint") -> list[Feature]:
+    def match_features(
+        self, example_inputs: Any = None, *, loss: str = "hint", pairs: int | None = None
+    ) -> list[Feature]:
         """Propose pairs of layers, and print them: a value for ``features``.
 
-        Images are paired by resolution (the last layer of each), everything else by relative depth. It is a proposal:
-        check it.
+        Stacks of blocks (those that :class:`~lightning_optim.DepthPruning` finds, from two blocks on) are paired block
+        by block and evenly: the last with the last, of 30 and 20 blocks every third of the 30 is left out. Images are
+        paired by resolution (the last layer of each), everything else by relative depth. It is a proposal: check it.
 
         Args:
             example_inputs: Arguments of the student's forward; default as for the argument of the class.
             loss: The loss of every pair.
+            pairs: How many pairs a stack gives at most, evenly spaced; 1: its last blocks. None: one for each block of
+                the shorter stack.
 
         Raises:
             MisconfigurationException: If there is no teacher.
         """
-        return self._matching.propose(example_inputs, loss)
+        return self._matching.propose(example_inputs, loss, pairs)
 
     # The student's steps.
 
@@ -219,15 +244,15 @@ class DistillationModule(StandsForStudent, SubclassPoints):
         self._step.log_epoch()
 
     def configure_optimizers(self) -> Any:
-        """Return the student's optimizer; projectors join its first group at fit start.
+        """Return the student's optimizers; projectors join the first group of the first one at fit start.
 
         Raises:
-            MisconfigurationException: If there are several, or a plain student has none.
+            MisconfigurationException: If there are several without manual optimization, or a plain student has none.
         """
         if is_lightning(self.student):
             configured = call_student(self.student, "configure_optimizers")
             optimizers = [entry for entry in optimizers_of(configured) if isinstance(entry, (Optimizer, Mapping))]
-            if len(optimizers) > 1:
+            if len(optimizers) > 1 and self.automatic_optimization:
                 raise MisconfigurationException(SEVERAL.format(len(optimizers)))
             return configured
         if self._optimizer is None:
@@ -259,15 +284,16 @@ class DistillationModule(StandsForStudent, SubclassPoints):
             self._matching.size_projectors()
 
     def on_fit_start(self) -> None:
-        """Resolve ramps, compare teachers between ranks, open the cache, and hand projectors to the optimizer.
+        """Resolve ramps, compare teachers between ranks and divide them, open the cache, give projectors an optimizer.
 
         The student's own hook runs last: it may read what was prepared here.
         """
         self._matching.check_layers()
         self._matching.size_projectors()
-        self._ramps.begin(self.trainer)
+        self._ramps.begin(self.trainer, automatic_optimization=self.automatic_optimization)
         self._matching.join_optimizer(self.trainer)
         checksum = self._live.checksum_for(self.trainer, needed=self._cached is not None)
+        self._live.divide(self.trainer, wanted=self._divide_teacher)
         if self._cached is not None and not self._ramps.alpha.never:
             self._cached.open(self.trainer, checksum)
         call_student(self.student, "on_fit_start")
@@ -292,8 +318,8 @@ class DistillationModule(StandsForStudent, SubclassPoints):
         return {f"student.{feature.student}": f"feature {feature.student!r}" for feature in self.features}
 
     def follow_layers(self, changed: Changed) -> None:
-        """Rename the layers of features after blocks of the student moved."""
-        names = [changed.layer(f"student.{feature.student}".rstrip(".")) for feature in self.features]
+        """Rename the layers of features after blocks of the student moved; places from the end stay as they are."""
+        names = [followed(f"student.{feature.student}".rstrip("."), changed.layer) for feature in self.features]
         self.name_features([name and name.removeprefix("student").removeprefix(".") for name in names])
 
     def name_features(self, names: Sequence[str | None]) -> None:

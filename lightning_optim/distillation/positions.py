@@ -21,6 +21,7 @@ __all__ = [
     "find_loss",
     "find_mask",
     "fitting_mask",
+    "has_decoder",
     "named_inputs",
     "one_a_row",
 ]
@@ -105,11 +106,20 @@ def find_mask(batch: Any, received: Mapping[str, Any], student: nn.Module) -> Te
         student: The student, whose config may say that it has an encoder and a decoder.
     """
     named = batch if isinstance(batch, Mapping) else {}
-    has_decoder = any(name.startswith("decoder_") for name in received) or _says(student, _ENCODER_DECODER, True)
-    name = "decoder_attention_mask" if has_decoder else "attention_mask"
+    name = "decoder_attention_mask" if has_decoder(received, student) else "attention_mask"
     mask = received.get(name)
     mask = named.get(name) if mask is None else mask
     return mask if isinstance(mask, Tensor) else None
+
+
+def has_decoder(received: Mapping[str, Any], student: nn.Module) -> bool:
+    """Whether a model has an encoder and a decoder, whose output is the model's.
+
+    Args:
+        received: The arguments of its forward by their names.
+        student: The model, whose config may say so.
+    """
+    return any(name.startswith("decoder_") for name in received) or _says(student, _ENCODER_DECODER, True)
 
 
 def _configs(student: nn.Module) -> list[Any]:

@@ -98,6 +98,8 @@ class Ramps:
         if temperature is not None:
             hint = "must be a number > 0 (4.0 is usual)"
             self.temperature = RampState("temperature", temperature, 1e-6, 1e6, hint)
+        self.step = 0
+        """Optimizer steps so far; under manual optimization the batches with such a step."""
         self._restored = False
 
     @property
@@ -105,10 +107,12 @@ class Ramps:
         states = {"alpha": self.alpha, "temperature": self.temperature}
         return {name: state for name, state in states.items() if state is not None}
 
-    def begin(self, trainer: Any) -> None:
+    def begin(self, trainer: Any, *, automatic_optimization: bool = True) -> None:
         """Resolve the windows when a fit starts; those restored from a checkpoint are kept."""
         changing = [state for state in self._states.values() if not state.constant]
-        planned = planned_steps(trainer) if changing else 0.0
+        planned = planned_steps(trainer, automatic_optimization=automatic_optimization) if changing else 0.0
+        if not self._restored and trainer.global_step == 0:  # that of a restored run is 0 until later
+            self.step = 0
         for state in changing:
             if not self._restored:
                 state.window.restart()

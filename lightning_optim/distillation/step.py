@@ -1,13 +1,17 @@
 """The training step of a distillation: the student's own step, plus the losses against the teacher."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
+from lightning_optim.checks import check_count
+from lightning_optim.distillation.by_hand import ManualBackward
 from lightning_optim.distillation.cached import CachedAnswers, CachedTeacher
 from lightning_optim.distillation.capture import Capture
 from lightning_optim.distillation.heads import Answer
@@ -38,6 +42,8 @@ class Step:
     """Batches in which the teacher was asked, over all runs."""
     _sums: dict[str, Tensor | float] = field(default_factory=dict)
     _rows: int = 0
+    _unstepped: int = 0
+    """Batches since an optimizer stepped, under manual optimization."""
 
     @property
     def needs_teacher(self) -> bool:
@@ -47,22 +53,103 @@ class Step:
     def run(self, batch: Any, batch_idx: int) -> Any:
         """Return the result of the student's own step, with the distillation losses added to its loss."""
         points, item = self.points, without_index(batch)
-        alpha = self.ramps.alpha.value(points.global_step)
-        distills = alpha > 0.0 or bool(points.features)
-        names = [points.logits_from, *(feature.student for feature in points.features)] if distills else []
-        with Capture(points.student, dict.fromkeys(names), trains=True) as captured:
+        if is_lightning(points.student) and not points.student.automatic_optimization:
+            return self._run_by_hand(batch, batch_idx)
+        self.ramps.step = points.global_step
+        alpha = self.ramps.alpha.value(self.ramps.step)
+        names = self._names(alpha)
+        with Capture(points.student, names, trains=True) as captured:
             result = self._student_step(item, batch_idx, alpha)
-            if result is None or not distills:
+            if result is None or not names:
                 return result
-            calls = captured.calls[points.logits_from]
-            if not calls:
-                raise RuntimeError(self._never_called(captured.without_gradient))
             task = result["loss"] if isinstance(result, Mapping) else result
-            parts = self._parts(captured, batch, batch_idx, alpha, task)
-            self.batches += 1
-            self._add_up({"task": task, **parts}, points.get_logits(calls[0][1]).shape[0])
-        loss = self._total(task, parts, alpha)
+            loss = self._taught(task, captured, batch, batch_idx, alpha)
         return {**result, "loss": loss} if isinstance(result, Mapping) else loss
+
+    def _names(self, alpha: float) -> dict[str, None]:
+        """Return the student's layers that are looked at; none if nothing is distilled."""
+        points = self.points
+        distills = alpha > 0.0 or bool(points.features)
+        return dict.fromkeys([points.logits_from, *(each.student for each in points.features)] if distills else [])
+
+    def _run_by_hand(self, batch: Any, batch_idx: int) -> Any:
+        """Run the step of a student that optimizes manually: it decides when, we add to the loss it gives."""
+        points, alpha = self.points, self.ramps.alpha.value(self.ramps.step)
+        names = self._names(alpha)
+        seen: list[Capture] = []
+
+        def taught(task: Tensor) -> Tensor:
+            divisor = self._divisor(batch_idx)
+            return self._taught(task, seen[0], batch, batch_idx, alpha, divisor=divisor, used=backward.used)
+
+        which = points.taught_backward
+        if which is not None:
+            check_count("taught_backward", which, 0)
+        backward = ManualBackward(
+            points.student, taught, batch_idx=batch_idx, which=which, optimizers=points.trainer.optimizers
+        )
+        with (
+            backward if names else nullcontext(),
+            Capture(points.student, names, trains=True, watch=backward.watch) as captured,
+        ):
+            seen.append(captured)
+            before = points.global_step
+            result = self._student_step(without_index(batch), batch_idx, alpha)
+        if names:
+            backward.check()
+        if backward.stepped or points.global_step > before:
+            self.ramps.step += 1
+            self._unstepped = 0
+        return result
+
+    def _divisor(self, batch_idx: int) -> int:
+        """Return by how many batches the student divides its loss.
+
+        Raises:
+            MisconfigurationException: If it accumulates batches, and nothing says whether it divides.
+        """
+        divisor = self.points.accumulated_batches
+        if divisor is not None:
+            check_count("accumulated_batches", divisor)
+        self._unstepped += 1
+        if divisor is None and self._unstepped > 1:
+            raise MisconfigurationException(
+                f"no optimizer stepped between two batches of {type(self.points.student).__name__} (batch {batch_idx} "
+                "is the second), so its step accumulates gradients. The teacher's loss must be divided as it divides "
+                "its own: set module.accumulated_batches to the number of batches, or to 1 if it does not divide."
+            )
+        return 1 if divisor is None else divisor
+
+    def _taught(
+        self,
+        task: Tensor,
+        captured: Capture,
+        batch: Any,
+        batch_idx: int,
+        alpha: float,
+        *,
+        divisor: int = 1,
+        used: Collection[int] = (),
+    ) -> Tensor:
+        """Return the student's loss with the teacher's.
+
+        Args:
+            task: The student's.
+            captured: What it did.
+            batch: The batch, with its index.
+            batch_idx: Its number.
+            alpha: The weight of the distillation.
+            divisor: By what the student divided its loss.
+            used: Numbers of its calls that do not count.
+        """
+        calls = captured.calls[self.points.logits_from]
+        calls = [call for number, call in enumerate(calls) if number not in used]
+        if not calls:
+            raise RuntimeError(self._never_called(captured.without_gradient))
+        parts = self._parts(captured, batch, batch_idx, alpha, task, used)
+        self.batches += 1
+        self._add_up({"task": task * divisor, **parts}, self.points.get_logits(calls[0][1]).shape[0])
+        return self._total(task, parts, alpha, divisor)
 
     def _student_step(self, batch: Any, batch_idx: int, alpha: float) -> Any:
         student = self.points.student
@@ -86,18 +173,21 @@ class Step:
             f"{', '.join(names) or 'none'}."
         )
 
-    def _parts(self, captured: Capture, batch: Any, batch_idx: int, alpha: float, task: Tensor) -> dict[str, Tensor]:
+    def _parts(
+        self, captured: Capture, batch: Any, batch_idx: int, alpha: float, task: Tensor, used: Collection[int] = ()
+    ) -> dict[str, Tensor]:
         """Return the parts of the loss by metric name, each a mean over the calls of the student in this step."""
-        calls, item = captured.calls[self.points.logits_from], without_index(batch)
+        item = without_index(batch)
+        calls = {n: call for n, call in enumerate(captured.calls[self.points.logits_from]) if n not in used}
         parts: dict[str, Tensor] = {}
-        for number, (inputs, output) in enumerate(calls):
+        for number, (inputs, output) in calls.items():
             self.matching.note_example(inputs)
             logits = one_a_row(self.points.get_logits(output)) if alpha > 0.0 else None
             answers, layers = self._answers(inputs, batch, logits)
-            losses = self.matching.losses(captured, layers, number)
+            loss = find_loss(output)
+            loss = task if loss is None and len(calls) == 1 else loss
+            losses = self.matching.losses(captured, layers, number, item, loss)
             if logits is not None:
-                loss = find_loss(output)
-                loss = task if loss is None and len(calls) == 1 else loss
                 with torch.autocast(logits.device.type, enabled=False):
                     losses |= self.comparison.losses(logits, answers, inputs, item, batch_idx, loss)
             for name, value in losses.items():
@@ -115,14 +205,14 @@ class Step:
         classes = None if logits is None or not self.comparison.takes_rows(logits) else logits.shape[-1]
         return self.live.ask(inputs, without_index(batch), classes=classes)
 
-    def _total(self, task: Tensor, parts: Mapping[str, Tensor], alpha: float) -> Tensor:
+    def _total(self, task: Tensor, parts: Mapping[str, Tensor], alpha: float, divisor: int = 1) -> Tensor:
         loss = task if alpha == 0.0 else (1.0 - alpha) * task
         if alpha == 1.0:  # labels do not count: without any, cross-entropy is NaN
             loss = torch.zeros_like(task)
         if alpha > 0.0:
-            loss = loss + alpha * parts["kd"]
+            loss = loss + alpha * parts["kd"] / divisor
         for part in self.matching.weighted(parts):
-            loss = loss + part
+            loss = loss + part / divisor
         return loss
 
     def _add_up(self, values: Mapping[str, Tensor], rows: int) -> None:
@@ -133,6 +223,7 @@ class Step:
 
     def log_epoch(self) -> None:
         """Log the epoch's means of the parts of the loss."""
+        self._unstepped = 0  # batches that an epoch leaves over are the student's matter
         if self._rows and not self.points.trainer.barebones:
             means = {f"distillation/{name}": total / self._rows for name, total in self._sums.items()}
             self.points.log_dict(means, sync_dist=True)

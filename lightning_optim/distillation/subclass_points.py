@@ -47,6 +47,16 @@ class SubclassPoints(pl.LightningModule):
     """The dimension of the logits that holds the classes, 1 or -1; None: told by the shape of the labels."""
     shift_labels: bool | None = None
     """Whether each position predicts the next label; None: told by the student's own loss, or else its class."""
+    taught_backward: int | None = None
+    """Which ``manual_backward`` of a training step gets the teacher's loss, from 0; None: there is only one.
+
+    Calls of the student through which an earlier backward pass went do not count for it.
+    """
+    accumulated_batches: int | None = None
+    """By how many batches a student that optimizes manually divides its loss: the teacher's is divided alike; None: 1.
+
+    A step that accumulates must say it, 1 if it does not divide.
+    """
 
     def get_logits(self, output: Any) -> Tensor:
         """Return the logits in an output of student or teacher: ``[rows, ..., classes]`` or ``[rows, classes, ...]``.

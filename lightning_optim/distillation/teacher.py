@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_optim.calls import describe_inputs
 from lightning_optim.functional.losses import ensemble_logits
+from lightning_optim.sharding import full, own_class
 from lightning_optim.target import ForwardInputs, map_inputs
 
 __all__ = ["Teacher", "shared_parameters"]
@@ -104,8 +105,8 @@ class Teacher:
                 return moved.call(network)
         except (AttributeError, LookupError, TypeError) as error:
             raise ValueError(
-                f"the teacher {type(network).__name__} fails with the arguments of the student's forward (or of its "
-                f"layer `logits_from`): {describe_inputs(moved)} ({type(error).__name__}: {error}). Override "
+                f"the teacher {own_class(network).__name__} fails with the arguments of the student's forward (or of "
+                f"its layer `logits_from`): {describe_inputs(moved)} ({type(error).__name__}: {error}). Override "
                 "`teacher_inputs(batch)` to pass other arguments."
             ) from error
 
@@ -117,13 +118,16 @@ class Teacher:
         return torch.autocast(kind, dtype=self.autocast, enabled=self.autocast is not None)
 
     def checksum(self) -> str:
-        """Return a digest of all parameters, buffers and ensemble weights, which only equal teachers share."""
+        """Return a digest of all parameters, buffers and ensemble weights, which only equal teachers share.
+
+        Of a divided teacher this is a collective: every rank must ask.
+        """
         digest = hashlib.blake2b(repr(self.weights).encode(), digest_size=16)
         for network in self.networks:
             for name, tensor in network.state_dict().items():
                 if isinstance(tensor, Tensor):
                     digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
-                    digest.update(_bytes(tensor))
+                    digest.update(_bytes(full(tensor)))
         return digest.hexdigest()
 
 

@@ -91,6 +91,28 @@ class StandsForStudent:
         return hasattr(type(self), name) or any(name in place for place in places)
 
     @property
+    def automatic_optimization(self) -> bool:
+        """Whether Lightning runs the backward pass and the optimizer: as the student says, if it is a LightningModule.
+
+        The Trainer, its strategies and callbacks ask the module that is fitted.
+        """
+        student = _student_of(self)
+        automatic: bool = (
+            super().automatic_optimization  # type: ignore[misc]
+            if lightning_class(student) is None
+            else student.automatic_optimization
+        )
+        return automatic
+
+    @automatic_optimization.setter
+    def automatic_optimization(self, value: bool) -> None:
+        student = _student_of(self)
+        if lightning_class(student) is None:
+            self.__dict__["_automatic_optimization"] = value
+        else:
+            student.automatic_optimization = value
+
+    @property
     def hparams(self) -> Any:
         """The hyperparameters that a subclass saved, else the student's."""
         own = super().hparams  # type: ignore[misc]

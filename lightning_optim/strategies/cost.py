@@ -22,6 +22,7 @@ __all__ = [
     "Model",
     "OptimizerState",
     "Precision",
+    "divides_beside",
     "gathered_parameters",
     "held_bytes",
     "share",
@@ -167,6 +168,8 @@ class Model:
         row_features: Values per token that are all-reduced in the forward pass: outputs of layers split by inputs.
         column_features: Values per token that are all-reduced in the backward pass: input gradients of layers split
             by outputs.
+        beside: Bytes of the parameters of frozen networks beside it (a teacher), in their own precision.
+        beside_gathered: Bytes of them that are gathered at a time where they are divided; None if they never are.
     """
 
     parameters: int
@@ -179,6 +182,8 @@ class Model:
     split_layers: int = 0
     row_features: int = 0
     column_features: int = 0
+    beside: int = 0
+    beside_gathered: int | None = None
 
 
 @dataclass(frozen=True)
@@ -248,6 +253,7 @@ class Held:
         optimizer: Optimizer states.
         units: Weights in the compute precision, in addition to the stored ones, and communication buffers.
         activations: Activations kept for the backward pass; None if not counted.
+        beside: Frozen networks beside the model (a teacher).
     """
 
     weights: float
@@ -255,11 +261,12 @@ class Held:
     optimizer: float
     units: float
     activations: float | None = None
+    beside: float = 0.0
 
     @property
     def total(self) -> float:
         """Sum of all parts; activations that were not counted add nothing."""
-        return self.weights + self.gradients + self.optimizer + self.units + (self.activations or 0.0)
+        return self.weights + self.gradients + self.optimizer + self.units + (self.activations or 0.0) + self.beside
 
 
 def share(model: Model, tensor: int) -> float:
@@ -300,7 +307,19 @@ def held_bytes(
         optimizer=trained * optimizer,
         units=_unit_bytes(model, layout, precision),
         activations=activations,
+        beside=_beside_bytes(model, layout),
     )
+
+
+def _beside_bytes(model: Model, layout: Layout) -> float:
+    if not divides_beside(model, layout):
+        return model.beside
+    return model.beside / layout.shard + (model.beside_gathered or 0)
+
+
+def divides_beside(model: Model, layout: Layout) -> bool:
+    """Whether a layout divides the frozen networks beside a model: where it divides the model and frees its units."""
+    return model.beside_gathered is not None and layout.shard > 1 and layout.reshard
 
 
 def _unit_bytes(model: Model, layout: Layout, precision: Precision) -> float:

@@ -10,10 +10,20 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint as recomputed
 
 from lightning_optim.strategies.batchnorm import is_batchnorm
-from lightning_optim.strategies.units import NamedModules
+from lightning_optim.strategies.reads import Reads
+from lightning_optim.strategies.units import NamedModules, Units, find_units
 from lightning_optim.strategies.whole import groups_by_dtype, is_undivided, kept_whole
 
-__all__ = ["Recomputed", "divide", "recompute", "register_steps", "warn_of_short", "without_reduction"]
+__all__ = [
+    "Recomputed",
+    "divide",
+    "divide_frozen",
+    "frozen_mesh",
+    "recompute",
+    "register_steps",
+    "warn_of_short",
+    "without_reduction",
+]
 
 
 def divide(
@@ -23,6 +33,7 @@ def divide(
     *,
     reshard: bool,
     types: tuple[torch.dtype, torch.dtype] | None,
+    reshard_root: bool | None = None,
 ) -> NamedModules:
     """Shard a module's parameters over a mesh, in place.
 
@@ -32,6 +43,7 @@ def divide(
         mesh: One dimension, or (copies, shards).
         reshard: Whether to free a unit after its forward pass.
         types: Dtype in which parameters are gathered, and dtype in which gradients are summed; None keeps theirs.
+        reshard_root: Whether to free the root after its forward pass; None: the backward pass does.
 
     Returns:
         The units without the root: ``units``, and layers inside them whose dtype differs.
@@ -47,7 +59,7 @@ def divide(
     names = {part: name for name, part in module.named_modules()}
     divided: NamedModules = []
     for name, part in [*units, ("", module)]:
-        after = reshard if part is not module else None
+        after = reshard if part is not module else reshard_root
         for layers in groups_by_dtype(part, whole):
             fully_shard(layers, mesh=mesh, mp_policy=policy, ignored_params=whole, reshard_after_forward=reshard)
             divided += [(names[layer], layer) for layer in layers]
@@ -55,6 +67,38 @@ def divide(
             fully_shard(part, mesh=mesh, mp_policy=policy, ignored_params=whole, reshard_after_forward=after)
             divided += [(name, part)] if part is not module else []
     return divided
+
+
+def frozen_mesh(strategy: Any) -> Any | None:
+    """Return the mesh over which a strategy divides a network that is only called, beside its module; None: whole.
+
+    Args:
+        strategy: The Trainer's, set up. OptimFSDP2 divides it where it frees units after their use.
+    """
+    names = {cls.__name__ for cls in type(strategy).__mro__}
+    if "OptimFSDP2" not in names or not (strategy.shard and strategy.reshard):
+        return None
+    mesh = strategy._data_mesh
+    return mesh if mesh.size(-1) > 1 else None
+
+
+def divide_frozen(network: nn.Module, mesh: Any) -> Units:
+    """Shard a frozen network that is only called, in place; each unit is gathered while it computes, in its own dtype.
+
+    Args:
+        network: The whole network.
+        mesh: One dimension, or (copies, shards).
+
+    Returns:
+        Its units.
+    """
+    units = find_units(network)
+    reads = Reads.of(network)
+    for name, part in divide(network, units.named, mesh, reshard=True, types=None, reshard_root=True):
+        reads.watch(name, part, None)
+    # inside of `forward`, where fully_shard's hooks are done: they read the shards themselves
+    network.__dict__["forward"] = reads.in_step(network.forward)
+    return units
 
 
 def register_steps(

@@ -2,13 +2,23 @@
 
 from collections.abc import Iterator, Sequence
 
-from lightning_optim.strategies.cost import FILLED, PRECISIONS, Cluster, share
+from lightning_optim.strategies.cost import FILLED, PRECISIONS, Cluster, divides_beside, share
 from lightning_optim.strategies.ranking import Question, Row
 from lightning_optim.strategies.traffic import Collective, duration
 
-__all__ = ["COLUMNS", "cells", "formulas", "unit_of"]
+__all__ = ["cells", "columns", "formulas", "unit_of"]
 
-COLUMNS = ("preset", "weights", "grads", "optim", "units", "activ", "total", "sent", "step", "effic.", "fits")
+_COLUMNS = ("preset", "weights", "grads", "optim", "units", "activ", "total", "sent", "step", "effic.", "fits")
+
+
+def columns(rows: Sequence[Row]) -> tuple[str, ...]:
+    """Return the headings of the table; a teacher has a column where there is one."""
+    place = _COLUMNS.index("total")
+    return (*_COLUMNS[:place], *(["teacher"] if _has_beside(rows) else []), *_COLUMNS[place:])
+
+
+def _has_beside(rows: Sequence[Row]) -> bool:
+    return any(row.model.beside for row in rows)
 
 
 def unit_of(rows: Sequence[Row]) -> tuple[float, str]:
@@ -20,7 +30,11 @@ def unit_of(rows: Sequence[Row]) -> tuple[float, str]:
 def cells(row: Row, unit: float) -> tuple[str, ...]:
     """Return one row of the table, a cell per column."""
     held = row.held
-    parts = (held.weights, held.gradients, held.optimizer, held.units, held.activations, held.total, row.sent)
+    beside = [held.beside] if _has_beside([row]) else []
+    parts = (
+        *(held.weights, held.gradients, held.optimizer, held.units, held.activations, *beside),
+        *(held.total, row.sent),
+    )
     return (
         row.preset,
         *("?" if part is None else f"{part / unit:.4g}" for part in parts),
@@ -72,6 +86,13 @@ def _held(row: Row, question: Question, unit: float, word: str) -> Iterator[str]
         yield "  activations: not counted"
     else:
         yield f"  activations: {held.activations / unit:.4g} {word}"
+    if model.beside and divides_beside(model, layout):
+        yield (
+            f"  teacher: {model.beside / unit:.4g} {word} / {layout.shard} + "
+            f"{(model.beside_gathered or 0) / unit:.4g} {word} gathered = {held.beside / unit:.4g} {word}"
+        )
+    elif model.beside:
+        yield f"  teacher: {held.beside / unit:.4g} {word}, whole"
     verdict = "<=" if row.fits else ">"
     yield (
         f"  total: {held.total / unit:.4g} {word} {verdict} {FILLED} * {question.memory / unit:.4g} = "

@@ -236,7 +236,7 @@ def _ranked(rows: Iterable[Row]) -> list[Row]:
 def _reason(row: Row, best: Row, question: Question) -> str:
     if not row.fits:
         parts = {"weights": row.held.weights, "gradients": row.held.gradients, "optimizer states": row.held.optimizer}
-        parts |= {"units": row.held.units, "activations": row.held.activations or 0.0}
+        parts |= {"units": row.held.units, "activations": row.held.activations or 0.0, "teacher": row.held.beside}
         largest = max(parts, key=lambda part: parts[part])
         return (
             f"does not fit: {row.held.total / 1e9:.3g} GB of {question.usable / 1e9:.3g}, "

@@ -3,7 +3,7 @@
 import copy
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -64,7 +64,8 @@ def read_module(module: nn.Module) -> Model:
             "`configure_model`, call that first; or pass the number of parameters."
         )
     total = sum(parameter.numel() for parameter in parameters)
-    sizes = _unit_sizes(module)
+    sizes = [sum(unit) for unit in _unit_sizes(module, Tensor.numel)]
+    beside, gathered = _beside(module)
     return Model(
         parameters=total,
         trainable=trainable,
@@ -72,18 +73,40 @@ def read_module(module: nn.Module) -> Model:
         largest_unit=max(sizes, default=total),
         outside_units=total - sum(sizes) if sizes else 0,
         units=len(sizes),
+        beside=beside,
+        beside_gathered=gathered,
     )
 
 
-def _unit_sizes(module: nn.Module) -> list[int]:
-    """Return the parameters of each unit, without those of units inside it."""
+def _unit_sizes(module: nn.Module, size: Callable[[Tensor], int]) -> list[list[int]]:
+    """Return the sizes of the parameters of each unit, without those of units inside it."""
     taken: set[int] = set()
     sizes = []
     for _, unit in find_units(module).named:
-        own = {id(parameter): parameter.numel() for parameter in unit.parameters() if id(parameter) not in taken}
+        own = {id(parameter): size(parameter) for parameter in unit.parameters() if id(parameter) not in taken}
         taken.update(own)
-        sizes.append(sum(own.values()))
+        sizes.append(list(own.values()))
     return sizes
+
+
+def _beside(module: nn.Module) -> tuple[int, int | None]:
+    """Return the bytes of the parameters of frozen networks beside a module, and of those that are gathered at a time.
+
+    None for the latter: they stay whole.
+    """
+    ask: Any = getattr(type(module), "frozen_beside", None)  # a DistillationModule's
+    networks, divides = ([], False) if ask is None else ask(module)
+    held = gathered = 0
+    for network in networks:
+        total = sum(map(_bytes_of, network.parameters()))
+        held += total
+        units = [sum(unit) for unit in _unit_sizes(network, _bytes_of)] if total else []
+        gathered = max(gathered, min(total, 2 * max(units, default=total) + total - sum(units)))
+    return held, gathered if divides else None
+
+
+def _bytes_of(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
 
 
 def _looked_up(module: nn.Module) -> int:

@@ -10,8 +10,8 @@ from lightning.pytorch.strategies import Strategy
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_optim.strategies.cost import PRECISIONS, REACHED
-from lightning_optim.strategies.explain import COLUMNS, cells, formulas, unit_of
+from lightning_optim.strategies.cost import PRECISIONS, REACHED, Model
+from lightning_optim.strategies.explain import cells, columns, formulas, unit_of
 from lightning_optim.strategies.presets import PRESETS
 from lightning_optim.strategies.ranking import VARIANTS, Question, Row, notes_on, rank
 from lightning_optim.strategies.reading import (
@@ -90,14 +90,15 @@ class Recommendation:
         """Return the rows as a text table."""
         unit, word = unit_of(self.rows)
         title = f"{word} per device and step; {self.question.usable / 1e9:.4g} GB may be used"
-        return render(title, COLUMNS, (cells(row, unit) for row in self.rows))
+        return render(title, columns(self.rows), (cells(row, unit) for row in self.rows))
 
     def to_markdown(self) -> str:
         """Return assumptions, table, reasons and notes in Markdown."""
         unit, word = unit_of(self.rows)
         lines = [f"- {line}" for line in self.assumptions]
-        lines += ["", f"Sizes in {word}.", "", f"| {' | '.join((*COLUMNS, 'why'))} |"]
-        lines += [f"| {' | '.join('---' for _ in range(len(COLUMNS) + 1))} |"]
+        headings = (*columns(self.rows), "why")
+        lines += ["", f"Sizes in {word}.", "", f"| {' | '.join(headings)} |"]
+        lines += [f"| {' | '.join('---' for _ in headings)} |"]
         lines += [f"| {' | '.join((*cells(row, unit), row.reason))} |" for row in self.rows]
         return "\n".join([*lines, "", *(f"- {line}" for line in self._remarks())])
 
@@ -214,6 +215,7 @@ def recommend(
         f"{nodes} x {devices} devices of {question.memory / 1e9:.4g} GB{board_words}; {link_words}",
         compute_words,
         _activation_words(activation_bytes, example_inputs),
+        *([_beside_words(model)] if model.beside else []),
     )
     return Recommendation(rows, question, assumptions, tuple(notes_on(rows, question)), left_out)
 
@@ -252,6 +254,13 @@ def _check_arguments(
         raise ValueError("`split_share` belongs to a number of parameters; of a module it is read from its layers.")
     if activation_bytes is not None and example_inputs is not None:
         raise ValueError("pass `activation_bytes` or `example_inputs`, not both.")
+
+
+def _beside_words(model: Model) -> str:
+    how = (
+        "whole on each device" if model.beside_gathered is None else "divided where the units are freed after their use"
+    )
+    return f"the teacher takes {model.beside / 1e9:.4g} GB, {how}; its own computation is not counted"
 
 
 def _activation_words(counted: float | None, example_inputs: Any) -> str:

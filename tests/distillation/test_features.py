@@ -151,8 +151,8 @@ def test_channels_that_cannot_be_followed_leave_the_model_as_it_was(tmp_path):
 
 
 def test_names_that_do_not_exist_are_refused_with_the_nearest():
-    with pytest.raises(ValueError, match=r"feature: Classifier has no layer 'net.22'. Closest: net.2"):
-        distilled(features=[("net.22", "body.2")])
+    with pytest.raises(ValueError, match=r"feature: Classifier has no layer 'nett.2'. Closest: net.2"):
+        distilled(features=[("nett.2", "body.2")])
     with pytest.raises(ValueError, match=r"feature of the teacher: Teacher has no layer 'bdy.2'. Closest: body.2"):
         distilled(features=[("net.2", "bdy.2")])
     with pytest.raises(ValueError, match=r"logits_from: Classifier has no layer 'nett'. Closest: net"):

@@ -532,16 +532,12 @@ def test_arguments_that_make_no_sense(words, error, sentence):
 def test_students_that_cannot_be_distilled(tmp_path):
     with pytest.raises(TypeError, match="`student` must be"):
         DistillationModule("net")
-    student = new()
-    student.automatic_optimization = False
-    with pytest.raises(MisconfigurationException, match="optimizes manually"):
-        DistillationModule(student)
 
     class Two(Classifier):
         def configure_optimizers(self):
             return [torch.optim.Adam(self.net[:4].parameters()), torch.optim.Adam(self.net[4:].parameters())]
 
-    with pytest.raises(MisconfigurationException, match="one optimizer, and the student configures 2"):
+    with pytest.raises(MisconfigurationException, match="the student configures 2 optimizers"):
         fit(tmp_path, distilled(new(Two)))
     with pytest.raises(MisconfigurationException, match="needs an optimizer"):
         fit(tmp_path, DistillationModule(Plain(), teacher()))

@@ -37,6 +37,28 @@ class InDDPIndexed(InDDP):
     indexed = True
 
 
+class InDDPByHand(InDDP):
+    """It steps two optimizers itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        optimizers = self.optimizers()
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        self.manual_backward(super().training_step(batch, batch_idx))
+        for optimizer in optimizers:
+            optimizer.step()
+
+    def configure_optimizers(self):
+        return [torch.optim.Adam(part.parameters(), 1e-2) for part in (self.net[:4], self.net[4:])]
+
+
+STUDENTS = {"cache": InDDPIndexed, "by_hand": InDDPByHand, "by_hand_channels": InDDPByHand}
+
+
 def module(name: str, folder: Path) -> DistillationModule:
     words = {
         "kd": {},
@@ -45,12 +67,14 @@ def module(name: str, folder: Path) -> DistillationModule:
         "cache": {"cache": folder / "logits.cache"},
         "top_k": {"cache": folder / "logits.cache", "cache_top_k": 2},
     }.get(name, {"features": HINT})
-    return DistillationModule(new(InDDPIndexed if "cache" in words else InDDP), teacher(), **words)
+    indexed = InDDPIndexed if "cache" in words else InDDP
+    return DistillationModule(new(STUDENTS.get(name, indexed)), teacher(), **words)
 
 
 def callbacks(name: str) -> list:
     return {
         "weights": lambda: [WeightPruning(0.8, every_n_steps=3, start=2, end=0.8)],
+        "by_hand_channels": lambda: [ChannelPruning(0.5, start=2, end=0.8, events=3)],
         "channels": lambda: [ChannelPruning(0.5, start=2, end=0.8, events=3)],
         "integers": lambda: [QuantizationAwareTraining(weight_bits=4, start=2, freeze=0.8)],
         "ema": lambda: [EMAWeightAveraging(decay=0.9)],

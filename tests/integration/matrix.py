@@ -39,9 +39,9 @@ class Launch:
     quick: tuple[str, ...] = ()
 
 
-ONE = ("weights", "wanda", "columns", "integers", "histogram", "both", "score", "distilled", "cached", "all")
+ONE = ("weights", "wanda", "columns", "integers", "histogram", "both", "score", "distilled", "cached", "by_hand", "all")
 """Techniques as ``sharded_worker.py`` names them."""
-SOME = ("all", "cached", "channels", "blocks", "low_rank")
+SOME = ("all", "cached", "by_hand", "channels", "blocks", "low_rank")
 EVERY = (*ONE, "channels", "blocks", "low_rank")
 BF16 = ("both", "all")
 
@@ -72,7 +72,7 @@ LAUNCHES = {
 
 ROWS = {
     **{technique.callback_class.__name__: TRIED[name].cases for name, technique in TECHNIQUES.items()},
-    "DistillationModule": ("distilled", "cached", "all"),
+    "DistillationModule": ("distilled", "cached", "by_hand", "all"),
     "PerformanceScore": ("score", "all"),
 }
 """Public name -> the techniques of the cases that show it works."""

@@ -43,15 +43,41 @@ class Deep(Language):
         super().__init__(layers=4)
 
 
+class ByHand(Language):
+    """It steps an optimizer for its blocks and one for the rest itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        blocks, others = self.optimizers()
+        blocks.zero_grad()
+        others.zero_grad()
+        loss = super().training_step(batch, batch_idx)
+        self.manual_backward(loss)
+        blocks.step()
+        others.step()
+        return loss
+
+    def configure_optimizers(self):
+        net = self.net
+        others = [net.embedding, net.norm, net.head]
+        return [
+            torch.optim.AdamW(net.blocks.parameters(), 1e-2),
+            torch.optim.AdamW([parameter for part in others for parameter in part.parameters()], 1e-2),
+        ]
+
+
 class Distilled(DistillationModule):
     """The small model learns from a wider one, from its logits in chunks and from a layer through a projector."""
 
-    def __init__(self) -> None:
+    def __init__(self, student: type = Language, block: str = "net.blocks.0") -> None:
         torch.manual_seed(5)
         teacher = Language(width=48)
         torch.manual_seed(3)
-        features = [Feature("net.blocks.0", "net.blocks.0", "hint")]
-        super().__init__(Language(), teacher, features=features, chunk_size=5)
+        features = [Feature(block, block, "hint")]
+        super().__init__(student(), teacher, features=features, chunk_size=5)
         self.losses = []
 
     def train_dataloader(self):
@@ -82,6 +108,13 @@ class FromCache(Distilled):
         return DataLoader(IndexedDataset(plain.dataset), plain.batch_size, sampler=plain.sampler)
 
 
+class DistilledByHand(Distilled):
+    """The same with a student that optimizes manually, and the last block by its place."""
+
+    def __init__(self) -> None:
+        super().__init__(ByHand, "net.blocks.-1")
+
+
 TECHNIQUES: dict[str, tuple[type, Any]] = {
     "weights": (Language, lambda: [WeightPruning(0.8, **WEIGHTS)]),
     "wanda": (Language, lambda: [WeightPruning(0.8, criterion="wanda", **WEIGHTS)]),
@@ -98,6 +131,7 @@ TECHNIQUES: dict[str, tuple[type, Any]] = {
     "score": (Language, lambda: [PerformanceScore(size="nonzero", batch_size=2), WeightPruning(0.8, **WEIGHTS)]),
     "distilled": (Distilled, lambda: []),
     "cached": (FromCache, lambda: []),
+    "by_hand": (DistilledByHand, lambda: []),
     "all": (
         Distilled,
         lambda: [

@@ -114,7 +114,6 @@ EXPECTED = {
 """What is warned of, and why that is right."""
 
 REFUSED = {
-    ("several optimizers by hand", "distilled"): "optimizes manually",
     ("barebones", "scored"): "barebones=True\\) logs nothing",
     ("compiled", "low rank"): "cannot be read inside a module that torch.compile compiled",
 }

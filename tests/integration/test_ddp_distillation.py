@@ -27,6 +27,9 @@ SLOW = (
     "ema/32-true",
     "weights/32-true",
     "integers/32-true",
+    "by_hand/32-true",
+    "by_hand/bf16-mixed",
+    "by_hand_channels/32-true",
 )
 every_case = pytest.mark.parametrize("case", quick_and_slow(QUICK, SLOW))
 

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from memory_worker import Block
 from torch import Tensor, nn
 
+from lightning_optim import DistillationModule
 from lightning_optim.strategies.cost import OPTIMIZERS, PRECISIONS
 from lightning_optim.strategies.presets import PRESETS
 from lightning_optim.strategies.ranking import PLANS, VARIANTS
@@ -228,6 +229,26 @@ def test_frozen_parameters_and_shared_ones():
     assert model.parameters == COUNT - VOCABULARY * WIDTH
     assert model.trainable == model.parameters - BLOCK
     assert model.multiplied == model.parameters  # the head multiplies with what the embedding looks up
+
+
+def test_a_teacher_is_counted_in_its_own_precision_where_it_is_divided_and_where_not():
+    student, teacher = GPT(), GPT().bfloat16()
+    held, gathered = 2 * COUNT, 2 * 2 * BLOCK  # two blocks at a time
+    alone, taught = asked(student, nodes=2), asked(DistillationModule(student, teacher), nodes=2)
+    for row in taught.rows:
+        divides = row.preset in ("optim_fsdp", "optim_hsdp", "optim_2d")
+        assert row.held.beside == (held / row.layout.shard + gathered if divides else held), row.preset
+        assert row.held.total == pytest.approx(alone.row(row.preset).held.total + row.held.beside)
+    assert {"optim_ddp", "optim_zero2", "optim_fsdp", "optim_hsdp"} <= set(names(taught))
+    assert "teacher" in taught.table()
+    assert "teacher" in taught.to_markdown()
+    assert "divided where the units are freed after their use" in str(taught)
+    assert "teacher: " in taught.explain("optim_fsdp")
+    assert ", whole" in taught.explain("optim_ddp")
+    assert "teacher" not in str(alone) + alone.explain()
+    whole = asked(DistillationModule(student, [(teacher, 1.0), (teacher, 2.0)], divide_teacher=False))
+    assert {row.held.beside for row in whole.rows} == {held}
+    assert "whole on each device" in str(whole)
 
 
 def test_a_net_without_pairs_is_not_split():
