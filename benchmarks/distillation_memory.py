@@ -1,7 +1,7 @@
 """Memory and time of distilling a language model: the logits of a vocabulary, whole and in chunks.
 
 Student and teacher are Llamas of transformers, with few tokens, so that the logits are what counts. Memory is the peak
-of the process's resident memory in two steps after two others, above what it was before them, in units of one float32
+of the process's resident memory in its second step, above what it was before that, in units of one float32
 ``[tokens, vocabulary]`` tensor; each figure is of a process of its own, whose allocator returns freed blocks at once
 (``MALLOC_MMAP_THRESHOLD_``). It includes what operators need inside. Time is that of whole steps (forward, backward,
 SGD) in one process, the variants in turns; its ratio is to the step of the student alone in the same round.
@@ -192,23 +192,17 @@ VARIANTS: dict[str, Callable[[int], Step]] = {
     "`kd`, chunked, teacher's logits whole": distilled_by_whole,
     "`kd`, chunked": distilled,
     "`kd`, chunked, 3/4 of the tokens are prompt": lambda vocabulary: distilled(vocabulary, 0.75),
-    "`dkd`, chunked": lambda vocabulary: distilled(vocabulary, loss="dkd"),
-    "`reverse_kd`, chunked": lambda vocabulary: distilled(vocabulary, loss="reverse_kd"),
-    "`jsd`, chunked": lambda vocabulary: distilled(vocabulary, loss="jsd"),
     "`kd`, cached, 32 words": from_cache,
 }
-UNTIMED = ("`dkd", "`reverse", "`jsd")
 
 
 def peak(name: str, vocabulary: int) -> float:
-    """Return the peak of two steps of a variant, in bytes above the memory before them."""
+    """Return the peak of a variant's second step, in bytes above the memory before it."""
     step = VARIANTS[name](vocabulary)
-    for _ in range(2):
-        step()
+    step()
     before = memory("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    for _ in range(2):
-        step()
+    step()
     return memory("VmHWM") - before
 
 
@@ -241,6 +235,7 @@ def ratios(names: list[str], vocabulary: int, rounds: int) -> dict[str, list[flo
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--vocabulary", type=int, choices=TOKENS, nargs="+", default=list(TOKENS))
     parser.add_argument("--peers", default="", help="folder in which torchtune and Liger are installed")
     parser.add_argument("--cell", nargs=2)
     arguments = parser.parse_args()
@@ -258,16 +253,14 @@ def main() -> None:
     print("# Memory and time of distilling a language model\n")
     print(f"{platform.machine()}, one thread; torch {torch.__version__}, transformers {transformers.__version__}.")
     print(f"`python benchmarks/distillation_memory.py --rounds {arguments.rounds}`\n")
-    for vocabulary, tokens in TOKENS.items():
-        unit = 4 * tokens * vocabulary
+    for vocabulary in arguments.vocabulary:
+        tokens, unit = TOKENS[vocabulary], 4 * TOKENS[vocabulary] * vocabulary
         print(f"## {vocabulary:,} words, {tokens:,} tokens (a unit is {unit / 1e6:.0f} MB)\n")
         print("| | peak, units | above the student alone | step, ratio (median, range) |\n| --- | --- | --- | --- |")
         peaks = {name: peak_alone(name, vocabulary, arguments.peers) / unit for name in VARIANTS}
-        timed = [name for name in VARIANTS if not name.startswith(UNTIMED)]
-        spent = ratios(timed, vocabulary, arguments.rounds)
+        spent = ratios(list(VARIANTS), vocabulary, arguments.rounds)
         for name, used in peaks.items():
-            shown = spent.get(name)
-            told = f"{median(shown):.2f} ({min(shown):.2f} to {max(shown):.2f})" if shown else ""
+            told = f"{median(spent[name]):.2f} ({min(spent[name]):.2f} to {max(spent[name]):.2f})"
             print(f"| {name} | {used:.2f} | {used - peaks['student alone']:.2f} | {told} |")
         print()
 

@@ -24,6 +24,7 @@ from lightning_optim.distillation.heads import (
 from lightning_optim.distillation.positions import one_a_row
 from lightning_optim.distillation.subclass_points import SubclassPoints
 from lightning_optim.distillation.teacher import Teacher, shared_parameters
+from lightning_optim.sharding import is_sharded
 from lightning_optim.target import ForwardInputs, as_forward_inputs
 
 __all__ = ["LiveTeacher"]
@@ -136,7 +137,7 @@ class LiveTeacher:
         """Return the answer of a teacher whose head can be called alone; None if it cannot."""
         teacher, network = self.required(), self.required().networks[number]
         known = self._heads.get(number)
-        if known is not None:
+        if known is not None and not is_sharded(known.layer):  # a later fit may have divided it
             layer: nn.Module | None = known.layer
         elif number in self._heads:
             layer = None
@@ -149,7 +150,7 @@ class LiveTeacher:
         try:
             with stopped_at(network, layer) as calls:
                 logits = self._logits(network, inputs)
-        except (ValueError, RuntimeError):
+        except (ValueError, RuntimeError, AssertionError, ArithmeticError):
             if known is not None:
                 raise
             return None  # its forward needs all logits: ask for them
