@@ -93,7 +93,7 @@ def over_top_k(student_logits: Tensor, teacher: TopK, *, rows: Tensor | None = N
 
     References:
         Anshumann et al. 2025, "Sparse Logit Sampling: Accelerating Knowledge Distillation in LLMs", on the bias of the
-        k words alone; "Tail-Aware Top-k On-Policy Distillation" 2026 (arXiv 2608.14728), on the class of the rest.
+        k words alone.
 
     Examples:
         >>> student, teacher = torch.zeros(1, 4), torch.tensor([[0.5, 0.2, 0.2, 0.1]]).log()
