@@ -182,7 +182,7 @@ def _name_dimensions(model: Any, free: Sequence[Mapping[int, str]]) -> None:
     inner = [value for node in model.graph.all_nodes() for value in node.outputs]
     for value in (*model.graph.inputs, *inner):
         for place, size in enumerate(value.shape or ()):
-            if not isinstance(size, int):
+            if not isinstance(size, int) and size.value is not None:  # an unknown size is not equal to others
                 value.shape[place] = pattern.sub(lambda symbol: symbols[symbol[0]], str(size))
     for value, places in zip(model.graph.inputs, free, strict=True):  # dimensions that the code makes equal
         for place, name in places.items():

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from lightning_optim import prune_channels
 from lightning_optim.export import export_onnx
 
 onnx = pytest.importorskip("onnx")
@@ -62,6 +63,22 @@ def test_the_length_of_a_text_model_is_free_up_to_its_positions(name, tmp_path):
     assert dimensions(path)["logits"] == ["batch", 2]
     assert report.max_difference < 1e-4
     assert (f"length is at most {longest} in this file, as in the module." in report.notes) == (longest is not None)
+
+
+def test_sizes_that_the_exporter_does_not_know_are_not_called_equal(tmp_path):
+    """The runtime reuses the memory of one for another: blocks with different numbers of heads ran into each other."""
+    torch.manual_seed(0)
+    sizes = {**NAMED, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = transformers.LlamaConfig(**SIZES, **sizes)
+    model, ids = transformers.LlamaForCausalLM(config).eval(), {"input_ids": torch.randint(5, 40, (3, 6))}
+    prune_channels(model, ids, include=["model.layers.0.self_attn.*"], progress=False)
+    assert [layer.self_attn.q_proj.out_features for layer in model.model.layers] == [16, 32]
+    report = export_onnx(model, tmp_path / "uneven.onnx", ids, inputs=ids)
+    values = onnx.load(str(tmp_path / "uneven.onnx")).graph.value_info
+    names = {size.dim_param for value in values for size in value.type.tensor_type.shape.dim}
+    assert names - {""}
+    assert "None" not in names
+    assert report.max_difference < 1e-4
 
 
 class Products(nn.Module):
