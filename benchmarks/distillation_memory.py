@@ -172,9 +172,8 @@ def from_cache(vocabulary: int) -> Step:
     index = torch.arange(BATCH)
     with torch.no_grad():
         logits = teacher.networks[0](input_ids=batch["input_ids"]).logits
-    counted = torch.cat([batch["labels"][:, 1:] != -100, torch.zeros(BATCH, 1, dtype=torch.bool)], 1)
     file = Path(folder) / "teacher.bin"
-    answers = [(index, logits, counted)]
+    answers = [(index, logits)]
     LogitCache.build(file, answers, teacher=teacher.checksum(), rows=BATCH, top_k=32, progress=False)
     del logits, answers
     student = llama(*STUDENT, vocabulary, 0)
