@@ -144,13 +144,14 @@ class Window:
     @property
     def within(self) -> bool:
         """Whether the step that was just counted lies in the window, its ends included."""
-        return (
-            self.start_step is not None and self.end_step is not None and self.start_step <= self.step <= self.end_step
-        )
+        return self.is_open(self.step)
 
-    def nears(self, step: int | None = None) -> bool:
-        """Whether the window is open at ``step`` (now by default), or opens within the time between two events."""
-        step = self.step if step is None else step
+    def is_open(self, step: int) -> bool:
+        """Whether a step lies in the window, its ends included."""
+        return self.start_step is not None and self.end_step is not None and self.start_step <= step <= self.end_step
+
+    def nears(self, step: int) -> bool:
+        """Whether the window is open at a step, or opens within the time between two events."""
         if self.start_step is None or self.end_step is None:
             return False
         return self.start_step - self._interval() <= step <= self.end_step

@@ -10,9 +10,10 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_optim.callbacks.base import CompressionCallback, ranks_per_batch
+from lightning_optim.callbacks.base import CompressionCallback
 from lightning_optim.callbacks.example_inputs import InputSource
 from lightning_optim.callbacks.goal_ratio import dense_copy, ratio_for
+from lightning_optim.callbacks.pooled_inputs import PooledInputs
 from lightning_optim.callbacks.recovery import Recovery
 from lightning_optim.callbacks.shrinking import Shrinking
 from lightning_optim.callbacks.statistics import Collected
@@ -171,7 +172,7 @@ class ChannelPruning(CompressionCallback):
         """Of a goal: the next event's ratio and what it leaves of the figure, where its channels shrink already."""
         self._leaving_norm: float | None = None
         self._statistics = Collected(self.allocation.needs)
-        self._batch = Collected(self.allocation.needs)
+        self._read = PooledInputs(self.allocation.needs, self._statistics)
 
     # What the base asks for.
 
@@ -213,8 +214,10 @@ class ChannelPruning(CompressionCallback):
         self._recovery.end_batch()
         if not self.window.closed:
             self._inputs.begin_batch(pl_module)
-        if self._batch.reads_inputs and self._collects:  # all layers: a resumed run learns its groups from a batch
-            self._batch.watch(reading_weights(self._target))
+        if self._read.needed and self._collects(self.window.step + 1):
+            self._read.watch(
+                trainer, reading_weights(self._target)
+            )  # all: a resumed run learns its groups from a batch
         self._recovery.begin_batch(self._target)
 
     def model_changed(self, pl_module: pl.LightningModule, changed: Changed) -> None:
@@ -233,12 +236,9 @@ class ChannelPruning(CompressionCallback):
             self._live = live
 
     def finish_batch(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Read what was caught, and run the event that is due."""
+        """Take the example inputs that were caught, and run the event that is due."""
         self._recovery.end_batch()
-        self._batch.stop()
-        if self._batch.reads_inputs and self._collects:
-            names = list(reading_weights(self._target))
-            self._statistics.pool(self._batch, names, trainer, ranks_per_batch(trainer))
+        self._read.stop()
         if self._live is None and not self.window.closed:
             self._inputs.end_batch(pl_module)
             if self._inputs.inputs is not None:
@@ -258,13 +258,13 @@ class ChannelPruning(CompressionCallback):
             return
         held = held_ids(optimizer)
         self._shrinking.after_step(self._target, self._holders.index(optimizer), held, self.window.step)
-        if self._statistics and self._collects:
+        if self._statistics and self._collects(self.window.step):
             self._statistics.after_step({n: p for n, p in self._target.named_parameters() if id(p) in held})
 
     def count_step(self, optimizer: Optimizer) -> None:
-        """Count the step, and end the watch: techniques call the model now, or copies of it with its hooks."""
+        """Count the step, and take what its batches brought."""
         super().count_step(optimizer)
-        self._batch.stop()
+        self._read.pool()
 
     def apply_event(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Remove what the schedule asks now. A failed event leaves the model as it was."""
@@ -273,7 +273,7 @@ class ChannelPruning(CompressionCallback):
                 "ChannelPruning has an event before the first batch, and no example inputs yet. Pass `example_inputs`, "
                 "or start at step 1 or later."
             )
-        self._batch.stop()
+        self._read.stop()
         live, progress = self._live, self.window.progress()
         if progress > 0.0 or self._shrinking:  # the schedule begins with the dense model: nothing to rank or remove
             live.begin_event()
@@ -281,13 +281,13 @@ class ChannelPruning(CompressionCallback):
                 self._remove(trainer, pl_module, live)
             finally:
                 live.end_event()
-            self._statistics.clear()
+            if progress > 0.0 or self._shrinking.chooses:  # else nothing was chosen by what was seen
+                self._statistics.clear()
         self._say(trainer, pl_module, live)
 
-    @property
-    def _collects(self) -> bool:
-        """Whether statistics are collected now; channels that shrink are chosen at the start of the window already."""
-        return self.window.nears() if self._shrinking.chooses else self.window.within
+    def _collects(self, step: int) -> bool:
+        """Whether statistics are collected at a step; channels that shrink are chosen at the window's start already."""
+        return self.window.nears(step) if self._shrinking.chooses else self.window.is_open(step)
 
     def _remove(self, trainer: pl.Trainer, pl_module: pl.LightningModule, live: LiveChannels) -> None:
         statistics = self._statistics.by_statistic()
@@ -477,7 +477,7 @@ class ChannelPruning(CompressionCallback):
     def release(self, pl_module: pl.LightningModule) -> None:
         """Remove what the fit installed, and restore momenta and learning rates."""
         self._inputs.release()
-        self._batch.stop()
+        self._read.release()
         self._recovery.release()
         super().release(pl_module)
 

@@ -9,7 +9,8 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_optim.callbacks.base import CompressionCallback, compressions, ranks_per_batch
+from lightning_optim.callbacks.base import CompressionCallback, compressions
+from lightning_optim.callbacks.pooled_inputs import PooledInputs
 from lightning_optim.callbacks.statistics import Collected
 from lightning_optim.change import Changed
 from lightning_optim.checks import check_count
@@ -96,11 +97,9 @@ class LowRankFactorization(CompressionCallback):
         self.observe_steps = observe_steps
         self._needs = needs_of(self.criterion)
         self._statistics = Collected(self._needs)
-        self._batch = Collected(self._needs)
-        self._has_watched = False
+        self._inputs = PooledInputs(self._needs, self._statistics)
         self._weights: dict[str, Weight] = {}
         self._layers: dict[str, nn.Module] = {}
-        self._trainer: pl.Trainer | None = None
         self._left_out: dict[str, str] = {}
         self._ranks: dict[str, LayerRank] = {}
 
@@ -136,7 +135,6 @@ class LowRankFactorization(CompressionCallback):
         if fresh:
             self._ranks = {}
             self._statistics.clear()
-        self._trainer = trainer
         if self.window.closed:  # the layers are those of the file
             layers = dict(pl_module.named_modules())
             self._weights, self._layers = {}, {name: layers[name] for name in self._ranks if name in layers}
@@ -213,21 +211,17 @@ class LowRankFactorization(CompressionCallback):
             return
         first = max(window.start_step, window.end_step - self.observe_steps + 1)
         if first <= step <= window.end_step and self._weights:
-            self._batch.watch(self._weights)
-            self._has_watched = bool(self._batch)
+            self._inputs.watch(trainer, self._weights)
 
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """End the watch of this batch: its forward pass is over, and what others call is not read."""
         if pl_module.automatic_optimization:
-            self._batch.stop()
+            self._inputs.stop()
 
     def count_step(self, optimizer: Optimizer) -> None:
         """Count the step, and take what its batches brought: from here on a file may be written."""
         super().count_step(optimizer)
-        if self._has_watched and self._trainer is not None:
-            self._batch.stop()
-            self._statistics.pool(self._batch, list(self._weights), self._trainer, ranks_per_batch(self._trainer))
-            self._has_watched = False
+        self._inputs.pool()
 
     def after_step(self, optimizer: Optimizer) -> None:
         """Note what a criterion of one's own reads from the gradients."""
@@ -271,8 +265,8 @@ class LowRankFactorization(CompressionCallback):
 
     def model_changed(self, pl_module: pl.LightningModule, changed: Changed) -> None:
         """Follow layers that moved, lost channels or were removed."""
-        for collected in (self._statistics, self._batch):
-            collected.follow(changed)
+        self._statistics.follow(changed)
+        self._inputs.follow(changed)
         names = {name: changed.layer(name) for name in self._layers}
         self._layers = {new: self._layers[old] for old, new in names.items() if new is not None}
         self._ranks = {new: self._ranks[old] for old, new in names.items() if new is not None and old in self._ranks}
@@ -348,13 +342,11 @@ class LowRankFactorization(CompressionCallback):
 
     def release(self, pl_module: pl.LightningModule) -> None:
         """Remove what the fit installed."""
-        self._batch.stop()
-        self._batch.clear()
-        self._trainer, self._has_watched = None, False
+        self._inputs.release()
         super().release(pl_module)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_weights": {}, "_layers": {}, "_trainer": None}
+        return {**super().__getstate__(), "_weights": {}, "_layers": {}}
 
 
 def _named_weight(peer: CompressionCallback, weights: Collection[str]) -> str:
