@@ -115,31 +115,51 @@ def removals(judged: dict[str, Tensor], blocks: int) -> dict[tuple[str, str], Ca
     return found
 
 
-def main() -> None:
-    """Measure every criterion and write the result file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser_of(description: str | None, *, batch: int) -> argparse.ArgumentParser:
+    """Return the options of a benchmark of a language model on messages."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="a Hugging Face folder")
     parser.add_argument("--data", type=Path, required=True, help="a folder with train.csv and test.csv, column text")
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=100, help="of fine-tuning, and of recovery")
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--judged", type=int, default=24, help="messages of training on which candidates are judged")
+    parser.add_argument("--batch", type=int, default=batch)
     parser.add_argument("--test", type=int, default=128, help="held-out messages")
-    arguments = parser.parse_args()
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
+    return parser
+
+
+def read(arguments: argparse.Namespace) -> tuple[Any, Texts, Texts]:
+    """Return the model, the messages of training, and those held out; from here on one thread computes."""
     import transformers
 
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
     tokenizer = transformers.AutoTokenizer.from_pretrained(arguments.model)
     model = transformers.AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
     model.config.use_cache = False
     training = Texts(arguments.data / "train.csv", tokenizer)
-    held_out = Texts(arguments.data / "test.csv", tokenizer, arguments.test)
+    return model, training, Texts(arguments.data / "test.csv", tokenizer, arguments.test)
+
+
+def versions() -> str:
+    """Return the date, the machine and the versions that a result file names."""
+    import transformers
+
+    return (
+        f"{time.strftime('%Y-%m-%d')}, {platform.machine()}, one thread; torch {torch.__version__}; transformers "
+        f"{transformers.__version__}."
+    )
+
+
+def main() -> None:
+    """Measure every criterion and write the result file."""
+    parser = parser_of(__doc__, batch=16)
+    parser.add_argument("--steps", type=int, default=100, help="of fine-tuning, and of recovery")
+    parser.add_argument("--judged", type=int, default=24, help="messages of training on which candidates are judged")
+    arguments = parser.parse_args()
+    model, training, held_out = read(arguments)
     lines = [
         "# A language model with fewer blocks and channels",
         "",
-        f"{time.strftime('%Y-%m-%d')}, {platform.machine()}, one thread; torch {torch.__version__}; transformers "
-        f"{transformers.__version__}.",
+        versions(),
         f"`python benchmarks/language_model.py --model FOLDER --data DATA --steps {arguments.steps} --batch "
         f"{arguments.batch} --judged {arguments.judged} --test {arguments.test} --output FILE`",
         "",

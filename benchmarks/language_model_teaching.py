@@ -11,17 +11,14 @@ seed decides the order of the messages. Perplexity is that of held-out messages.
 import argparse
 import copy
 import logging
-import platform
 import statistics
 import time
-import warnings
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from language_model import Texts, loss_of, perplexity, train
+from language_model import Texts, loss_of, parser_of, perplexity, read, train, versions
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -108,27 +105,14 @@ def taught(
 
 def main() -> None:
     """Measure every way over the seeds and write the result file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True, help="a Hugging Face folder")
-    parser.add_argument("--data", type=Path, required=True, help="a folder with train.csv and test.csv, column text")
-    parser.add_argument("--output", type=Path, required=True)
+    parser = parser_of(__doc__, batch=8)
     parser.add_argument("--teacher-steps", type=int, default=100)
     parser.add_argument("--steps", type=int, nargs="+", default=[100, 300])
     parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--test", type=int, default=128, help="held-out messages")
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
     arguments = parser.parse_args()
-    warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    torch.set_num_threads(1)
-    import transformers
-
-    tokenizer = transformers.AutoTokenizer.from_pretrained(arguments.model)
-    teacher = transformers.AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
-    teacher.config.use_cache = False
-    texts = Texts(arguments.data / "train.csv", tokenizer)
-    held_out = Texts(arguments.data / "test.csv", tokenizer, arguments.test)
+    teacher, texts, held_out = read(arguments)
     train(teacher, texts, steps=arguments.teacher_steps, size=arguments.batch, rate=1e-4)
     smaller = copy.deepcopy(teacher).eval()
     judged = next(texts.batches(8))
@@ -144,8 +128,7 @@ def main() -> None:
     lines = [
         "# A smaller language model, taught by the whole one",
         "",
-        f"{time.strftime('%Y-%m-%d')}, {platform.machine()}, one thread; torch {torch.__version__}; transformers "
-        f"{transformers.__version__}.",
+        versions(),
         f"`{command}`",
         "",
         f"{arguments.model.name}: {sizes[0]:,} parameters, fine-tuned for {arguments.teacher_steps} steps of "

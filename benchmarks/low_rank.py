@@ -53,15 +53,15 @@ class Perceptron(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A vision transformer of three blocks on patches of 2x2."""
+    """A vision transformer on patches of 2x2."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = 64, blocks: int = 3) -> None:
         super().__init__()
         config = transformers.ViTConfig(
-            hidden_size=64,
-            num_hidden_layers=3,
+            hidden_size=width,
+            num_hidden_layers=blocks,
             num_attention_heads=4,
-            intermediate_size=128,
+            intermediate_size=2 * width,
             image_size=8,
             patch_size=2,
             num_channels=1,
@@ -69,7 +69,7 @@ class Transformer(nn.Module):
             attention_probs_dropout_prob=0.0,
         )
         self.encoder = transformers.ViTModel(config, add_pooling_layer=False)
-        self.head = nn.Linear(64, 10)
+        self.head = nn.Linear(width, 10)
 
     def forward(self, images: Tensor) -> Tensor:
         """Return logits."""

@@ -14,6 +14,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from math import isnan
 from pathlib import Path
 from statistics import mean
@@ -25,43 +26,18 @@ import torch
 import transformers
 from digits_runs import THREADS, WIDTH, splits
 from quiet import prepare
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_optim import ChannelPruning
 from lightning_optim.demo import DigitsNet
-from low_rank import BATCH_SIZE, Reader, accuracy, spread
+from low_rank import BATCH_SIZE, Reader, Transformer, accuracy, spread
 
 EPOCHS, AFTER, STEPS_PER_EPOCH = 15, 6, 15
 START, CUT = 1, 45
 EVENTS = 4
 RATIO = 0.5
 STRENGTHS = {"growing": (1.0, 3.0, 5.0), "group_lasso": (1.0, 2.0, 4.0)}
-
-
-class Transformer(nn.Module):
-    """A vision transformer of two blocks on patches of 2x2."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        config = transformers.ViTConfig(
-            hidden_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            intermediate_size=96,
-            image_size=8,
-            patch_size=2,
-            num_channels=1,
-            hidden_dropout_prob=0.0,
-            attention_probs_dropout_prob=0.0,
-        )
-        self.encoder = transformers.ViTModel(config, add_pooling_layer=False)
-        self.head = nn.Linear(48, 10)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Return logits."""
-        logits: Tensor = self.head(self.encoder(images).last_hidden_state[:, 0])
-        return logits
 
 
 SHORT = ("trained on, whole", "none", f"none, cut at step {START}", "growing 3", "group_lasso 4")
@@ -73,7 +49,10 @@ def convolutional() -> nn.Module:
     return net
 
 
-NETS: dict[str, Callable[[], nn.Module]] = {"residual convolutional net": convolutional, "transformer": Transformer}
+NETS: dict[str, Callable[[], nn.Module]] = {
+    "residual convolutional net": convolutional,
+    "transformer": partial(Transformer, 48, 2),
+}
 
 
 @dataclass(frozen=True)
@@ -96,9 +75,9 @@ def rows(name: str) -> list[Row]:
     once = {"events": 1}
     found = [Row("trained on, whole"), Row("none", once), Row("none, at random", {**once, "criterion": "random"})]
     found.append(Row(f"none, cut at step {START}", {**once, "end": START}))
-    for name, strengths in STRENGTHS.items():
+    for kind, strengths in STRENGTHS.items():
         for strength in strengths:
-            found.append(Row(f"{name} {strength:g}", {**once, "regularization": name, "strength": strength}))
+            found.append(Row(f"{kind} {strength:g}", {**once, "regularization": kind, "strength": strength}))
     growing = {"regularization": "growing", "strength": 3.0}
     found.append(Row("growing 3, at random", {**once, **growing, "criterion": "random"}))
     found.append(Row("growing 3, in the gradient", {**once, **growing}, coupled=True))
@@ -207,7 +186,7 @@ def introduction(seeds: int) -> str:
     steps = AFTER * STEPS_PER_EPOCH
     return f"""# Digit readers whose channels shrink before they are removed
 
-2026-11-30, {platform.machine()} CPU, one thread; {versions}.
+{time.strftime("%Y-%m-%d")}, {platform.machine()} CPU, one thread; {versions}.
 `python benchmarks/regularization.py --seeds {seeds}`
 
 Nets trained for {EPOCHS} epochs of 958 scans go on for {AFTER} epochs ({steps} steps, AdamW, learning rate 5e-4).

@@ -131,6 +131,22 @@ class EpochSampler(Sampler):
         return self.rows
 
 
+class StepsTwo:
+    """Put before a LightningModule: it optimizes manually, and steps its two optimizers once a batch."""
+
+    automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        optimizers = self.optimizers()
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        loss = super().training_step(batch, batch_idx)
+        self.manual_backward(loss)
+        for optimizer in optimizers:
+            optimizer.step()
+        return loss
+
+
 class SeededByStep(pl.Callback):
     """Dropout that a resumed run repeats: seeds from the step."""
 

@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import LearningRateFinder
 from torch.utils.data import DataLoader
 
 from helpers.gpt import Language
-from helpers.models import Files, trainer
+from helpers.models import Files, StepsTwo, trainer
 from integration.matrix import LAUNCHES
 from lightning_optim import (
     ChannelPruning,
@@ -43,22 +43,8 @@ class Deep(Language):
         super().__init__(layers=4)
 
 
-class ByHand(Language):
+class ByHand(StepsTwo, Language):
     """It steps an optimizer for its blocks and one for the rest itself."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.automatic_optimization = False
-
-    def training_step(self, batch, batch_idx):
-        blocks, others = self.optimizers()
-        blocks.zero_grad()
-        others.zero_grad()
-        loss = super().training_step(batch, batch_idx)
-        self.manual_backward(loss)
-        blocks.step()
-        others.step()
-        return loss
 
     def configure_optimizers(self):
         net = self.net

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler
 
-from helpers.models import Files, trainer
+from helpers.models import Files, StepsTwo, trainer
 from lightning_optim import DistillationModule
 from lightning_optim.distillation.divided import divide_teacher, is_divided
 from lightning_optim.distillation.teacher import Teacher
@@ -98,12 +98,9 @@ def outsiders() -> dict:
 class Student(pl.LightningModule):
     """A smaller Llama, with its data."""
 
-    by_hand = False
-
     def __init__(self) -> None:
         super().__init__()
         self.model = llama(4, 1)
-        self.automatic_optimization = not self.by_hand
 
     def forward(self, **batch):
         return self.model(**batch)
@@ -127,20 +124,8 @@ class Student(pl.LightningModule):
     train_dataloader = val_dataloader = _loader
 
 
-class ByHand(Student):
+class ByHand(StepsTwo, Student):
     """It steps two optimizers itself."""
-
-    by_hand = True
-
-    def training_step(self, batch, batch_idx):
-        blocks, others = self.optimizers()
-        blocks.zero_grad()
-        others.zero_grad()
-        loss = super().training_step(batch, batch_idx)
-        self.manual_backward(loss)
-        blocks.step()
-        others.step()
-        return loss
 
     def configure_optimizers(self):
         blocks = list(self.model.model.layers.parameters())
