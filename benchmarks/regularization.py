@@ -40,7 +40,7 @@ RATIO = 0.5
 STRENGTHS = {"growing": (1.0, 3.0, 5.0), "group_lasso": (1.0, 2.0, 4.0)}
 
 
-SHORT = ("trained on, whole", "none", f"none, cut at step {START}", "growing 3", "group_lasso 4")
+SHORT = ("trained on, whole", "none", f"none, cut at step {START}", "growing 3", "group_lasso 1", "group_lasso 4")
 
 
 def convolutional() -> nn.Module:
@@ -203,18 +203,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--output", type=Path, help="a file for what is printed at the end")
-    words = parser.parse_args()
+    arguments = parser.parse_args()
     prepare(threads=THREADS)
     warnings.simplefilter("ignore")
     began = time.process_time()
-    lines = [introduction(words.seeds)]
+    lines = [introduction(arguments.seeds)]
     for name in NETS:
-        lines += table(name, [results_of(name, seed) for seed in range(words.seeds)])
+        lines += table(name, [results_of(name, seed) for seed in range(arguments.seeds)])
     text = "\n".join(lines)
     print(text)
     print(f"{time.process_time() - began:.0f} s of CPU time")
-    if words.output is not None:
-        words.output.write_text(text.rstrip() + "\n", encoding="utf-8")
+    if arguments.output is not None:
+        arguments.output.write_text(text.rstrip() + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

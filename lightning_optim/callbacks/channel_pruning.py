@@ -178,7 +178,7 @@ class ChannelPruning(CompressionCallback):
 
     def target_parameters(self) -> dict[str, nn.Parameter]:
         """Return the parameters of the target."""
-        return dict(self._target.named_parameters())
+        return dict(self._target.named_parameters(remove_duplicate=False))
 
     def start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *, fresh: bool) -> None:
         """Take up the state, and find the groups where the inputs are known already."""
@@ -198,7 +198,7 @@ class ChannelPruning(CompressionCallback):
             self._statistics.clear()
             self._shrinking.clear()
         self._shrinking.place(self._target)
-        self._statistics.place({name: parameter.device for name, parameter in self._target.named_parameters()})
+        self._statistics.place({name: parameter.device for name, parameter in self.target_parameters().items()})
         self._inputs.prepare(pl_module, "ChannelPruning")
         refuse_shared(pl_module, self._target, self._prefix)
         self._selected = select_roots(self._target, self._prefix, self.include, self.exclude)
@@ -259,7 +259,7 @@ class ChannelPruning(CompressionCallback):
         held = held_ids(optimizer)
         self._shrinking.after_step(self._target, self._holders.index(optimizer), held, self.window.step)
         if self._statistics and self._collects(self.window.step):
-            self._statistics.after_step({n: p for n, p in self._target.named_parameters() if id(p) in held})
+            self._statistics.after_step({n: p for n, p in self.target_parameters().items() if id(p) in held})
 
     def count_step(self, optimizer: Optimizer) -> None:
         """Count the step, and take what its batches brought."""

@@ -85,7 +85,8 @@ def statistics_of(
     found: dict[str, dict[str, Tensor]] = {}
     for statistic in allocation.needs:
         if statistic == "gradient":
-            held = {name: p.grad.detach() for name, p in module.named_parameters() if p.grad is not None}
+            parameters = module.named_parameters(remove_duplicate=False)
+            held = {name: p.grad.detach() for name, p in parameters if p.grad is not None}
             found[statistic] = {name: g.to_dense() if g.is_sparse else g.clone() for name, g in held.items()}
         elif statistic != "generator":
             copied = copy_module(module, share_weights=True)

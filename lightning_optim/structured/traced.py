@@ -352,14 +352,12 @@ def _ties(layers: Iterable[nn.Module]) -> dict[Side, list[Side]]:
     """Return the layers whose outputs, or inputs, are entries of one tensor."""
     holders: dict[tuple[nn.Parameter, int], list[Side]] = {}
     for layer in layers:
-        if is_linear(layer) or isinstance(layer, EMBEDDINGS):
-            weight = (
-                layer.get_parameter("weight") if isinstance(layer._parameters.get("weight"), nn.Parameter) else None
-            )
-            for outputs in (True,) if isinstance(layer, EMBEDDINGS) else (True, False):
-                dim = 1 if isinstance(layer, (Conv1D, *EMBEDDINGS)) is outputs else 0
-                if weight is not None:
-                    holders.setdefault((weight, dim), []).append((layer, outputs))
+        weight = layer._parameters.get("weight")  # a parametrized layer has none
+        if weight is None or not (is_linear(layer) or isinstance(layer, EMBEDDINGS)):
+            continue
+        for outputs in (True,) if isinstance(layer, EMBEDDINGS) else (True, False):
+            dim = 1 if isinstance(layer, (Conv1D, *EMBEDDINGS)) is outputs else 0
+            holders.setdefault((weight, dim), []).append((layer, outputs))
     return {side: [other for other in sides if other != side] for sides in holders.values() for side in sides}
 
 

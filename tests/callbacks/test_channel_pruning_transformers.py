@@ -61,6 +61,9 @@ def run(folder, callbacks, ckpt_path=None):
 CASES = {
     "activation": lambda: [ChannelPruning(0.5, criterion="activation", start=2, end=7, events=3)],
     "residual width": lambda: [ChannelPruning(0.25, include=[nn.Embedding], start=2, end=7, events=2, round_to=4)],
+    "residual width by gradients": lambda: [
+        ChannelPruning(0.25, include=[nn.Embedding], criterion="taylor", start=2, end=7, events=2, round_to=4)
+    ],
     "with blocks": lambda: [
         ChannelPruning(0.5, scope="layer", start=3, end=7, events=2),
         DepthPruning(1, criterion="influence", start=2, end=6),
