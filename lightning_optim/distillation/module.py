@@ -86,7 +86,7 @@ class DistillationModule(StandsForStudent, SubclassPoints):
             is called for the same rows, so its logits are never whole.
         divide_teacher: Whether strategies that divide the student and free its units (``optim_fsdp``, ``optim_hsdp``,
             ``optim_2d``) divide the teacher too, in place: each device holds a shard, and gathers a block while it
-            computes. False: whole on every device, as under all other strategies and with ``cache``; faster if it fits.
+            computes. False: whole on every device, as under all other strategies; faster if it fits.
         example_inputs: Arguments of the student's forward, which size projectors. Default: its ``example_input_array``,
             or else the first training batch.
         optimizer: For a plain student: ``parameters -> optimizer``, such as ``partial(torch.optim.Adam, lr=1e-3)``.
@@ -156,7 +156,7 @@ class DistillationModule(StandsForStudent, SubclassPoints):
         self.teacher_classes = None if teacher_classes is None else classes_of(teacher_classes)
         self.student = student  # from here on, a public attribute that is set may be the student's
         self._optimizer, self._task_loss = optimizer, task_loss
-        self._divide_teacher = divide_teacher and cache is None  # one rank alone may write the cache
+        self._divide_teacher = divide_teacher
         self._ramps = Ramps(alpha, temperature)
         self._objective = LogitLosses.of(loss)
         self._positions = Positions()

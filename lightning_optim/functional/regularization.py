@@ -96,7 +96,7 @@ class GroupLasso(Regularization):
         Towards Any Structural Pruning", section 3.3 (the weights, with alpha = 4).
     """
 
-    strength = 4.0
+    strength = 1.0
     chooses = False
 
     def passed(self, progress: float) -> float:

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from helpers.models import Files, StepsTwo, trainer
 from lightning_optim import DistillationModule
+from lightning_optim.distillation import IndexedDataset
 from lightning_optim.distillation.divided import divide_teacher, is_divided
 from lightning_optim.distillation.teacher import Teacher
 from lightning_optim.sharding import local, whole_state
@@ -124,6 +125,14 @@ class Student(pl.LightningModule):
     train_dataloader = val_dataloader = _loader
 
 
+class Indexed(Student):
+    """Its training set brings the samples' numbers, for a cache; the last batch of a rank is smaller."""
+
+    def train_dataloader(self):
+        rows = IndexedDataset(self._loader().dataset)
+        return DataLoader(rows, 3, sampler=DistributedSampler(rows, **self.trainer.strategy.distributed_sampler_kwargs))
+
+
 class ByHand(StepsTwo, Student):
     """It steps two optimizers itself."""
 
@@ -155,7 +164,7 @@ def run(folder: Path, preset: str, module, ckpt_path=None, *, files=False, epoch
     network = module.teacher.networks[0]
     return {
         "state": {key: value.clone() for key, value in whole_state(module, keep=True).items()},
-        "losses": [float(fitted.callback_metrics[name]) for name in METRICS],
+        "losses": [float(fitted.callback_metrics[name]) for name in METRICS if name in fitted.callback_metrics],
         "divided": is_divided(network),
         "held": sum(local(parameter).numel() for parameter in network.parameters()),
         "all": sum(parameter.numel() for parameter in network.parameters()),
@@ -220,6 +229,11 @@ def case(folder: Path, preset: str) -> dict:
     results["first of two"] = run(folder, preset, first)
     results["second of two"] = run(folder, preset, second)
     results["second fit"] = run(folder, preset, first)
+    for name, divided in (("cached", True), ("cached, whole", False)):
+        words = {"cache": folder / name, "cache_top_k": 8, "divide_teacher": divided}
+        module = DistillationModule(Indexed(), llama(6, 2, hidden_size=24), **words)
+        results[name] = run(folder, preset, module)
+    results["bytes"] = [(folder / name).read_bytes() for name in ("cached", "cached, whole")]
     results["answers"] = answers(folder, preset)
     lost = distilled()
     lost.set_teacher(None)

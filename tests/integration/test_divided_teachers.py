@@ -47,6 +47,15 @@ def test_a_divided_teacher_teaches_what_a_whole_one_does(launched, preset):
 
 
 @every_preset
+def test_a_divided_teacher_answers_for_a_cache_as_a_whole_one(launched, preset):
+    for ours in launched(preset):
+        assert ours["bytes"][0] == ours["bytes"][1]
+        assert ours["cached"]["divided"] == (preset in DIVIDES)
+        assert ours["cached"]["losses"] == ours["cached, whole"]["losses"]
+        assert_same_state(ours["cached"]["state"], ours["cached, whole"]["state"])
+
+
+@every_preset
 def test_each_rank_holds_its_share(launched, preset):
     for ours in launched(preset):
         share = ours["straight"]["held"] / ours["straight"]["all"]
