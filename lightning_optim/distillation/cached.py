@@ -15,6 +15,7 @@ from torch import Tensor
 from lightning_optim.distillation.cache import LogitCache
 from lightning_optim.distillation.cache_file import LOWEST, Identity
 from lightning_optim.distillation.cache_parts import Part, join_parts, parts_of, remove_parts, samples_in
+from lightning_optim.distillation.heads import Answer, rows_of_answer
 from lightning_optim.distillation.indexed import batches_once, dataset_length, reading, without_index
 from lightning_optim.distillation.layout import Layout
 from lightning_optim.distillation.live import LiveTeacher
@@ -133,8 +134,7 @@ class CachedTeacher:
         points, item = self.points, without_index(batch)
         index = torch.as_tensor(points.sample_index(batch)).reshape(-1).cpu()
         inputs = map_inputs(lambda tensor: tensor.to(points.device), batch_inputs(points._called, item))
-        answers, layout = self._ask(inputs, item, positions)
-        logits = answers[0]
+        answers, logits, layout = self._ask(inputs, item, positions)
         answered = layout.answered(logits, points)
         places = RowPlaces.of(logits, layout.dim, _on(answered, logits))
         classes = logits.shape[layout.dim]
@@ -150,21 +150,38 @@ class CachedTeacher:
         counts = _counts(answered, logits, layout.dim, len(index))
         return identity, index, counts, self._kept(answers, places)
 
-    def _ask(self, inputs: ForwardInputs, item: Any, positions: Positions) -> tuple[list[Tensor], Layout]:
-        """Return the logits of each teacher, and how they lie."""
+    def _ask(self, inputs: ForwardInputs, item: Any, positions: Positions) -> tuple[list[Answer], Tensor, Layout]:
+        """Return what each teacher answers, a tensor of the shape of the first one's logits, and how they lie.
+
+        Where k words are kept, a head that can be called alone is called later, for some rows at a time.
+        """
         points, live = self.points, self.live
         own = map_inputs(lambda tensor: tensor.to(points.device), live.inputs_for(inputs, item))
-        answers = [one_a_row(answer) for answer in live.logits(own)]
-        return answers, Layout.of(points, answers[0], inputs, item, positions=positions)
+        answers = [
+            one_a_row(answer) if isinstance(answer, Tensor) else answer
+            for answer in live.answers(own, classes=self._least_classes())
+        ]
+        logits = answers[0] if isinstance(answers[0], Tensor) else answers[0].like()
+        layout = Layout.of(points, logits, inputs, item, positions=positions)
+        if layout.dim != logits.ndim - 1:  # the classes of a Linear's output are last: it is another layout
+            answers = [answer if isinstance(answer, Tensor) else answer.whole() for answer in answers]
+        return answers, logits, layout
 
-    def _rows(self, answers: Sequence[Tensor], places: RowPlaces, part: slice, *, choose: bool) -> Tensor:
+    def _least_classes(self) -> int | None:
+        """Return how many outputs the teacher's head has at least; None if all logits are kept."""
+        chosen = self.points.teacher_classes
+        if self.top_k is None:
+            return None
+        return self.top_k if chosen is None else max(self.top_k, len(chosen))
+
+    def _rows(self, answers: Sequence[Answer], places: RowPlaces, part: slice, *, choose: bool) -> Tensor:
         """Return the logits of all teachers combined for some rows: of all classes, or of those chosen of them."""
-        own = [places.take(answer, part) for answer in answers]
+        own = [rows_of_answer(answer, places, part) for answer in answers]
         rows = self.live.combine(own, -1, one_logit=own[0].shape[-1] == 1)
         chosen = self.points.teacher_classes
         return rows[:, chosen] if choose and chosen is not None else rows
 
-    def _kept(self, answers: Sequence[Tensor], places: RowPlaces) -> Tensor | TopK:
+    def _kept(self, answers: Sequence[Answer], places: RowPlaces) -> Tensor | TopK:
         """Return what the file keeps of the rows; k words are found some rows at a time."""
         if self.top_k is None:
             return self._rows(answers, places, slice(None), choose=False)
@@ -196,11 +213,11 @@ class CachedTeacher:
         return cached
 
     def _prove(self, cached: "CachedAnswers", inputs: ForwardInputs, item: Any) -> None:
-        answers, layout = self._ask(inputs, item, Positions())
-        answered = layout.answered(answers[0], self.points)
-        places = RowPlaces.of(answers[0], layout.dim, _on(answered, answers[0]))
+        answers, logits, layout = self._ask(inputs, item, Positions())
+        answered = layout.answered(logits, self.points)
+        places = RowPlaces.of(logits, layout.dim, _on(answered, logits))
         live = self._rows(answers, places, slice(None), choose=True).float()
-        stored = cached.rows(answers[0], layout, answered, live.shape[-1])
+        stored = cached.rows(logits, layout, answered, live.shape[-1])
         if isinstance(stored, TopK):
             scale = live.masked_fill(live.isinf(), 0.0).abs().amax(-1, keepdim=True)  # of the rounding of logits
             distance = live.log_softmax(-1).gather(-1, stored.words).clamp_min(LOWEST) - stored.log_probabilities

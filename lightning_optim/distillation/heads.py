@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_optim.functional.chunks import RowPlaces
 from lightning_optim.modules import LINEARS, is_compiled
 from lightning_optim.sharding import is_sharded
 
@@ -24,6 +25,7 @@ __all__ = [
     "is_hugging_face",
     "outputs_of",
     "proven",
+    "rows_of_answer",
     "stopped_at",
     "without_labels",
 ]
@@ -49,9 +51,22 @@ class HeadAnswer:
         """Return all logits."""
         return self.of(self.hidden)
 
+    def like(self) -> Tensor:
+        """Return a tensor of the logits' shape: one zero, expanded."""
+        return self.hidden.new_zeros(()).expand(self.shape)
+
+    def take(self, places: RowPlaces, part: slice) -> Tensor:
+        """Return the logits of some rows, ``[n, classes]``; the classes are the last dimension."""
+        return self.of(places.take(self.hidden, part))
+
 
 Answer = Tensor | HeadAnswer
 """What a teacher answers: its logits, or what they are computed from."""
+
+
+def rows_of_answer(answer: Answer, places: RowPlaces, part: slice) -> Tensor:
+    """Return some rows of what a teacher answers, ``[n, classes]``."""
+    return answer.take(places, part) if isinstance(answer, HeadAnswer) else places.take(answer, part)
 
 
 @dataclass(frozen=True, eq=False)

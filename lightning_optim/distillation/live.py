@@ -122,9 +122,18 @@ class LiveTeacher:
                 raise RuntimeError(f"the teacher's layer {name!r} is never called by its forward. Name another layer.")
         return answers, {name: captured.outputs(name)[0] for name in names}
 
-    def logits(self, inputs: ForwardInputs) -> list[Tensor]:
-        """Return the logits of each teacher for arguments of its forward."""
-        return [self._logits(network, inputs) for network in self.required().networks]
+    def answers(self, inputs: ForwardInputs, *, classes: int | None) -> list[Answer]:
+        """Return what each teacher answers to arguments of its forward.
+
+        Args:
+            inputs: The arguments.
+            classes: As for :meth:`ask`; at least that many.
+        """
+        found: list[Answer] = []
+        for number, network in enumerate(self.required().networks):
+            answer = None if classes is None else self._up_to_head(number, inputs, classes, ())
+            found.append(self._logits(network, inputs) if answer is None else answer)
+        return found
 
     def _logits(self, network: nn.Module, inputs: ForwardInputs) -> Tensor:
         if is_hugging_face(network):  # it would compute a loss, for which nobody asks

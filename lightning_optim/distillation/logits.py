@@ -9,7 +9,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
 from lightning_optim.distillation.cached import CachedAnswers
-from lightning_optim.distillation.heads import Answer, HeadAnswer
+from lightning_optim.distillation.heads import Answer, HeadAnswer, rows_of_answer
 from lightning_optim.distillation.layout import Layout
 from lightning_optim.distillation.live import LiveTeacher
 from lightning_optim.distillation.objective import LogitLosses
@@ -159,14 +159,9 @@ class _Taught:
         """Return the same of some rows; of losses that need no teacher, the student's logits twice."""
         if not self.answers:
             return ours, ours.detach()
-        own = [self._rows_of(answer, places, part) for answer in self.answers]
+        answers = [one_a_row(answer) if isinstance(answer, Tensor) else answer for answer in self.answers]
+        own = [rows_of_answer(answer, places, part) for answer in answers]
         return ours, self.comparison.combined(own, checks=self.checks)
-
-    @staticmethod
-    def _rows_of(answer: Answer, places: RowPlaces, part: slice) -> Tensor:
-        if isinstance(answer, Tensor):
-            return places.take(one_a_row(answer), part)
-        return answer.of(places.take(answer.hidden, part))
 
 
 @dataclass(frozen=True, eq=False)

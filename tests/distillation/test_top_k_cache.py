@@ -21,6 +21,7 @@ from helpers.models import CLASSES, EpochSampler, Files, assert_same_state, data
 from lightning_optim.distillation import DistillationModule, IndexedCollate, IndexedDataset, LogitCache
 from lightning_optim.distillation.cache_file import Identity
 from lightning_optim.distillation.cache_parts import Part, join_parts, parts_of, samples_in
+from lightning_optim.distillation.cached import CachedTeacher
 from lightning_optim.functional.losses import LOSSES, TopK, kd, top_k_of
 
 WORKER = Path(__file__).with_name("killed_worker.py")
@@ -430,3 +431,24 @@ def test_a_loop_of_ones_own_stores_the_positions_that_it_counts(tmp_path):
     torch.testing.assert_close(
         cache.read([2]).log_probabilities, top_k_of(logits[0, :2], 7).log_probabilities, rtol=1e-3, atol=1e-4
     )
+
+
+def test_the_head_of_a_teacher_is_called_for_some_rows_at_a_time(tmp_path, monkeypatch):
+    fitted_on_texts(tmp_path, cache=tmp_path / "whole", cache_top_k=8)
+    heads = []
+    attach = Writer.__init__
+
+    def counting(self, width, *args):
+        attach(self, width, *args)
+        if width == 32:
+            self.model.lm_head.register_forward_hook(
+                lambda _layer, _args, output: heads.append(output.shape[:-1].numel())
+            )
+
+    monkeypatch.setattr(Writer, "__init__", counting)
+    monkeypatch.setattr("lightning_optim.distillation.cached.chunk_rows", lambda size, rows, classes: 4)
+    monkeypatch.setattr(CachedTeacher, "_prove", lambda *_: None)  # it compares a whole batch
+    fitted_on_texts(tmp_path, cache=tmp_path / "parts", cache_top_k=8)
+    assert (tmp_path / "parts").read_bytes() == (tmp_path / "whole").read_bytes()
+    assert heads
+    assert max(heads) <= 5  # a batch has five samples, of which the forward itself needs one position
