@@ -1,20 +1,33 @@
-"""``lightning-optim export``: a checkpoint's model as a verified ONNX file, or as a Hugging Face folder."""
+"""``lightning-optim export``: a checkpoint's model as a verified ONNX file, a Hugging Face folder, or its weights."""
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from lightning_optim import checkpoint
 from lightning_optim.cli.building import load
 from lightning_optim.cli.command import Command, UserError, said_plainly
 from lightning_optim.cli.loading import PREPARE_HELP, Objects, dims, model_and_data, objects_parser, prepared
-from lightning_optim.export import ExportReport, PretrainedReport, export_onnx, export_pretrained
+from lightning_optim.export import (
+    ExportReport,
+    PretrainedReport,
+    SafetensorsReport,
+    export_onnx,
+    export_pretrained,
+    export_safetensors,
+)
 
 __all__ = ["COMMAND"]
 
-ONNX_ONLY = ("runtime", "dynamic_dims", "prepare")
-PRETRAINED_ONLY = ("tokenizer", "quantization", "module")
+FORMATS: dict[str, tuple[str, ...]] = {
+    "onnx": ("runtime", "dynamic_dims", "prepare"),
+    "pretrained": ("tokenizer", "quantization", "module"),
+    "safetensors": (),
+}
+"""Format -> the options that it alone has."""
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -22,17 +35,16 @@ def run(arguments: Sequence[str]) -> int:
     parser = objects_parser(
         "export",
         "Write the model of a checkpoint as an ONNX file (int8 where it was quantized) after verifying its outputs in "
-        "the engine, or as a Hugging Face folder. From a checkpoint with distillation, the student is exported.",
+        "the engine, as a Hugging Face folder, or its weights as a safetensors file. From a checkpoint with "
+        "distillation, the student is exported.",
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="compressed or not")
-    parser.add_argument(
-        "file", metavar="FILE", help="the ONNX file or the folder to write; an existing one is replaced"
-    )
+    parser.add_argument("file", metavar="FILE", help="the file or the folder to write; an existing one is replaced")
     parser.add_argument(
         "--format",
-        default="onnx",
-        choices=("onnx", "pretrained"),
-        help="onnx, or pretrained: a folder that from_pretrained reads, of a model of transformers",
+        choices=tuple(FORMATS),
+        help="onnx (default); pretrained: a folder that from_pretrained reads, of a model of transformers; or "
+        "safetensors (default for a FILE of that ending): the weights alone",
     )
     parser.add_argument("--runtime", help="onnxruntime (default) or openvino: the engine that verifies the ONNX file")
     parser.add_argument("--dynamic_dims", type=dims, metavar="YAML", help="free dimensions: '{text: {1: \"length\"}}'")
@@ -43,22 +55,26 @@ def run(arguments: Sequence[str]) -> int:
         "--module", metavar="NAME", help="pretrained: dotted name of the model, where there are several"
     )
     given, others = parser.parse_known_args(arguments)
+    if given.format is None:
+        given.format = "safetensors" if given.file.endswith(".safetensors") else "onnx"
     _check(given)
     objects = model_and_data("export", others)
     with said_plainly():
-        write = _write_folder if given.format == "pretrained" else _write_file
+        write = {"onnx": _write_file, "pretrained": _write_folder, "safetensors": _write_weights}[given.format]
         report = write(objects, given)
     sys.stdout.write(f"{report}\n")
     return 0
 
 
 def _check(given: argparse.Namespace) -> None:
-    others = ONNX_ONLY if given.format == "pretrained" else PRETRAINED_ONLY
+    others = [name for kind, names in FORMATS.items() if kind != given.format for name in names]
     wrong = [f"--{name}" for name in others if getattr(given, name) is not None]
     if wrong:
         raise UserError(f"{', '.join(wrong)} has no meaning with --format {given.format}.")
-    if given.format == "onnx" and Path(given.file).is_dir():
-        raise UserError(f"{given.file!r} is a folder. Give the name of the ONNX file to write, or --format pretrained.")
+    if given.format != "pretrained" and Path(given.file).is_dir():
+        raise UserError(
+            f"{given.file!r} is a folder. Give the name of the {given.format} file to write, or --format pretrained."
+        )
 
 
 def _write_folder(objects: Objects, given: argparse.Namespace) -> PretrainedReport:
@@ -68,18 +84,29 @@ def _write_folder(objects: Objects, given: argparse.Namespace) -> PretrainedRepo
     )
 
 
+def _write_weights(objects: Objects, given: argparse.Namespace) -> SafetensorsReport:
+    told = _plan(given).get("provenance")  # a file of Lightning alone holds none
+    metadata = None if told is None else {"lightning_optim": json.dumps(told)}
+    return export_safetensors(load(objects.words, given.checkpoint), given.file, metadata=metadata)
+
+
+def _plan(given: argparse.Namespace) -> dict[str, Any]:
+    """Return the plan that the checkpoint holds."""
+    plan: dict[str, Any] = checkpoint.read_checkpoint(given.checkpoint).get(checkpoint.KEY, checkpoint.EMPTY)
+    return plan
+
+
 def _write_file(objects: Objects, given: argparse.Namespace) -> ExportReport:
     model = load(objects.words, given.checkpoint)
     deployed, inputs = prepared(objects, model, given.prepare)
-    plan = checkpoint.read_checkpoint(given.checkpoint).get(checkpoint.KEY, checkpoint.EMPTY)
     return export_onnx(
         deployed,
         given.file,
         inputs,
         runtime=given.runtime or "onnxruntime",
         dynamic_dims=given.dynamic_dims,
-        metric=plan.get("provenance", {}).get("metrics"),
+        metric=_plan(given).get("provenance", {}).get("metrics"),
     )
 
 
-COMMAND = Command("export", "write a checkpoint's model as a verified ONNX file or as a Hugging Face folder", run)
+COMMAND = Command("export", "write a checkpoint's model: a verified ONNX file, a Hugging Face folder, safetensors", run)

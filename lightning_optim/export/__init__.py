@@ -4,5 +4,13 @@ from lightning_optim.export.onnx import export_onnx
 from lightning_optim.export.pretrained import export_pretrained
 from lightning_optim.export.pretrained_report import PretrainedReport
 from lightning_optim.export.report import ExportReport
+from lightning_optim.export.weights import SafetensorsReport, export_safetensors
 
-__all__ = ["ExportReport", "PretrainedReport", "export_onnx", "export_pretrained"]
+__all__ = [
+    "ExportReport",
+    "PretrainedReport",
+    "SafetensorsReport",
+    "export_onnx",
+    "export_pretrained",
+    "export_safetensors",
+]

@@ -20,12 +20,12 @@ from lightning_optim.export.gptq import GPTQ, gptq_config, packed_layers, unpack
 from lightning_optim.export.integer import rounds, rounds_output
 from lightning_optim.export.pretrained_inputs import synthetic_inputs
 from lightning_optim.export.pretrained_report import PretrainedReport
+from lightning_optim.export.weights import deployed_copy, deployed_state
 from lightning_optim.files import folder_written_aside
 from lightning_optim.low_rank.layers import LowRank
-from lightning_optim.modules import copy_module, without_compiler
 from lightning_optim.outputs import output_tensors
 from lightning_optim.progress import progress_bar
-from lightning_optim.quantization.layers import STATE, QuantizedLayer
+from lightning_optim.quantization.layers import QuantizedLayer
 from lightning_optim.sharding import is_sharded, own_class
 from lightning_optim.tables import by_reason
 from lightning_optim.target import ForwardInputs, as_forward_calls, find_target
@@ -122,7 +122,7 @@ def export_pretrained(
         if solution.unstated:
             raise ValueError(_refusal(model, solution.unstated))
         advance()
-        reference = _reference(model)
+        reference = deployed_copy(model)
         calls = _calls(reference, example_inputs)
         expected = [_answers(reference, call, "The model") for call in calls]
         packed = packed_layers(reference) if quantization == "gptq" else {}
@@ -225,16 +225,6 @@ def _refusal(model: nn.Module, unstated: Mapping[str, str]) -> str:
     )
 
 
-def _reference(model: nn.Module) -> nn.Module:
-    """Return a copy on the CPU that computes what a folder can state: rounded weights, and float activations."""
-    reference = copy_module(model).cpu().requires_grad_(False)
-    for layer in reference.modules():
-        if isinstance(layer, QuantizedLayer):
-            layer.activation_bits = None
-            layer.output_phase = "off"
-    return reference
-
-
 def _calls(reference: nn.Module, example_inputs: Any) -> list[ForwardInputs]:
     if example_inputs is None:
         return [synthetic_inputs(reference)]
@@ -259,7 +249,7 @@ def _write(
     """Write weights and configurations through a fresh model of the class, which holds nothing of a technique."""
     config = configs.config_with(model.config, values)
     twin: Any = configs.build(model, config)
-    twin.load_state_dict(exported_state(reference), strict=True, assign=True)
+    twin.load_state_dict(deployed_state(reference), strict=True, assign=True)
     twin.tie_weights()
     generation = getattr(model, "generation_config", None)
     if generation is not None:
@@ -275,29 +265,6 @@ def _write(
         config={path: (before[path], value) for path, value in values.items()},
         packed=len(packed),
     )
-
-
-def exported_state(reference: nn.Module) -> dict[str, Tensor]:
-    """Return the tensors of a model as a folder holds them: weights rounded, and no buffers of a technique."""
-    state: dict[str, Tensor] = {}
-    shared: dict[int, Tensor] = {}
-    for name, layer in without_compiler(reference).named_modules(remove_duplicate=False):
-        persistent = {
-            key: value for key, value in layer._buffers.items() if key not in layer._non_persistent_buffers_set
-        }
-        for key, tensor in {**layer._parameters, **persistent}.items():
-            if tensor is None or (isinstance(layer, QuantizedLayer) and _is_state(key)):
-                continue
-            if id(tensor) not in shared:
-                rounded = key == "weight" and rounds(layer)
-                value = layer.quantized_weight() if rounded else tensor
-                shared[id(tensor)] = value.detach().contiguous()
-            state[configs.plain_name(f"{name}.{key}".lstrip("."))] = shared[id(tensor)]
-    return state
-
-
-def _is_state(key: str) -> bool:
-    return any(key == f"{which}_{name}" for which in ("input", "output") for name in STATE)
 
 
 def _packed_state(twin: nn.Module, packed: Mapping[str, GPTQ]) -> dict[str, Tensor]:

@@ -185,6 +185,7 @@ class CausalModel(pl.LightningModule):
 
 def test_export_of_a_hugging_face_folder(tmp_path, capsys, monkeypatch):
     transformers = pytest.importorskip("transformers", reason="transformers: pip install 'transformers==5.24.*'")
+    safetensors = pytest.importorskip("safetensors", reason="safetensors: pip install safetensors")
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
     trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_model_summary=False)
     module = CausalModel(24)
@@ -198,8 +199,15 @@ def test_export_of_a_hugging_face_folder(tmp_path, capsys, monkeypatch):
     assert main([*arguments, "--model", "test_commands.CausalModel", "--tokenizer", str(tmp_path / "none")]) == 1
     assert main([*arguments, *MODEL, "--runtime", "openvino"]) == 1
     assert main([*arguments[:3], *MODEL, "--quantization", "gptq"]) == 1
+    file = tmp_path / "model.safetensors"
+    assert main([*arguments[:2], str(file), "--model", "test_commands.CausalModel", "--model.width", "24"]) == 0
+    with safetensors.safe_open(file, "pt") as opened:
+        assert opened.get_slice("net.model.layers.0.mlp.up_proj.weight").get_shape() == [24, 32]
+        assert json.loads(opened.metadata()["lightning_optim"])["model"] == "test_commands.CausalModel"
+    assert main([*arguments[:2], str(file), *MODEL, "--runtime", "openvino"]) == 1
     errors = capsys.readouterr().err.splitlines()
-    assert errors[-2:] == [
+    assert errors[-1] == "error: --runtime has no meaning with --format safetensors."
+    assert errors[-3:-1] == [
         "error: --runtime has no meaning with --format pretrained.",
         "error: --quantization has no meaning with --format onnx.",
     ]
