@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_optim._version import __version__
 from lightning_optim.export.integer import rounds
-from lightning_optim.functional.fake_quantize import grouped, parse_weight_granularity, symmetric_scale
+from lightning_optim.functional.fake_quantize import grouped, parse_weight_granularity, weight_scale
 from lightning_optim.functional.gptq import BITS, gptq_misfit, pack_gptq, unpack_gptq
 from lightning_optim.quantization.layers import QuantizedLinear
 from lightning_optim.tables import by_reason
@@ -96,7 +96,7 @@ def _misfit(layer: nn.Module) -> tuple[str | None, int]:
 def _tensors(layer: QuantizedLinear) -> dict[str, Tensor]:
     """Return the integers that the layer computes with, packed, with their scales."""
     weight: Any = layer._parameters["weight"]
-    scales = symmetric_scale(weight, layer.weight_bits or BITS, layer.weight_granularity)
+    scales = weight_scale(weight, layer.weight_bits or BITS, layer.weight_granularity)
     rounded = grouped(layer.quantized_weight().detach().float(), layer.weight_granularity)
     integers = torch.div(rounded, scales).round().flatten(1)
     return pack_gptq(integers[:, : weight.shape[1]], scales.flatten(1))

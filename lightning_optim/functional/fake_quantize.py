@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_optim.functional.group_scales import MOST_SEARCHED_BITS, least_squares_scale, to_float16
+
 __all__ = [
     "affine_parameters",
     "fake_quantize",
@@ -16,6 +18,7 @@ __all__ = [
     "parse_weight_granularity",
     "straight_through",
     "symmetric_scale",
+    "weight_scale",
 ]
 
 FEWEST_BITS, MOST_BITS = 2, 8
@@ -89,6 +92,29 @@ def symmetric_scale(weight: Tensor, bits: int = 8, granularity: str = "per_chann
     return groups.amax(shared, keepdim=True).clamp_min(SMALLEST_SCALE) / top
 
 
+def weight_scale(weight: Tensor, bits: int = 8, granularity: str = "per_channel") -> Tensor:
+    """Return the scales that a weight is rounded with.
+
+    Groups have scales that are numbers of float16; with 4 bits or fewer they have the least squared rounding error (see
+    :func:`~lightning_optim.functional.group_scales.least_squares_scale`) and may clip the largest weights. All others
+    are those of :func:`symmetric_scale`.
+
+    Args:
+        weight: ``[out, in, ...]``, any float dtype.
+        bits: 2 to 8.
+        granularity: What shares a scale.
+
+    Returns:
+        As :func:`symmetric_scale`.
+    """
+    if not granularity.startswith("per_group"):
+        return symmetric_scale(weight, bits, granularity)
+    if bits > MOST_SEARCHED_BITS:
+        return to_float16(symmetric_scale(weight, bits, granularity))
+    integer_range(bits, symmetric=True)
+    return least_squares_scale(grouped(weight.detach().float(), granularity), bits)
+
+
 def grouped(weight: Tensor, granularity: str) -> Tensor:
     """View a weight as ``[out, groups, size]``; a short last group of a row is padded with zeros."""
     _, size = parse_weight_granularity(granularity)
@@ -150,7 +176,9 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor | int, quant_min:
 def fake_quantize_weight(
     weight: Tensor, bits: int = 8, granularity: str = "per_channel", *, largest: Tensor | None = None
 ) -> Tensor:
-    """Fake-quantize a weight symmetrically with its own scales; no weight is clipped, zeros stay zero.
+    """Fake-quantize a weight symmetrically with its own scales; zeros stay zero.
+
+    No weight is clipped, but for groups of 4 bits and fewer (see :func:`weight_scale`).
 
     Args:
         weight: ``[out, in, ...]``.
@@ -182,16 +210,20 @@ class _Passed(torch.autograd.Function):
 
 
 class _RoundedWeight(torch.autograd.Function):
-    """Nothing is clipped, so the gradient passes unchanged and nothing is saved for it."""
+    """The gradient passes unchanged, also where a group's scale clips, and nothing is saved for it."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, bits: int, granularity: str, largest: Tensor | None) -> Tensor:
         groups = grouped(weight.float(), granularity)
+        low, high = integer_range(bits, symmetric=True)
         if largest is None:
-            scale = symmetric_scale(weight, bits, granularity)
+            scale = weight_scale(weight, bits, granularity)
         else:
-            scale = largest.float().clamp_min(SMALLEST_SCALE) / integer_range(bits, symmetric=True)[1]
-        rounded = torch.div(groups, scale).round_().mul_(scale).flatten(1)
+            scale = largest.float().clamp_min(SMALLEST_SCALE) / high
+        integers = torch.div(groups, scale).round_()
+        if granularity.startswith("per_group"):
+            integers.clamp_(low, high)
+        rounded = integers.mul_(scale).flatten(1)
         numel = weight[0].numel() if weight.ndim > 1 else weight.numel()
         return rounded[:, :numel].reshape(weight.shape).to(weight.dtype)
 
