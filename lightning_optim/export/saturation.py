@@ -1,7 +1,8 @@
 """Products of uint8 and int8 that overflow: on x86 processors without VNNI, engines add pairs of them in 16 bits.
 
 255 x 127 twice is 64,770, and 16 bits end at 32,767. The same weights as uint8 with a zero point of 128 are multiplied
-in 32 bits there, slower but correct (ONNX Runtime 1.32, OpenVINO 2026.4). ONNX Runtime's own option for it,
+in 32 bits there, slower but correct (ONNX Runtime 1.32, OpenVINO 2026.4). Weights of 7 bits and fewer leave room for
+the sum and stay as they are. ONNX Runtime's own option for it,
 ``session.x64quantprecision``, rejects files in which two layers share a weight (1.32).
 """
 
@@ -11,6 +12,8 @@ from typing import Any
 import numpy as np
 
 __all__ = ["note_on", "overflows", "unsigned_weights"]
+
+_MOST_WITHOUT_OVERFLOW = 32_767 // (2 * 255)
 
 
 def note_on(engine: str, plainly: str) -> str:
@@ -63,6 +66,8 @@ def overflows(run: Callable[[bytes, Any], Any]) -> bool:
 def unsigned_weights(model: Any) -> bool:
     """Rewrite a model's int8 weights as uint8, with numbers and zero points 128 higher: the same values.
 
+    Weights whose products cannot overflow stay: those of 7 bits and fewer.
+
     Args:
         model: An ``onnx.ModelProto`` whose weights are read by DequantizeLinear; it is changed in place.
 
@@ -84,7 +89,7 @@ def unsigned_weights(model: Any) -> bool:
             continue
         if any(node.op_type != "DequantizeLinear" or node.input[0] != weight.name for node in nodes):
             continue  # a zero point, or a table whose rows are looked up before they are scaled
-        if any(len(node.input) > 2 and node.input[2] not in held for node in nodes):
+        if any(len(node.input) > 2 and node.input[2] not in held for node in nodes) or _leaves_room(weight):
             continue
         for number, node in enumerate(nodes):
             zero = _zero_point(node, held)
@@ -95,6 +100,14 @@ def unsigned_weights(model: Any) -> bool:
         weight.CopyFrom(numpy_helper.from_array(_unsigned(numpy_helper.to_array(weight)), weight.name))
         changed = True
     return changed
+
+
+def _leaves_room(weight: Any) -> bool:
+    """Whether two products with the largest activation fit into 16 bits."""
+    from onnx import numpy_helper
+
+    integers = numpy_helper.to_array(weight)
+    return not integers.size or int(np.abs(integers.astype(np.int16)).max()) <= _MOST_WITHOUT_OVERFLOW
 
 
 def _zero_point(node: Any, held: dict[str, Any]) -> Any:

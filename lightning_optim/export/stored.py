@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_optim.functional.fake_quantize import grouped, integer_range, symmetric_scale
+from lightning_optim.functional.fake_quantize import grouped, integer_range, weight_scale
 
 __all__ = ["Quantizer", "StoredBias", "StoredWeight", "dequantize", "quantize"]
 
@@ -86,9 +86,11 @@ class StoredWeight(nn.Module):
         super().__init__()
         self.transposed, self.folded = False, factor is not None
         groups = grouped(weight.detach().float(), granularity)
-        scale = symmetric_scale(weight, bits, granularity)
-        integers = torch.div(groups, scale).round()
-        spare = 2 ** (8 - bits)  # exact in the same container; a bias counts in units of the scale, and finer ones
+        scale, (low, high) = weight_scale(weight, bits, granularity), integer_range(bits, symmetric=True)
+        integers = torch.div(groups, scale).round().clamp(low, high)
+        # Exact in the same container; a bias counts in units of the scale, and finer ones. Fewer than 8 bits end at 64:
+        # two products with a uint8 fit into 16 bits then, in which processors without VNNI add them.
+        spare = 2 ** max(7 - bits, 0)
         integers, scale = integers * spare, scale / spare
         if factor is not None:
             factor = factor.view(-1, 1, 1)
