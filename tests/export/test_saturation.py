@@ -67,7 +67,6 @@ def test_unsigned_weights_have_the_same_values():
 
 
 def test_weights_of_seven_bits_run_as_they_are_everywhere(tmp_path):
-    """Also with a zero point: what is multiplied is the number itself, and the zero point's share is taken off later."""
     module, inputs = quantized("text convolution", weight_bits=7)
     report = export_onnx(module, tmp_path / "net.onnx", inputs, least_agreement=0.9)
     assert not any("VNNI" in note for note in report.notes)
