@@ -54,6 +54,10 @@ class QuantizationAwareTraining(CompressionCallback):
     Args:
         weight_bits: 2 to 8, symmetric.
         activation_bits: 2 to 8, affine, one scale per tensor; None: weights only.
+        activation_ranges: "static": ranges are observed, and fixed from ``freeze`` on. "dynamic": inputs of Linear
+            layers are rounded to 8 bits with the range of each call (those of convolutions stay float); nothing is
+            observed, and rounding begins at ``start``. Language models, which have a few activations that are much
+            larger than the others, need the latter or ``activation_bits=None``.
         weight_granularity: What shares a scale: "per_channel" (per row of a table), "per_tensor", or "per_group:32"
             (32 inputs of a row), meant for 4 bits and below.
         bits: Weight bits by name or glob pattern, instead of ``weight_bits``; the first that matches counts.
@@ -88,6 +92,7 @@ class QuantizationAwareTraining(CompressionCallback):
         *,
         weight_bits: int = 8,
         activation_bits: int | None = 8,
+        activation_ranges: str = "static",
         start: int | float = 0.5,
         observe_steps: int | None = None,
         freeze: int | float = 0.9,
@@ -105,8 +110,12 @@ class QuantizationAwareTraining(CompressionCallback):
             raise ValueError(f"`observe_steps` must be a whole number >= 1 or None, got {observe_steps!r}.")
         self.observe_steps = observe_steps
         self.scheme = QuantizationScheme(
-            weight_bits, activation_bits, weight_granularity, observer, {} if bits is None else bits
+            weight_bits, activation_bits, weight_granularity, observer, {} if bits is None else bits, activation_ranges
         )
+        if observe_steps is not None and activation_ranges == "dynamic":
+            raise ValueError(
+                f'`activation_ranges="dynamic"` observes nothing, got observe_steps={observe_steps!r}. Leave it out.'
+            )
         self._layers: dict[str, QuantizedLayer] = {}
         self._observed_until: int | None = None
         self._phases = LayerPhases()
@@ -147,7 +156,7 @@ class QuantizationAwareTraining(CompressionCallback):
         selection = select_layers(target, prefix, include=self.include, exclude=self.exclude, root=pl_module)
         self.scheme.check_patterns(selection.chosen, prefix)
         for module in (pl_module, *averaged_copies(trainer)):
-            if self.scheme.activation_bits is None:
+            if not self.scheme.observes:
                 drop_outputs(module, selection.chosen)
             prepare(module, selection.chosen, self.scheme, prefix)
         ours = {*selection.chosen, *self._outputs.names}
@@ -295,7 +304,7 @@ class QuantizationAwareTraining(CompressionCallback):
         start, freeze = self.window.start_step, self.window.end_step
         if start is None or freeze is None:
             raise RuntimeError("the window was just resolved.")
-        if self.scheme.activation_bits is None:
+        if not self.scheme.observes:
             self._observed_until = start
             return
         planned = planned_steps(trainer, automatic_optimization=pl_module.automatic_optimization) - passed
@@ -333,6 +342,7 @@ class QuantizationAwareTraining(CompressionCallback):
             "technique": "QuantizationAwareTraining",
             "weight_bits": self.scheme.weight_bits,
             "activation_bits": self.scheme.activation_bits,
+            "activation_ranges": self.scheme.activation_ranges,
             "weight_granularity": self.scheme.weight_granularity,
             "bits": as_plain(self.scheme.bits),
             "phase": self.phase,
@@ -359,6 +369,7 @@ class QuantizationAwareTraining(CompressionCallback):
     def last_line(self, pl_module: pl.LightningModule) -> str:
         """Return the sentence that says what was requested and in which phase the model is."""
         activations = "float" if self.scheme.activation_bits is None else f"uint{self.scheme.activation_bits}"
+        activations = f"dynamic {activations}" if self.scheme.activation_ranges == "dynamic" else activations
         asked = (
             f"asked int{self.scheme.weight_bits} weights and {activations} activations in {len(self._layers)} layers"
         )

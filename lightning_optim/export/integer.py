@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_optim._upstream import BatchNorm as _BatchNorm
-from lightning_optim.export.stored import Quantizer, StoredBias, StoredWeight
+from lightning_optim.export.stored import DynamicQuantizer, Quantizer, StoredBias, StoredWeight
 from lightning_optim.modules import EMBEDDINGS, LINEARS, expert_weights
 from lightning_optim.quantization.experts import QuantizedExperts, ReadExperts, as_rows, from_rows
 from lightning_optim.quantization.layers import QuantizedConv1D, QuantizedLayer
@@ -41,7 +41,7 @@ class _Integer(nn.Module):
 
     stored: StoredWeight | None
     stored_bias: StoredBias | None
-    reads: Quantizer | None
+    reads: Quantizer | DynamicQuantizer | None
     writes: Quantizer | None
     output_relu: bool
 
@@ -96,6 +96,13 @@ class _IntegerProduct(_Integer):
     bias: Any
 
     def forward(self, input: Tensor) -> Tensor:
+        if input.ndim == 2 and isinstance(self.reads, DynamicQuantizer):
+            # ONNX Runtime would fuse a product of two dimensions and its bias into a float Gemm.
+            return self.product(input.unsqueeze(0)).squeeze(0)
+        return self.product(input)
+
+    def product(self, input: Tensor) -> Tensor:
+        """Multiply with the stored weight, and add the bias."""
         assert self.stored is not None  # noqa: S101 - a Linear without rounded weight is not converted
         x = input if self.reads is None else self.reads(input)
         if self.stored.grouped or self.reads is None:
@@ -270,10 +277,11 @@ def _to_integer(layer: nn.Module, store: _Store, norm: nn.Module | None = None) 
         factor, folded = _folded(norm, bias)
         layer.bias = nn.Parameter(folded, requires_grad=False)
         bias = layer.bias
-    reads = _quantizer(layer, "input") if rounds(layer) and "input" in layer.watched else None
+    reads = _reader(layer) if rounds(layer) else None
     writes = _quantizer(writer, "output") if rounds_output(writer) else None
     stored = store.of(layer, factor) if rounds(layer) and weight is not None else None
-    stored_bias = None if bias is None or stored is None or reads is None else _integer_bias(bias, stored, reads)
+    counts = bias is not None and stored is not None and isinstance(reads, Quantizer)
+    stored_bias = _integer_bias(bias, stored, reads) if counts else None  # type: ignore[arg-type]
     alone = stored is not None and not stored.grouped and not store.shares(layer)
     if stored is not None and alone and reads is not None and isinstance(layer, LINEARS):
         stored.transpose()
@@ -294,6 +302,12 @@ def _folded(norm: _BatchNorm, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     shift = (0.0 if bias is None else bias.detach()) - norm.running_mean
     added = shift * factor
     return factor, added if norm.bias is None else added + norm.bias.detach()
+
+
+def _reader(layer: QuantizedLayer) -> Quantizer | DynamicQuantizer | None:
+    if layer.activation_bits is not None and layer.activation_ranges == "dynamic":
+        return DynamicQuantizer()
+    return _quantizer(layer, "input") if "input" in layer.watched else None
 
 
 def _quantizer(layer: QuantizedLayer, which: str) -> Quantizer:

@@ -362,7 +362,7 @@ def _compared(model: nn.Module, expected: list[list[Tensor]], got: list[list[Ten
 
 def _notes(model: nn.Module) -> list[str]:
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, QuantizedLayer)}
-    active = [name for name, x in layers.items() if (rounds(x) and "input" in x.watched) or rounds_output(x)]
+    active = [n for n, x in layers.items() if (rounds(x) and x.activation_bits is not None) or rounds_output(x)]
     if not active:
         return []
     return [

@@ -199,5 +199,12 @@ def _translations() -> dict[Any, Callable[..., Any]]:
         attributes = {} if axis < 0 else {"axis": axis}
         return opset21.DequantizeLinear(integers, scale, zero_point, **attributes)
 
+    def quantize_dynamically(x: Any) -> Any:
+        return opset21.DynamicQuantizeLinear(x)
+
     own = torch.ops.lightning_optim
-    return {own.quantize.default: quantize, own.dequantize.default: dequantize}
+    return {
+        own.quantize.default: quantize,
+        own.dequantize.default: dequantize,
+        own.quantize_dynamically.default: quantize_dynamically,
+    }

@@ -171,7 +171,9 @@ def _described(layer: nn.Module, writer: nn.Module) -> str:
     if isinstance(layer, QuantizedLayer) and rounds(layer):
         container = "" if layer.weight_bits == 8 else " in int8 container"
         parts.append(f"int{layer.weight_bits}{container} weight {layer.weight_granularity.replace('_', ' ')}")
-        if "input" in layer.watched:
+        if layer.activation_bits is not None and layer.activation_ranges == "dynamic":
+            parts.append(f"uint{layer.activation_bits} input, range of each call")
+        elif "input" in layer.watched:
             parts.append(f"uint{layer.activation_bits} input")
     if isinstance(writer, QuantizedLayer) and rounds_output(writer):
         parts.append(f"uint{writer.activation_bits} output")

@@ -8,9 +8,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_optim.functional.fake_quantize import grouped, integer_range, weight_scale
+from lightning_optim.functional.fake_quantize import affine_parameters, grouped, integer_range, weight_scale
 
-__all__ = ["Quantizer", "StoredBias", "StoredWeight", "dequantize", "quantize"]
+__all__ = [
+    "DynamicQuantizer",
+    "Quantizer",
+    "StoredBias",
+    "StoredWeight",
+    "dequantize",
+    "quantize",
+    "quantize_dynamically",
+]
 
 
 @torch.library.custom_op("lightning_optim::quantize", mutates_args=())
@@ -37,6 +45,27 @@ def dequantize(integers: Tensor, scale: Tensor, zero_point: Tensor | None, axis:
 @dequantize.register_fake
 def _(integers: Tensor, scale: Tensor, zero_point: Tensor | None, axis: int) -> Tensor:
     return torch.empty_like(integers, dtype=torch.float32)
+
+
+@torch.library.custom_op("lightning_optim::quantize_dynamically", mutates_args=())
+def quantize_dynamically(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return ``x`` as uint8, scale and zero point, by the range of ``x`` itself: ONNX's DynamicQuantizeLinear."""
+    scale, zero_point = affine_parameters(*x.aminmax())
+    return quantize(x, scale, zero_point), scale, zero_point.to(torch.uint8)
+
+
+@quantize_dynamically.register_fake
+def _(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(x, dtype=torch.uint8), x.new_empty(()), x.new_empty((), dtype=torch.uint8)
+
+
+class DynamicQuantizer(nn.Module):
+    """Rounds a tensor to uint8 and back, with the range of each call."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Round ``x``."""
+        rounded: Tensor = dequantize(*quantize_dynamically(x), -1)
+        return rounded
 
 
 class Quantizer(nn.Module):

@@ -12,6 +12,7 @@ from lightning_optim.functional.group_scales import MOST_SEARCHED_BITS, least_sq
 
 __all__ = [
     "affine_parameters",
+    "dynamic_fake_quantize",
     "fake_quantize",
     "fake_quantize_weight",
     "integer_range",
@@ -171,6 +172,23 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor | int, quant_min:
     """
     rounded: Tensor = _StraightThrough.apply(x, scale, zero_point, quant_min, quant_max)  # type: ignore[no-untyped-call]
     return rounded
+
+
+def dynamic_fake_quantize(x: Tensor, extremes: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    """Round to 8 bits with the range of the tensor itself, as ONNX's DynamicQuantizeLinear does.
+
+    Args:
+        x: Any shape and float dtype.
+        extremes: Smallest and largest value of the whole tensor, if ``x`` is a part of it.
+
+    Returns:
+        A tensor of the shape and dtype of ``x``, at most half a scale off. The gradient passes through the rounding;
+        the range counts as a constant.
+    """
+    if not x.numel():
+        return x
+    low, high = x.detach().float().aminmax() if extremes is None else extremes
+    return fake_quantize(x, *affine_parameters(low, high), *integer_range(8, symmetric=False))
 
 
 def fake_quantize_weight(

@@ -37,6 +37,7 @@ def quantize_post_training(
     *,
     weight_bits: int = 8,
     activation_bits: int | None = 8,
+    activation_ranges: str = "static",
     weight_granularity: str = "per_channel",
     observer: str = "moving_average",
     bits: Mapping[Pattern, int] | None = None,
@@ -50,7 +51,8 @@ def quantize_post_training(
     """Quantize a trained model: its ranges come from a few batches, nothing is trained.
 
     Weights alone (``activation_bits=None``) need no data: the tables of a recommender in one line,
-    ``quantize_post_training(model, activation_bits=None, include=[nn.EmbeddingBag])``.
+    ``quantize_post_training(model, activation_bits=None, include=[nn.EmbeddingBag])``. Neither does
+    ``activation_ranges="dynamic"``.
 
     Args:
         model: A LightningModule or any module. It is changed in place: the classes of its layers are replaced, and it
@@ -59,6 +61,8 @@ def quantize_post_training(
             many leading items as it requires.
         weight_bits: 2 to 8.
         activation_bits: 2 to 8, or None: inputs stay float.
+        activation_ranges: "static": one range per tensor, from the batches; "dynamic": each call's own range, for the
+            inputs of Linear layers (those of convolutions stay float). A language model needs the latter, or None.
         weight_granularity: What shares a scale: "per_channel", "per_tensor", "per_group:32".
         observer: "moving_average", "min_max" or "histogram"; with few batches the first is the mean of their extremes.
         bits: Weight bits by pattern; the first match counts.
@@ -78,14 +82,16 @@ def quantize_post_training(
             taken from a batch.
         RuntimeError: If a selected layer is never called, or activations are not finite. The model is then unchanged.
     """
-    scheme = QuantizationScheme(weight_bits, activation_bits, weight_granularity, observer, dict(bits or {}))
+    scheme = QuantizationScheme(
+        weight_bits, activation_bits, weight_granularity, observer, dict(bits or {}), activation_ranges
+    )
     prefix, target = find_target(model, module)
     selection = select_layers(target, prefix, include=include, exclude=exclude, root=model)
     scheme.check_patterns(selection.chosen, prefix)
     before = plain_plan(model)
     ranges = {name: buffer.clone() for name, buffer in _range_buffers(model).items()}
     try:
-        if activation_bits is None:
+        if not scheme.observes:
             drop_outputs(model, selection.chosen)
         prepare(model, selection.chosen, scheme, prefix)
         layers = {name: layer for name, layer in quantized_layers(target, prefix).items() if name in selection.chosen}
@@ -136,7 +142,8 @@ def _calls(
 ) -> Iterator[ForwardInputs]:
     if dataloader is None:
         raise ValueError(
-            "ranges of activations need data: pass a dataloader, or activation_bits=None to quantize weights only."
+            'ranges of activations need data: pass a dataloader, activation_ranges="dynamic" for the range '
+            "of each call, or activation_bits=None to quantize weights only."
         )
     return batch_calls(model, dataloader, inputs, batches)
 

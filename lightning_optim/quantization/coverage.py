@@ -26,6 +26,8 @@ def words_of(layer: QuantizedLayer) -> tuple[str, str]:
     """Describe how a layer's weight, and its input and output, are quantized."""
     weight = "-" if layer.weight_bits is None else f"int{layer.weight_bits}, {layer.weight_granularity}"
     parts = [f"uint{layer.activation_bits} {which}" for which in layer.watched]
+    if layer.activation_bits is not None and layer.activation_ranges == "dynamic":
+        parts.append(f"uint{layer.activation_bits} input, range of each call")
     return weight, ", ".join(parts) or "float"
 
 

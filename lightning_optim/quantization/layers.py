@@ -7,7 +7,7 @@ Each is a subclass that is set as ``__class__``: Parameters, their names and the
 * ``"fake_quantize"``: weights and inputs rounded to integers, ranges still updated;
 * ``"frozen"``: the same with fixed ranges.
 
-Weights are symmetric, with scales from their own largest magnitude; inputs (and outputs, if an addition or another
+Weights are symmetric, with scales from the weights themselves; inputs (and outputs, if an addition or another
 float operation follows a convolution) are affine, with one scale per tensor.
 
 A weight that another module reads (``hidden @ table.weight.T``) is rounded there too: the file holds it once.
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from lightning_optim.checkpoint import layer_class
 from lightning_optim.functional.fake_quantize import (
+    dynamic_fake_quantize,
     fake_quantize,
     fake_quantize_weight,
     integer_range,
@@ -59,6 +60,7 @@ ATTRIBUTES = (
     "weight_bits",
     "weight_granularity",
     "activation_bits",
+    "activation_ranges",
     "observer",
     "quantization_phase",
     "quantizes_output",
@@ -104,6 +106,7 @@ class QuantizedLayer(nn.Module):
         weight_bits: 2 to 8; None for a layer without a weight of its own to quantize (BatchNorm).
         weight_granularity: What shares a scale.
         activation_bits: Bits of input and output; None keeps them float.
+        activation_ranges: "static": observed ranges; "dynamic": the range of each call's own input.
         observer: Name in ``OBSERVERS``.
         quantization_phase: Phase of weight and input.
         quantizes_output: Whether the output is quantized too.
@@ -120,6 +123,7 @@ class QuantizedLayer(nn.Module):
     quantizes_output: bool
     output_relu: bool
     output_phase: str
+    activation_ranges = "static"  # of files written before it could be another
     observing = False
     seen_input: Tensor | None = None
     seen_output: Tensor | None = None
@@ -172,7 +176,11 @@ class QuantizedLayer(nn.Module):
 
     def quantized_input(self, x: Tensor) -> Tensor:
         """Return the input, rounded or not by phase; record it if it is observed."""
-        return x if self.activation_bits is None else self._pass("input", self.quantization_phase, x)
+        if self.activation_bits is None:
+            return x
+        if self.activation_ranges == "dynamic":
+            return dynamically_rounded(x) if self.quantization_phase in ("fake_quantize", "frozen") else x
+        return self._pass("input", self.quantization_phase, x)
 
     def quantized_output(self, x: Tensor) -> Tensor:
         """Return the output, rounded or not by phase; record it if it is observed."""
@@ -215,6 +223,14 @@ def _on_part(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     if not is_dtensor(x):
         return function(x)
     return wrap_like(function(x.to_local()), x)
+
+
+def dynamically_rounded(x: Tensor) -> Tensor:
+    """Round an input to 8 bits with its own range: that of the whole, where ranks hold parts of it."""
+    if not is_dtensor(x):
+        return dynamic_fake_quantize(x)
+    extremes = full(x.detach()).float().aminmax()
+    return _on_part(lambda part: dynamic_fake_quantize(part, extremes), x)
 
 
 def _rounded_weight(weight: Tensor, bits: int, granularity: str) -> Tensor:

@@ -36,7 +36,7 @@ def find_outputs(
         return {}
     dot = f"{called_name}." if called_name else ""
     inside = {name.removeprefix(dot): layer for name, layer in layers.items() if name.startswith(dot)}
-    readers = {name for name, layer in inside.items() if layer.activation_bits is not None}
+    readers = {name for name, layer in inside.items() if "input" in layer.watched}
     convolutions = {name for name in readers if isinstance(inside[name], CONVOLUTIONS)}
     outputs = read_graph(called, inputs, convolutions, readers).outputs
     for name in outputs:

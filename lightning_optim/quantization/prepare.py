@@ -30,6 +30,7 @@ __all__ = [
     "set_phases",
 ]
 
+ACTIVATION_RANGES = ("static", "dynamic")
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _FROM: dict[type[nn.Module], type[nn.Module]] = {
     **{cls: cls for cls in QUANTIZED if cls not in _BATCH_NORMS},
@@ -54,6 +55,7 @@ class QuantizationScheme:
         activation_bits: 2 to 8, or None: weights only.
         weight_granularity: "per_channel", "per_tensor" or "per_group:32".
         observer: Name in ``functional.observers.OBSERVERS``.
+        activation_ranges: "static": observed; "dynamic": each call's own, for Linear layers.
         bits: Weight bits by pattern; the first match counts.
     """
 
@@ -62,6 +64,7 @@ class QuantizationScheme:
     weight_granularity: str = "per_channel"
     observer: str = "moving_average"
     bits: Mapping[Pattern, int] = field(default_factory=dict)
+    activation_ranges: str = "static"
 
     def __post_init__(self) -> None:
         _check_bits("weight_bits", self.weight_bits)
@@ -79,6 +82,36 @@ class QuantizationScheme:
                 f"{self.observer!r}. Register your own with @OBSERVERS.register('name')."
             )
         OBSERVERS.resolve(self.observer)
+        if self.activation_ranges not in ACTIVATION_RANGES:
+            raise ValueError(
+                f"`activation_ranges` must be one of {', '.join(map(repr, ACTIVATION_RANGES))}, got "
+                f"{self.activation_ranges!r}."
+            )
+        if self.activation_ranges == "dynamic":
+            self._check_dynamic()
+
+    def _check_dynamic(self) -> None:
+        """Raise if an argument has no meaning where each call's own range is used."""
+        dynamic = '`activation_ranges="dynamic"`'
+        if self.activation_bits is None:
+            raise ValueError(f"{dynamic} needs `activation_bits=8`; with None activations are float and have no range.")
+        if self.activation_bits != 8:
+            raise ValueError(
+                f"{dynamic} rounds inputs to 8 bits, as engines do, got activation_bits={self.activation_bits!r}."
+            )
+        if self.weight_granularity.startswith("per_group"):
+            raise ValueError(
+                f"{dynamic} multiplies integers with one scale per output, got weight_granularity="
+                f"{self.weight_granularity!r}. For groups pass activation_bits=None: engines that multiply groups "
+                "round the inputs themselves."
+            )
+        if self.observer != QuantizationScheme.observer:
+            raise ValueError(f"{dynamic} observes nothing, got observer={self.observer!r}. Leave it out.")
+
+    @property
+    def observes(self) -> bool:
+        """Whether ranges of activations are observed."""
+        return self.activation_bits is not None and self.activation_ranges == "static"
 
     def bits_of(self, name: str, layer: nn.Module, prefix: str) -> int:
         """Return the weight bits of a layer."""
@@ -318,7 +351,9 @@ def _swap(root: nn.Module, name: str, scheme: QuantizationScheme, prefix: str) -
     layer.weight_bits = scheme.bits_of(name, layer, prefix) if has_weight else None
     layer.weight_granularity = scheme.weight_granularity
     bits_before = getattr(layer, "activation_bits", scheme.activation_bits)
-    layer.activation_bits = None if isinstance(layer, (*EMBEDDINGS, Experts)) else scheme.activation_bits
+    without = (*EMBEDDINGS, Experts) if scheme.observes else (*EMBEDDINGS, Experts, *CONVOLUTIONS, *_BATCH_NORMS)
+    layer.activation_bits = None if isinstance(layer, without) else scheme.activation_bits
+    layer.activation_ranges = "static" if layer.activation_bits is None else scheme.activation_ranges
     if layer.activation_bits not in (None, bits_before):
         write_scales([layer.state_of(which) for which in layer.watched], layer)
     _watch_anew(layer, scheme, has_weight)
@@ -333,7 +368,7 @@ def _watch_anew(layer: QuantizedLayer, scheme: QuantizationScheme, has_weight: b
             layer.quantization_phase = layer.output_phase = "off"
         for which in layer.watched:
             layer.watch(which)
-    if layer.activation_bits is None:
+    if layer.activation_bits is None or layer.activation_ranges == "dynamic":
         layer.quantizes_output = False
         for name in [name for name in layer._buffers if name.startswith(("input_", "output_"))]:
             del layer._buffers[name]

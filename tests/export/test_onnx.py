@@ -96,10 +96,12 @@ OPTIONS = {
     "one scale": {"weight_granularity": "per_tensor"},
     "groups": {"weight_granularity": "per_group:5"},
     "weights only": {"activation_bits": None},
+    "dynamic": {"activation_ranges": "dynamic"},
 }
 
 
-DEFAULT = [("mlp", "4-bit activations"), ("mlp", "groups"), ("branches", "8 bits"), ("tied", "one scale")]
+DEFAULT = [("branches", "8 bits"), ("tied", "one scale")]
+DEFAULT += [("mlp", option) for option in ("4-bit activations", "groups", "dynamic")]
 EVERY = [(name, option) for name in ("mlp", "branches", "tied") for option in OPTIONS]
 
 
