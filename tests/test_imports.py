@@ -39,6 +39,7 @@ LAYERS = [
         "measure",
         "export",
         "checkpoint",
+        "layerwise",
         "target",
         "calls",
         "window",

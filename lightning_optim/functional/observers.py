@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_optim.functional.fake_quantize import integer_range
 from lightning_optim.registry import Registry
 
-__all__ = ["OBSERVERS", "Histogram", "MinMax", "MovingAverage", "Observer"]
+__all__ = ["OBSERVERS", "Histogram", "MinMax", "MovingAverage", "Observer", "Percentile"]
 
 
 class Observer:
@@ -143,10 +143,49 @@ class Histogram(Observer):
         return torch.stack([low for low, _ in ranges]), torch.stack([high for _, high in ranges])
 
 
+@OBSERVERS.register("percentile")
+class Percentile(Histogram):
+    """The range that holds 99.99 % of the magnitudes: outliers beyond are clipped, whatever the number of bits.
+
+    The percentile is that of the magnitudes of both signs and of zeros together, rounded up to the edge of a bin (4.4 %
+    at most), and no end lies beyond what was seen there. Costs what :class:`Histogram` costs to observe, and less to
+    find the range.
+
+    References:
+        Wu et al. 2020, "Integer Quantization for Deep Learning Inference: Principles and Empirical Evaluation",
+        section 4.1 (percentile calibration).
+    """
+
+    CLIPPED = 1e-4
+
+    @staticmethod
+    def range_of(statistic: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+        """Return the range in which all but ``CLIPPED`` of the counted magnitudes are."""
+        ends = [_percentile(counts, Percentile.CLIPPED) for counts in statistic]
+        return torch.stack([low for low, _ in ends]), torch.stack([high for _, high in ends])
+
+
+def _percentile(counts: Tensor, clipped: float) -> tuple[Tensor, Tensor]:
+    if torch.isnan(counts).any():
+        return counts.new_full((), -torch.inf), counts.new_full((), torch.inf)
+    _, edges = _bins(counts.device)
+    negative, positive = counts[:-1].view(2, -1)
+    beyond = (negative + positive).double().flip(0).cumsum(0).flip(0)  # magnitudes in a bin and in those above
+    inside = beyond > clipped * counts.double().sum()
+    bound = edges[inside.nonzero()[-1, 0]] if bool(inside.any()) else edges.new_zeros(())
+    low, high = (torch.minimum(bound, _outermost(side, edges)) for side in (negative, positive))
+    return -low, high
+
+
+def _bins(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the centres and upper edges of the bins of one sign, in float32."""
+    steps = torch.arange(Histogram.BINS, dtype=torch.float32, device=device)
+    centres, edges = ((steps + place) / Histogram.PER_OCTAVE - Histogram.OCTAVES // 2 for place in (0.5, 1))
+    return torch.exp2(centres), torch.exp2(edges)
+
+
 def _least_error(counts: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    steps = torch.arange(Histogram.BINS, dtype=torch.float32, device=counts.device)
-    centres = torch.exp2((steps + 0.5) / Histogram.PER_OCTAVE - Histogram.OCTAVES // 2)
-    edges = torch.exp2((steps + 1) / Histogram.PER_OCTAVE - Histogram.OCTAVES // 2)
+    centres, edges = _bins(counts.device)
     negative, positive = counts[:-1].view(2, -1)
     bounds = [_outermost(side, edges) for side in (negative, positive)]
     if torch.isnan(counts).any():

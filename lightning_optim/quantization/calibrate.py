@@ -11,6 +11,7 @@ from torch import nn
 
 from lightning_optim.calls import batch_calls, batch_count, try_batch
 from lightning_optim.checkpoint import conform, plain_plan
+from lightning_optim.functional.rounding import Rounding
 from lightning_optim.modules import evaluating, without_fast_path
 from lightning_optim.quantization.coverage import coverage_table
 from lightning_optim.quantization.layers import QuantizedLayer
@@ -24,6 +25,7 @@ from lightning_optim.quantization.prepare import (
     set_phase,
 )
 from lightning_optim.quantization.ranges import fold_ranges, observing, settle_ranges
+from lightning_optim.quantization.rounding import Settled, check_method, needs_inputs, settle_weights
 from lightning_optim.target import ForwardInputs, Pattern, find_target
 
 __all__ = ["quantize_post_training"]
@@ -40,6 +42,7 @@ def quantize_post_training(
     activation_ranges: str = "static",
     weight_granularity: str = "per_channel",
     observer: str = "moving_average",
+    method: str | Mapping[str, Any] | Rounding = "round",
     bits: Mapping[Pattern, int] | None = None,
     module: str | None = None,
     include: Sequence[Pattern] | None = None,
@@ -64,7 +67,14 @@ def quantize_post_training(
         activation_ranges: "static": one range per tensor, from the batches; "dynamic": each call's own range, for the
             inputs of Linear layers (those of convolutions stay float). A language model needs the latter, or None.
         weight_granularity: What shares a scale: "per_channel", "per_tensor", "per_group:32".
-        observer: "moving_average", "min_max" or "histogram"; with few batches the first is the mean of their extremes.
+        observer: "moving_average", "min_max", "percentile" or "histogram"; with few batches the first is the mean of
+            their extremes.
+        method: How weights become integers: a name in ``functional.rounding.ROUNDINGS``, ``{name: arguments}``, or a
+            callable ``(weight, stats, bits, granularity) -> weight``. "round": each to the nearest. "gptq": one input
+            after the other, and the weights that are not rounded yet make up for the error so far; layer by layer, each
+            by what it receives from those before it, rounded. It needs data also for weights alone, goes through the
+            batches several times (they are held in memory), and pays below 8 bits. Tables, experts, weights that
+            several layers share and convolutions with groups are rounded to the nearest, as the log says.
         bits: Weight bits by pattern; the first match counts.
         module: Dotted name of the part to quantize; default the whole model.
         include: Exactly the layers to quantize: names, glob patterns, layer classes.
@@ -78,41 +88,47 @@ def quantize_post_training(
         loads with :func:`lightning_optim.load_from_checkpoint`.
 
     Raises:
-        ValueError: If nothing is selected, activations are quantized without data, or forward fails with the arguments
-            taken from a batch.
+        ValueError: If nothing is selected, data is missing (for activations, or for a ``method`` that reads inputs), or
+            forward fails with the arguments taken from a batch.
         RuntimeError: If a selected layer is never called, or activations are not finite. The model is then unchanged.
     """
     scheme = QuantizationScheme(
         weight_bits, activation_bits, weight_granularity, observer, dict(bits or {}), activation_ranges
     )
+    rounding = check_method(method)
     prefix, target = find_target(model, module)
     selection = select_layers(target, prefix, include=include, exclude=exclude, root=model)
     scheme.check_patterns(selection.chosen, prefix)
     before = plain_plan(model)
     ranges = {name: buffer.clone() for name, buffer in _range_buffers(model).items()}
+    settled = Settled()
     try:
         if not scheme.observes:
             drop_outputs(model, selection.chosen)
         prepare(model, selection.chosen, scheme, prefix)
         layers = {name: layer for name, layer in quantized_layers(target, prefix).items() if name in selection.chosen}
-        if any(layer.watched for layer in layers.values()):
-            calls = _calls(model, dataloader, inputs, batches)
-            first = next(calls, None)
-            if first is None:
-                raise ValueError("the dataloader has no batch to take ranges from.")
-            with evaluating(model), without_fast_path():
-                try_batch(model, first, inputs)
+        watched = any(layer.watched for layer in layers.values())
+        calls: list[ForwardInputs] | Iterator[ForwardInputs] = iter(())
+        if watched or needs_inputs(rounding):
+            calls, first = _calls(model, dataloader, inputs, batches, watched)
+        if needs_inputs(rounding):
+            calls = list(calls)
+        settle_weights(model, layers, rounding, calls, settled, shown=progress_bar)
+        if watched:
             outputs = _outputs(model, first, layers)
             prepare(model, (), scheme, prefix, outputs)
             layers = {n: layer for n, layer in quantized_layers(model).items() if n in layers or n in outputs}
-            _calibrate(model, chain([first], calls), layers, total=batch_count(dataloader, batches), shown=progress_bar)
+            _calibrate(model, calls, layers, total=batch_count(dataloader, batches), shown=progress_bar)
         set_phase(model, layers, "frozen")
     except BaseException:
         conform(model, before)
+        settled.undo(model)
         for name, buffer in _range_buffers(model).items():
             buffer.copy_(ranges[name])
         raise
     rank_zero_info(coverage_table("post-training quantization", layers, selection.left_out))
+    if str(settled):
+        rank_zero_info(str(settled))
     return model
 
 
@@ -138,14 +154,27 @@ def _outputs(model: nn.Module, inputs: ForwardInputs, layers: Mapping[str, Quant
 
 
 def _calls(
-    model: nn.Module, dataloader: Iterable[Any] | None, inputs: Callable[[Any], Any] | None, batches: int | None
-) -> Iterator[ForwardInputs]:
+    model: nn.Module,
+    dataloader: Iterable[Any] | None,
+    inputs: Callable[[Any], Any] | None,
+    batches: int | None,
+    watched: bool,
+) -> tuple[Iterator[ForwardInputs], ForwardInputs]:
+    """Return what forward receives of each batch, and of the first, with which it is tried."""
     if dataloader is None:
         raise ValueError(
-            'ranges of activations need data: pass a dataloader, activation_ranges="dynamic" for the range '
-            "of each call, or activation_bits=None to quantize weights only."
+            'ranges of activations need data: pass a dataloader, activation_ranges="dynamic" for the range of each '
+            "call, or activation_bits=None to quantize weights only."
+            if watched
+            else "this `method` reads the inputs of the layers: pass a dataloader, or method='round'."
         )
-    return batch_calls(model, dataloader, inputs, batches)
+    calls = batch_calls(model, dataloader, inputs, batches)
+    first = next(calls, None)
+    if first is None:
+        raise ValueError("the dataloader has no batch to take ranges or inputs from.")
+    with evaluating(model), without_fast_path():
+        try_batch(model, first, inputs)
+    return chain([first], calls), first
 
 
 def _calibrate(

@@ -12,7 +12,7 @@ from lightning_optim.modules import TRANSPOSED, Conv1D, Experts
 from lightning_optim.patterns import Pattern, first_match
 from lightning_optim.target import Selection, Weight, select_weights
 
-__all__ = ["check_weights", "select", "without_misfits"]
+__all__ = ["check_weights", "problem_of", "select", "without_misfits"]
 
 
 def select(
@@ -94,7 +94,7 @@ def check_weights(selection: Selection) -> None:
             "Name what to prune with include=[...]."
         )
     for name, weight in selection.chosen.items():
-        problem = _problem(weight.parameter)
+        problem = problem_of(weight.parameter)
         if problem:
             layer = name.rpartition(".")[0]
             raise MisconfigurationException(
@@ -102,7 +102,8 @@ def check_weights(selection: Selection) -> None:
             )
 
 
-def _problem(parameter: Tensor) -> str | None:
+def problem_of(parameter: Tensor) -> str | None:
+    """Return what a parameter is that cannot be pruned; None if it can."""
     if isinstance(parameter, UninitializedTensorMixin):
         return "lazy (not initialised); run one forward pass before fit"
     if parameter.layout != torch.strided:

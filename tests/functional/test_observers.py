@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_optim.functional.fake_quantize import affine_parameters, fake_quantize, integer_range
-from lightning_optim.functional.observers import OBSERVERS, Histogram, MinMax, MovingAverage
+from lightning_optim.functional.observers import OBSERVERS, Histogram, MinMax, MovingAverage, Percentile
 
 
 def observed(observer, batches, bits=8):
@@ -88,3 +88,24 @@ def test_the_histogram_knows_zeros_and_magnitudes_far_apart():
         low, high = observed(Histogram, [size * batch(6)])
         assert low == pytest.approx(size * float(batch(6).min()), rel=0.5)
         assert high == pytest.approx(size * float(batch(6).max()), rel=0.5)
+
+
+def test_the_percentile_clips_what_is_rarer_than_a_ten_thousandth():
+    """Of 20,000 values two may be clipped: the third largest magnitude is the end, on whichever side it is."""
+    x = torch.rand(20_000, generator=torch.Generator().manual_seed(0)) - 0.5
+    x[:3] = torch.tensor([100.0, -50.0, 8.0])
+    low, high = observed(Percentile, [x[:10_000], x[10_000:]])
+    assert 8.0 <= high <= 8.0 * 2 ** (1 / 16)
+    assert low == -high
+    x[3] = 30.0  # of four outliers two stay inside
+    low, high = observed(Percentile, [x])
+    assert 30.0 <= high <= 30.0 * 2 ** (1 / 16)
+    assert observed(Percentile, [torch.zeros(5)]) == (0.0, 0.0)
+
+
+def test_the_percentile_counts_the_zeros_behind_a_relu():
+    x = torch.zeros(100_000)
+    x[:20] = torch.arange(1.0, 21.0)
+    low, high = observed(Percentile, [x])
+    assert low == 0.0
+    assert 10.0 <= high <= 10.0 * 2 ** (1 / 16)
