@@ -168,7 +168,7 @@ def test_resumed_at_every_epoch_equals_uninterrupted(tmp_path, make, model):
     cells(
         list(CALLBACKS),
         [True, False],
-        quick=[*((name, True) for name in WITH_A_STATE), *((name, False) for name in ALONE_AND_TOGETHER)],
+        quick=[*((name, True) for name in WITH_A_STATE), ("all", False)],
     ),
 )
 def test_resumed_at_every_step_equals_uninterrupted(tmp_path, name, first):
