@@ -26,6 +26,8 @@ from lightning_optim.quantization.prepare import (
 )
 from lightning_optim.quantization.ranges import fold_ranges, observing, settle_ranges
 from lightning_optim.quantization.rounding import Settled, check_method, needs_inputs, settle_weights
+from lightning_optim.quantization.smoothing import Smoothed, smooth_inputs, undo_smoothing
+from lightning_optim.tables import by_reason
 from lightning_optim.target import ForwardInputs, Pattern, find_target
 
 __all__ = ["quantize_post_training"]
@@ -43,6 +45,7 @@ def quantize_post_training(
     weight_granularity: str = "per_channel",
     observer: str = "moving_average",
     method: str | Mapping[str, Any] | Rounding = "round",
+    smooth: bool | float = False,
     bits: Mapping[Pattern, int] | None = None,
     module: str | None = None,
     include: Sequence[Pattern] | None = None,
@@ -75,6 +78,10 @@ def quantize_post_training(
             by what it receives from those before it, rounded. It needs data also for weights alone, goes through the
             batches several times (they are held in memory), and pays below 8 bits. Tables, experts, weights that
             several layers share and convolutions with groups are rounded to the nearest, as the log says.
+        smooth: Whether scale is moved from the inputs of Linear layers into their weights first, channel by channel, so
+            that a few large channels do not take the range of all (SmoothQuant, Xiao et al. 2022): by the norm or
+            Linear that makes the inputs, where the model's float answers stay the same bit for bit. True is 0.5; a
+            number in (0, 1) is the part that moves. The weights of the model change, its float answers do not.
         bits: Weight bits by pattern; the first match counts.
         module: Dotted name of the part to quantize; default the whole model.
         include: Exactly the layers to quantize: names, glob patterns, layer classes.
@@ -92,6 +99,7 @@ def quantize_post_training(
             forward fails with the arguments taken from a batch.
         RuntimeError: If a selected layer is never called, or activations are not finite. The model is then unchanged.
     """
+    alpha = _check_smooth(smooth, activation_bits)
     scheme = QuantizationScheme(
         weight_bits, activation_bits, weight_granularity, observer, dict(bits or {}), activation_ranges
     )
@@ -101,20 +109,25 @@ def quantize_post_training(
     scheme.check_patterns(selection.chosen, prefix)
     before = plain_plan(model)
     ranges = {name: buffer.clone() for name, buffer in _range_buffers(model).items()}
-    settled = Settled()
+    settled, moved = Settled(), list[Smoothed]()
+    calls: list[ForwardInputs] | Iterator[ForwardInputs] = iter(())
+    first: ForwardInputs | None = None
     try:
+        if alpha is not None:
+            calls, first = _calls(model, dataloader, inputs, batches, "`smooth` reads")
+            calls = list(calls)
+            moved += smooth_inputs(model, calls, {name: model.get_submodule(name) for name in selection.chosen}, alpha)
         if not scheme.observes:
             drop_outputs(model, selection.chosen)
         prepare(model, selection.chosen, scheme, prefix)
         layers = {name: layer for name, layer in quantized_layers(target, prefix).items() if name in selection.chosen}
         watched = any(layer.watched for layer in layers.values())
-        calls: list[ForwardInputs] | Iterator[ForwardInputs] = iter(())
-        if watched or needs_inputs(rounding):
-            calls, first = _calls(model, dataloader, inputs, batches, watched)
+        if first is None and (watched or needs_inputs(rounding)):
+            calls, first = _calls(model, dataloader, inputs, batches, "" if watched else "this `method` reads")
         if needs_inputs(rounding):
             calls = list(calls)
         settle_weights(model, layers, rounding, calls, settled, shown=progress_bar)
-        if watched:
+        if watched and first is not None:
             outputs = _outputs(model, first, layers)
             prepare(model, (), scheme, prefix, outputs)
             layers = {n: layer for n, layer in quantized_layers(model).items() if n in layers or n in outputs}
@@ -123,13 +136,43 @@ def quantize_post_training(
     except BaseException:
         conform(model, before)
         settled.undo(model)
+        undo_smoothing(model, moved)
         for name, buffer in _range_buffers(model).items():
             buffer.copy_(ranges[name])
         raise
     rank_zero_info(coverage_table("post-training quantization", layers, selection.left_out))
     if str(settled):
         rank_zero_info(str(settled))
+    if alpha is not None:
+        _say_moved(moved)
     return model
+
+
+def _check_smooth(smooth: bool | float, activation_bits: int | None) -> float | None:
+    """Return how much scale moves; None: nothing."""
+    if smooth is False:
+        return None
+    alpha = 0.5 if smooth is True else smooth
+    if not isinstance(alpha, float) or not 0.0 < alpha < 1.0:
+        raise ValueError(f"`smooth` must be False, True or a number between 0 and 1, got {smooth!r}.")
+    if activation_bits is None:
+        raise ValueError(
+            "`smooth` moves the scale of activations that are rounded, and with activation_bits=None they stay float. "
+            "Leave one of the two out."
+        )
+    return alpha
+
+
+def _say_moved(moved: Sequence[Smoothed]) -> None:
+    if not moved:
+        rank_zero_warn(
+            "smooth: nothing was moved. No norm or Linear makes the inputs of a rounded Linear so that dividing its "
+            "channels leaves the answers as they are."
+        )
+        return
+    ((makers, _),) = by_reason(dict.fromkeys((one.maker for one in moved), ""))
+    readers = sum(len(one.readers) for one in moved)
+    rank_zero_info(f"smooth: scale moved into the weights of {readers} layers, from what {makers} make.")
 
 
 def _range_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -158,15 +201,15 @@ def _calls(
     dataloader: Iterable[Any] | None,
     inputs: Callable[[Any], Any] | None,
     batches: int | None,
-    watched: bool,
+    reader: str,
 ) -> tuple[Iterator[ForwardInputs], ForwardInputs]:
     """Return what forward receives of each batch, and of the first, with which it is tried."""
     if dataloader is None:
         raise ValueError(
             'ranges of activations need data: pass a dataloader, activation_ranges="dynamic" for the range of each '
             "call, or activation_bits=None to quantize weights only."
-            if watched
-            else "this `method` reads the inputs of the layers: pass a dataloader, or method='round'."
+            if not reader
+            else f"{reader} the inputs of the layers: pass a dataloader, or leave it out."
         )
     calls = batch_calls(model, dataloader, inputs, batches)
     first = next(calls, None)

@@ -23,7 +23,7 @@ from lightning_optim.modules import LINEARS, Conv1D, evaluating, without_fast_pa
 from lightning_optim.outputs import output_tensors
 from lightning_optim.target import ForwardInputs
 
-__all__ = ["Smoothed", "smooth_inputs"]
+__all__ = ["Smoothed", "smooth_inputs", "undo_smoothing"]
 
 _NEAREST = 3
 """Layers before a Linear that are tried as the one that makes its inputs, the nearest first."""
@@ -42,6 +42,14 @@ class Smoothed:
     maker: str
     readers: tuple[str, ...]
     scales: Tensor
+
+
+def undo_smoothing(model: nn.Module, moved: Iterable[Smoothed]) -> None:
+    """Move the scales back; they are powers of two, so the weights are what they were."""
+    for one in moved:
+        group = _Group({name: model.get_submodule(name) for name in one.readers}, {})
+        with torch.no_grad():
+            _scale(group, model.get_submodule(one.maker), one.scales.reciprocal())
 
 
 @dataclass(eq=False)

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from lightning_optim import quantize_post_training
 from lightning_optim.functional.smoothing import smoothing_scales
 from lightning_optim.modules import LINEARS
 from lightning_optim.quantization.smoothing import smooth_inputs
@@ -153,3 +154,49 @@ def test_models_of_others(name):
         "OPT": ("self_attn_layer_norm", "final_layer_norm", "v_proj", "fc1"),
     }[name]
     assert all(part in makers for part in wanted), makers
+
+
+def error(model, dense, batches):
+    with torch.no_grad():
+        return float(sum((model(batch) - dense(batch)).square().mean() for batch in batches))
+
+
+def test_outliers_cost_less_where_their_scale_moved():
+    """The same quantization with and without; weights alone lose least, since no activation is rounded."""
+    batches, errors = list(torch.randn(8, 32, WIDTH)), {}
+    for name, options in {"static": {}, "smooth": {"smooth": True}, "weights": {"activation_bits": None}}.items():
+        model = stack()
+        quantize_post_training(model, batches, progress_bar=False, **options)
+        errors[name] = error(model, stack(), batches)
+    assert errors["smooth"] < 0.1 * errors["static"]
+    assert errors["smooth"] < 20 * errors["weights"]
+
+
+def test_a_run_that_fails_leaves_the_weights_as_they_were():
+    model, batches = stack(), [torch.randn(4, WIDTH), torch.full((4, WIDTH), torch.nan)]
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(RuntimeError, match="finite"):
+        quantize_post_training(model, batches, smooth=True, progress_bar=False)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ({"smooth": 1}, "`smooth` must be False, True or a number between 0 and 1, got 1"),
+        ({"smooth": 1.0}, "`smooth` must be False, True or a number between 0 and 1, got 1.0"),
+        ({"smooth": 0.0}, "`smooth` must be False, True or a number between 0 and 1, got 0.0"),
+        ({"smooth": "yes"}, "`smooth` must be False, True or a number between 0 and 1, got 'yes'"),
+        ({"smooth": True, "activation_bits": None}, "with activation_bits=None they stay float"),
+    ],
+)
+def test_what_cannot_be_smoothed_says_so(words, message):
+    with pytest.raises(ValueError, match=message):
+        quantize_post_training(stack(), [torch.ones(2, WIDTH)], **words)
+
+
+def test_smooth_needs_data_and_says_if_nothing_moved():
+    with pytest.raises(ValueError, match="`smooth` reads the inputs of the layers: pass a dataloader, or leave it out"):
+        quantize_post_training(stack(), smooth=True)
+    with pytest.warns(UserWarning, match="smooth: nothing was moved"):
+        quantize_post_training(nn.Sequential(nn.Linear(4, 4)), [torch.ones(2, 4)], smooth=True, progress_bar=False)
