@@ -1,7 +1,7 @@
 """Roundings: how a trained weight becomes integers.
 
-A rounding is a function ``rounding(weight, stats, bits, granularity) -> weight``. What it returns takes the place of the
-weight, and the layer rounds that to the nearest as any other: a file needs no more than the weight.
+A rounding is a function ``rounding(weight, stats, bits, granularity) -> weight``. What it returns takes the place of
+the weight, and the layer rounds that to the nearest as any other: a file needs no more than the weight.
 """
 
 from collections.abc import Callable

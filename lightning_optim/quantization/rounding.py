@@ -145,7 +145,7 @@ def _settle(
     """Round a matrix ``[out, in, ...]`` in place; returns its errors where the inputs' second moments are known."""
     bits, granularity = layer.weight_bits or 8, layer.weight_granularity
     try:
-        chosen = rounding(matrix.detach(), Statistics(**statistics), bits, granularity)
+        chosen = rounding(matrix.detach(), Statistics(generator=None, **statistics), bits, granularity)
     except ValueError as error:
         raise ValueError(f"{name} cannot be rounded: {error}") from error
     if chosen.shape != matrix.shape or not is_settled(chosen, bits, granularity):
