@@ -150,9 +150,8 @@ def _settle(
         raise ValueError(f"{name} cannot be rounded: {error}") from error
     if chosen.shape != matrix.shape or not is_settled(chosen, bits, granularity):
         raise ValueError(
-            f"the rounding of {name} must return integers times scales in the shape {tuple(matrix.shape)}, where the "
-            f"largest magnitude of a scale is the largest integer of {bits} bits times it: layers find the scales in "
-            "what it returns."
+            f"the rounding of {name} must return integers times scales in the shape {tuple(matrix.shape)}, with the "
+            f"largest integer of {bits} bits for each scale: layers find the scales in what it returns."
         )
     moment = statistics.get("input_second_moment")
     errors = None
