@@ -1,7 +1,7 @@
 """Roundings: how a trained weight becomes integers.
 
-A rounding is a function ``rounding(weight, stats, bits, granularity) -> weight``. What it returns takes the place of the
-weight, and the layer rounds that to the nearest as any other: a file needs no more than the weight.
+A rounding is a function ``rounding(weight, stats, bits, granularity) -> weight``. What it returns takes the place of
+the weight, and the layer rounds that to the nearest as any other: a file needs no more than the weight.
 """
 
 from collections.abc import Callable
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_optim.functional.criteria import Statistics
-from lightning_optim.functional.fake_quantize import fake_quantize_weight, symmetric_scale
+from lightning_optim.functional.fake_quantize import fake_quantize_weight, weight_scale
 from lightning_optim.functional.second_order import round_columns
 from lightning_optim.registry import Registry
 
@@ -54,7 +54,7 @@ def gptq(
         activation_order: Round inputs in the order of their energy, largest first; helps where few inputs carry most.
 
     Returns:
-        Integers times scales, in the shape and dtype of ``weight``; each scale's largest weight stays as it is.
+        Integers times scales, in the shape and dtype of ``weight``; the largest of each scale's is the largest integer.
 
     Raises:
         TypeError: If ``damping`` is no number.
@@ -84,5 +84,5 @@ def is_settled(weight: Tensor, bits: int, granularity: str) -> bool:
         granularity: What shares a scale.
     """
     weight = weight.detach()
-    step = float(symmetric_scale(weight, bits, granularity).amax())
+    step = float(weight_scale(weight, bits, granularity).amax())
     return torch.allclose(fake_quantize_weight(weight, bits, granularity), weight, rtol=0.01, atol=1e-3 * step)

@@ -12,7 +12,8 @@ from math import floor
 import torch
 from torch import Tensor
 
-from lightning_optim.functional.fake_quantize import SMALLEST_SCALE, grouped, integer_range, parse_weight_granularity
+from lightning_optim.functional.fake_quantize import grouped, integer_range, parse_weight_granularity, weight_scale
+from lightning_optim.functional.group_scales import to_float16
 
 __all__ = ["BLOCK", "inverse_factor", "output_error", "prune_columns", "round_columns", "settle_columns"]
 
@@ -101,10 +102,10 @@ def round_columns(
 ) -> Tensor:
     """Round a weight so that the error of the layer's outputs, rather than that of each weight, is small.
 
-    A scale is the largest magnitude of what shares it over the largest integer, as
-    :func:`~lightning_optim.functional.fake_quantize.symmetric_scale` finds it: of the weight as it is, or for groups of
-    the group's columns when the first of them is reached. The weight that has it keeps its value, and none exceeds it,
-    so that the scales and integers are found again in what is returned. Zeros stay zero: they may be a mask's.
+    Scales are those of :func:`~lightning_optim.functional.fake_quantize.weight_scale`: of the weight as it is, or for
+    groups of the group's columns when the first of them is reached. The largest weight of a scale gets the largest
+    integer, whatever is made up for by then, so that scales and integers are found again in what is returned. Zeros
+    stay zero: they may be a mask's.
 
     Args:
         weight: ``[out, n]``, or ``[out, in, ...]`` with n inputs of a row in all; any float dtype.
@@ -137,32 +138,45 @@ def round_columns(
 
 
 class _Grid:
-    """The values that a column may take: integers times scales, where the largest of a scale's weights stays."""
+    """The values that a column may take: integers times scales, where the largest weight of a scale stays largest."""
 
     def __init__(self, rows: Tensor, bits: int, granularity: str, order: Tensor | None) -> None:
         self.top = integer_range(bits, symmetric=True)[1]
         self.size = parse_weight_granularity(granularity)[1] or rows.shape[1]
+        self._bits, self._granularity = bits, granularity
         self._kept = rows != 0
         self._dtype = rows.dtype
         self._order = order
         self._dynamic = self.size < rows.shape[1] and order is None
-        groups = grouped(rows, granularity)
-        self._largest = groups.abs().amax(2)
-        self._place = groups.abs().argmax(2)
+        magnitudes = grouped(rows, granularity).abs()
+        self._place = magnitudes.argmax(2)
         if granularity == "per_tensor":
-            place = int(self._largest.argmax())
-            self._place[torch.arange(len(rows), device=rows.device) != place] = -1
-            self._largest = self._largest.amax().expand_as(self._largest)
+            first = magnitudes.amax((1, 2)).argmax()
+            self._place[torch.arange(len(rows), device=rows.device) != first] = -1
+        self._scale, self._largest = (each.expand_as(self._place).clone() for each in self._scales(rows))
+
+    def _scales(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the scales of rows, float32 ``[rows, groups]``, and the values of their largest integers.
+
+        Those values are numbers of the weight's dtype from which the same scales are found again.
+        """
+        scale = weight_scale(rows, self._bits, self._granularity)[..., 0]
+        if not self._granularity.startswith("per_group"):
+            magnitudes = grouped(rows, self._granularity).abs()
+            shared = (0, 1, 2) if self._granularity == "per_tensor" else (2,)
+            return scale, magnitudes.float().amax(shared, keepdim=True)[..., 0]
+        largest = (scale * self.top).to(self._dtype).float()
+        return to_float16(largest / self.top), largest
 
     def settle(self, number: int, block: Tensor) -> Tensor:
         column = number if self._order is None else int(self._order[number])
         group, place = divmod(column, self.size)
         if self._dynamic and place == 0:
-            now = (block[:, : self.size] * self._kept[:, column : column + self.size]).abs()
-            self._largest[:, group] = now.amax(1).to(self._dtype)
-            self._place[:, group] = now.argmax(1)
-        largest = self._largest[:, group].float()
-        scale = (largest.clamp_min(SMALLEST_SCALE) / self.top).to(block.dtype)
+            now = block[:, : self.size] * self._kept[:, column : column + self.size]
+            scale, largest = self._scales(now.float())
+            self._scale[:, group], self._largest[:, group] = scale[:, 0], largest[:, 0]
+            self._place[:, group] = now.abs().argmax(1)
+        largest, scale = (each[:, group].to(block.dtype) for each in (self._largest, self._scale))
         values = block[:, 0]
         integers = torch.div(values, scale).round_().clamp_(-self.top, self.top)
         ends = torch.where(values < 0, -self.top, self.top).to(integers.dtype)

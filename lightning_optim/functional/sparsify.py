@@ -1,7 +1,7 @@
 """Methods of pruning in one call that change the weights that stay, too.
 
-A method is a function ``method(weight, stats, sparsity, granularity) -> weight`` of a weight ``[out, in, ...]``. Criteria
-(:mod:`~lightning_optim.functional.criteria`) only say what leaves.
+A method is a function ``method(weight, stats, sparsity, granularity) -> weight`` of a weight ``[out, in, ...]``.
+Criteria (:mod:`~lightning_optim.functional.criteria`) only say what leaves.
 """
 
 import re
@@ -61,8 +61,8 @@ def sparsegpt(
     form = re.fullmatch(r"weight|(\d+):(\d+)(@unfold)?", str(granularity))
     if form is None:
         raise ValueError(
-            f"sparsegpt removes single weights ('weight') or n of each m ('2:4'), got granularity {str(granularity)!r}. "
-            "Pass one of these, or a criterion such as method='wanda'."
+            f"sparsegpt removes single weights ('weight') or n of each m ('2:4'), got granularity "
+            f"{str(granularity)!r}. Pass one of these, or a criterion such as method='wanda'."
         )
     keep = None if form.group(1) is None else (int(form.group(1)), int(form.group(2)))
     rows = weight.detach().reshape(len(weight), -1)

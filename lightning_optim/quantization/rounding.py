@@ -145,14 +145,13 @@ def _settle(
     """Round a matrix ``[out, in, ...]`` in place; returns its errors where the inputs' second moments are known."""
     bits, granularity = layer.weight_bits or 8, layer.weight_granularity
     try:
-        chosen = rounding(matrix.detach(), Statistics(**statistics), bits, granularity)
+        chosen = rounding(matrix.detach(), Statistics(generator=None, **statistics), bits, granularity)
     except ValueError as error:
         raise ValueError(f"{name} cannot be rounded: {error}") from error
     if chosen.shape != matrix.shape or not is_settled(chosen, bits, granularity):
         raise ValueError(
-            f"the rounding of {name} must return integers times scales in the shape {tuple(matrix.shape)}, where the "
-            f"largest magnitude of a scale is the largest integer of {bits} bits times it: layers find the scales in "
-            "what it returns."
+            f"the rounding of {name} must return integers times scales in the shape {tuple(matrix.shape)}, with the "
+            f"largest integer of {bits} bits for each scale: layers find the scales in what it returns."
         )
     moment = statistics.get("input_second_moment")
     errors = None

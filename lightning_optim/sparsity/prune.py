@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from lightning_optim.calls import batch_calls, try_batch
@@ -133,7 +134,10 @@ def prune_weights(
     rule = _Rule.of(method, kind)
     prefix, target = find_target(model, module)
     selection = _select(model, target, prefix, rule, asked, include, exclude)
-    goals = make_goals(selection.chosen, asked, scope="layer", initial={}, prefix=prefix)
+    try:
+        goals = make_goals(selection.chosen, asked, scope="layer", initial={}, prefix=prefix)
+    except MisconfigurationException as error:
+        raise ValueError(str(error)) from error
     fractions = {name: goal.final for goal in goals for name in goal.names}
     calls = _calls(model, dataloader, inputs, batches) if rule.needs else []
     before = {name: weight.parameter.detach().to("cpu", copy=True) for name, weight in selection.chosen.items()}
@@ -204,7 +208,7 @@ class _Rule:
         moment = statistics.get("input_second_moment")
         if self.sparsify is not None:
             matrix = weight.matrices(stored)[0]
-            pruned = self.sparsify(matrix, Statistics(**statistics), sparsity, self.granularity)
+            pruned = self.sparsify(matrix, Statistics(generator=None, **statistics), sparsity, self.granularity)
             error = None if moment is None else output_error(matrix, pruned, moment)
             matrix.copy_(pruned)
             return error
@@ -267,8 +271,8 @@ def _select(
     if not chosen:
         reasons = ", ".join(f"{names} ({reason})" for names, reason in by_reason(left_out)[:6])
         raise ValueError(
-            f"prune_weights selects no layer: left out are {reasons or 'none, the module has no parameters'}. Name what "
-            "to prune with include=[...]."
+            f"prune_weights selects no layer: left out are {reasons or 'none, the module has no parameters'}. Name "
+            "what to prune with include=[...]."
         )
     return Selection(chosen, left_out)
 

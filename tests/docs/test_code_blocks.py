@@ -30,7 +30,9 @@ from lightning_optim.functional.criteria import CRITERIA, STATISTICS
 from lightning_optim.functional.losses import FEATURE_LOSSES, LOSSES
 from lightning_optim.functional.observers import OBSERVERS
 from lightning_optim.functional.regularization import REGULARIZATIONS
+from lightning_optim.functional.rounding import ROUNDINGS
 from lightning_optim.functional.schedules import SCHEDULES
+from lightning_optim.functional.sparsify import SPARSIFIERS
 from lightning_optim.techniques import TECHNIQUES
 
 ROOT = Path(__file__).parents[2]
@@ -44,8 +46,10 @@ REGISTRIES = (
     LOSSES,
     OBSERVERS,
     REGULARIZATIONS,
+    ROUNDINGS,
     RUNTIMES,
     SCHEDULES,
+    SPARSIFIERS,
     STATISTICS,
 )
 MOST_EPOCHS = 4

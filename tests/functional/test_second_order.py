@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lightning_optim.functional.criteria import Statistics
-from lightning_optim.functional.fake_quantize import fake_quantize_weight, grouped, integer_range, symmetric_scale
+from lightning_optim.functional.fake_quantize import fake_quantize_weight, grouped, integer_range, weight_scale
+from lightning_optim.functional.group_scales import least_squares_scale
 from lightning_optim.functional.rounding import ROUNDINGS, is_settled
 from lightning_optim.functional.second_order import (
     inverse_factor,
@@ -76,8 +77,8 @@ def test_rounding_of_groups_takes_each_scale_when_its_group_is_reached():
 
         def settle(place, rest, inverse, state=state):
             if place % size == 0:
-                group = rest[:size].abs()
-                state.update(step=float(group.max()) / top, largest=place + int(group.argmax()))
+                step = float(least_squares_scale(rest[:size].float(), bits))
+                state.update(step=step, largest=place + int(rest[:size].abs().argmax()))
             if place == state["largest"]:
                 return rest[0].sign() * top * state["step"]
             return (rest[0] / state["step"]).round().clamp(-top, top) * state["step"]
@@ -94,7 +95,7 @@ def test_activation_order_settles_the_inputs_of_most_energy_first():
     found = round_columns(weight, x.T @ x, 3, "per_channel", activation_order=True)
     torch.testing.assert_close(found[:, order], straight)
     grouped_found = round_columns(weight, x.T @ x, 3, "per_group:4", activation_order=True)
-    assert torch.equal(symmetric_scale(grouped_found, 3, "per_group:4"), symmetric_scale(weight, 3, "per_group:4"))
+    assert torch.equal(weight_scale(grouped_found, 3, "per_group:4"), weight_scale(weight, 3, "per_group:4"))
 
 
 @pytest.mark.parametrize("keep", [None, (2, 4), (1, 4)])
@@ -147,13 +148,15 @@ def test_what_is_rounded_is_found_again(granularity, method, seed, bits, dtype):
     assert found.dtype == dtype
     assert (found[weight == 0] == 0).all()  # a mask's zeros stay
     assert is_settled(found, bits, granularity)
-    scale = symmetric_scale(found, bits, granularity)
+    scale = weight_scale(found, bits, granularity)
     quotients = grouped(found.float(), granularity) / scale
+    top = integer_range(bits, symmetric=True)[1]
+    assert float(quotients.abs().max()) == pytest.approx(top, rel=0.01)
     assert float((quotients - quotients.round()).abs().max()) < (1e-3 if dtype == torch.float32 else 0.45)
     again = fake_quantize_weight(found.float(), bits, granularity)
     assert torch.equal((grouped(again, granularity) / scale).round(), quotients.round())
     if not isinstance(method, dict) and not granularity.startswith("per_group"):
-        assert torch.equal(scale, symmetric_scale(weight, bits, granularity))
+        assert torch.equal(scale, weight_scale(weight, bits, granularity))
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)

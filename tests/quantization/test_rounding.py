@@ -15,7 +15,7 @@ from helpers.mixtures import Conv1D, Experts, as_linear
 from helpers.models import Classifier, assert_same_state, data, new, trainer, val_loader
 from helpers.pretrained import MODELS
 from lightning_optim import export_onnx, export_pretrained, layerwise, load_from_checkpoint, quantize_post_training
-from lightning_optim.functional.fake_quantize import fake_quantize_weight, grouped, symmetric_scale
+from lightning_optim.functional.fake_quantize import fake_quantize_weight, grouped, weight_scale
 from lightning_optim.functional.gptq import unpack_gptq
 from lightning_optim.functional.rounding import ROUNDINGS
 from lightning_optim.functional.second_order import round_columns
@@ -32,7 +32,7 @@ def integers_of(layer) -> torch.Tensor:
     """Integers of a quantized layer, ``[out, groups, size]``."""
     weight = layer.quantized_weight().detach()
     return (
-        grouped(weight, layer.weight_granularity) / symmetric_scale(weight, layer.weight_bits, layer.weight_granularity)
+        grouped(weight, layer.weight_granularity) / weight_scale(weight, layer.weight_bits, layer.weight_granularity)
     ).round()
 
 
@@ -270,7 +270,7 @@ def halves(weight, stats, bits, granularity):
 
 def floors(weight, stats, bits, granularity):
     """Toward zero, but for the largest."""
-    scale = symmetric_scale(weight, bits, granularity)
+    scale = weight_scale(weight, bits, granularity)
     return ((grouped(weight, granularity) / scale * (1 + 1e-6)).trunc() * scale).view_as(weight)
 
 
@@ -279,7 +279,7 @@ def test_a_rounding_of_ones_own():
     net, x = nn.Sequential(nn.Linear(8, 4)), [correlated(10, 8)]
     weight = net[0].weight.detach().clone()
     quantize_post_training(net, None, activation_bits=None, method=floors)
-    assert torch.equal(integers_of(net[0])[:, 0], (weight / symmetric_scale(weight)[:, 0] * (1 + 1e-6)).trunc())
+    assert torch.equal(integers_of(net[0])[:, 0], (weight / weight_scale(weight)[:, 0] * (1 + 1e-6)).trunc())
     with pytest.raises(ValueError, match="must return integers times scales"):
         weights_only(nn.Sequential(nn.Linear(8, 4)), x, method=halves)
 
