@@ -1,6 +1,5 @@
 """Converts a fake-quantized copy into a module that holds integers, which is then exported."""
 
-from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -9,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_optim._upstream import BatchNorm as _BatchNorm
+from lightning_optim.export.packed import PACKED_BITS, StoredBlocks, StoredRows, has_blocks
 from lightning_optim.export.stored import DynamicQuantizer, Quantizer, StoredBias, StoredWeight
 from lightning_optim.modules import EMBEDDINGS, LINEARS, expert_weights
 from lightning_optim.quantization.experts import QuantizedExperts, ReadExperts, as_rows, from_rows
@@ -96,7 +96,8 @@ class _IntegerProduct(_Integer):
     bias: Any
 
     def forward(self, input: Tensor) -> Tensor:
-        if input.ndim == 2 and isinstance(self.reads, DynamicQuantizer):
+        in_engine = isinstance(self.reads, DynamicQuantizer) or (self.stored is not None and self.stored.multiplies)
+        if in_engine and input.ndim == 2 and self.bias is not None:
             # ONNX Runtime would fuse a product of two dimensions and its bias into a float Gemm.
             return self.product(input.unsqueeze(0)).squeeze(0)
         return self.product(input)
@@ -105,10 +106,13 @@ class _IntegerProduct(_Integer):
         """Multiply with the stored weight, and add the bias."""
         assert self.stored is not None  # noqa: S101 - a Linear without rounded weight is not converted
         x = input if self.reads is None else self.reads(input)
+        if isinstance(self.stored, StoredBlocks | StoredRows):
+            y = self.stored.product(x)
+            return y if self.bias is None else y + self.bias
         if self.stored.grouped or self.reads is None:
             return F.linear(x, self.stored.matrix(), self.bias)
         # A weight shared with a table is stored as the table's rows: engines transpose it when the file is loaded.
-        y: Tensor = torch.matmul(x, self.stored() if self.stored.transposed else self.stored().t())
+        y = torch.matmul(x, self.stored() if self.stored.transposed else self.stored().t())
         if self.bias is None:
             return y
         # ONNX Runtime fuses a matrix product and an int32 bias into one integer Gemm; with more than two dimensions, it
@@ -231,9 +235,10 @@ class _Store:
     """The integers of each weight; a shared weight is stored once."""
 
     def __init__(self, module: nn.Module) -> None:
-        weights = [layer._parameters.get("weight") for layer in module.modules() if rounds(layer)]
-        counts = Counter(id(weight) for weight in weights if weight is not None)
-        self._shared = {weight for weight, count in counts.items() if count > 1}
+        layers = [layer for layer in module.modules() if rounds(layer) and layer._parameters.get("weight") is not None]
+        self._holders: dict[int, list[nn.Module]] = {id(layer._parameters["weight"]): [] for layer in layers}
+        for layer in layers:
+            self._holders[id(layer._parameters["weight"])].append(layer)
         self._stored: dict[tuple[int, int, str], StoredWeight] = {}
 
     def of(self, layer: QuantizedLayer, factor: Tensor | None) -> StoredWeight:
@@ -249,14 +254,27 @@ class _Store:
         if factor is None and key in self._stored:
             return self._stored[key]
         matrix = weight.t() if isinstance(layer, QuantizedConv1D) else weight
-        stored = StoredWeight(matrix, bits, granularity, factor)
+        kind = self._kind(layer) if factor is None else None
+        stored = StoredWeight(matrix, bits, granularity, factor) if kind is None else kind(matrix, bits, granularity)
         if factor is None and self.shares(layer):
             self._stored[key] = stored
         return stored
 
     def shares(self, layer: nn.Module) -> bool:
         """Whether other layers share this one's weight."""
-        return id(layer._parameters["weight"]) in self._shared
+        return len(self._holders[id(layer._parameters["weight"])]) > 1
+
+    def _kind(self, layer: QuantizedLayer) -> type[StoredBlocks] | type[StoredRows] | None:
+        """Return how a weight is packed, by all layers that share it; None: it is stored as int8."""
+        holders = self._holders[id(layer._parameters["weight"])]
+        tables = [isinstance(holder, EMBEDDINGS) for holder in holders]
+        blocks = has_blocks(layer.weight_granularity) and not any(isinstance(_reader(x), Quantizer) for x in holders)  # type: ignore[arg-type]
+        if all(isinstance(holder, (*LINEARS, QuantizedConv1D)) for holder in holders):
+            return StoredBlocks if blocks else None
+        narrow = (layer.weight_bits or 8) <= PACKED_BITS
+        if all(tables):
+            return StoredRows if narrow else None
+        return StoredRows if narrow and blocks and any(tables) else None
 
 
 def _renormalize(module: nn.Module) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_optim.errors import FAILURES
+from lightning_optim.export import packed
 from lightning_optim.quantization.failures import export_failure, quiet_export
 
 __all__ = ["OPSET", "FreeDimensions", "Program", "export_program"]
@@ -76,6 +77,7 @@ class Program:
         except FAILURES as error:
             raise ValueError(export_failure(module, error, printed.getvalue())) from error
         assert exported is not None  # noqa: S101 - with dynamo=True
+        packed.pack_initializers(exported.model)
         _drop_traces(exported.model)
         _name_dimensions(exported.model, [free[name] for name in input_names])
         return exported
@@ -207,4 +209,5 @@ def _translations() -> dict[Any, Callable[..., Any]]:
         own.quantize.default: quantize,
         own.dequantize.default: dequantize,
         own.quantize_dynamically.default: quantize_dynamically,
+        **packed.translations(),
     }

@@ -8,6 +8,7 @@ from torch import nn
 
 from lightning_optim._upstream import BatchNorm as _BatchNorm
 from lightning_optim.export.integer import rounds, rounds_output
+from lightning_optim.export.packed import PACKED_BITS, StoredRows
 from lightning_optim.export.stored import StoredWeight
 from lightning_optim.measure.latency import LatencyResult
 from lightning_optim.modules import EMBEDDINGS, expert_weights
@@ -147,7 +148,7 @@ def _described_as_held(layer: nn.Module, writer: nn.Module, copy: nn.Module, hel
         return NOT_HELD
     if rounds(layer) and not _stored_is_held(copy, held):
         return "float: forward reads the Parameter by another name"
-    return _described(layer, writer)
+    return _described(layer, writer, copy)
 
 
 def _is_held(copy: nn.Module, held: Collection[int]) -> bool:
@@ -166,11 +167,13 @@ def _rounded_is_held(copy: nn.Module, held: Collection[int]) -> bool:
     return any(id(copy._parameters.get(name)) in held for name in expert_weights(copy) or ("weight",))
 
 
-def _described(layer: nn.Module, writer: nn.Module) -> str:
+def _described(layer: nn.Module, writer: nn.Module, copy: nn.Module) -> str:
     parts = []
     if isinstance(layer, QuantizedLayer) and rounds(layer):
-        container = "" if layer.weight_bits == 8 else " in int8 container"
-        parts.append(f"int{layer.weight_bits}{container} weight {layer.weight_granularity.replace('_', ' ')}")
+        bits, packed = (PACKED_BITS, ", packed") if _is_packed(copy) else (8, "")
+        container = "" if layer.weight_bits == bits else f" in int{bits} container"
+        shared = layer.weight_granularity.replace("_", " ")
+        parts.append(f"int{layer.weight_bits}{container} weight {shared}{packed}")
         if layer.activation_bits is not None and layer.activation_ranges == "dynamic":
             parts.append(f"uint{layer.activation_bits} input, range of each call")
         elif "input" in layer.watched:
@@ -178,6 +181,21 @@ def _described(layer: nn.Module, writer: nn.Module) -> str:
     if isinstance(writer, QuantizedLayer) and rounds_output(writer):
         parts.append(f"uint{writer.activation_bits} output")
     return ", ".join(parts) or "float"
+
+
+def _stored(copy: nn.Module) -> StoredWeight | None:
+    stored = getattr(copy, "stored", None)
+    return stored if isinstance(stored, StoredWeight) else None
+
+
+def _is_packed(copy: nn.Module) -> bool:
+    stored = _stored(copy)
+    return stored is not None and stored.is_packed
+
+
+def _multiplies(copy: nn.Module) -> bool:
+    stored = _stored(copy)
+    return stored is not None and stored.multiplies
 
 
 def notes_on(module: nn.Module, exported: nn.Module, held: Collection[int]) -> list[str]:
@@ -200,9 +218,26 @@ def notes_on(module: nn.Module, exported: nn.Module, held: Collection[int]) -> l
             f"{', '.join(twice)}: stored twice, as integers and as float32, because forward also reads the Parameter "
             "by another name, in float."
         )
-    if any((layer.weight_bits or 8) < 8 for layer in layers):
-        notes.append("Weights of fewer than 8 bits are stored as int8: they are no smaller and no faster than 8 bits.")
-    if any(layer.weight_granularity.startswith("per_group") and not _is_table(layer) for layer in layers):
+    stored = [(layer, copies[name]) for name, layer in rounded.items() if _is_held(copies[name], held)]
+    if any((layer.weight_bits or 8) < 8 and not _is_packed(copy) for layer, copy in stored):
+        notes.append(
+            "Weights of fewer than 8 bits that are not packed are stored as int8: they are no smaller and no faster "
+            "than 8 bits."
+        )
+    in_groups = [pair for pair in stored if pair[0].weight_granularity.startswith("per_group")]
+    products = [copy for layer, copy in in_groups if not _is_table(layer)]
+    if any(_multiplies(copy) for copy in products):
+        notes.append(
+            f"{sum(map(_multiplies, products))} matrices are multiplied as they are stored. ONNX Runtime rounds their "
+            "inputs to 8 bits by row and group: that is its default, and what was compared here (with the session "
+            "option session.qdq_matmulnbits_accuracy_level=1 it does not, and is slower). OpenVINO does not round them."
+        )
+    if any(isinstance(_stored(copy), StoredRows) and _multiplies(copy) for copy in products):
+        notes.append(
+            "A table that is a matrix too is stored once, and multiplied by com.microsoft.MatMulNBits, which is no "
+            "standard operator: ONNX Runtime and OpenVINO have it."
+        )
+    if any(not _multiplies(copy) for copy in products):
         notes.append(
             "Weights that share scales per group are stored as int8 and multiplied out to float when the file is "
             "loaded; ONNX Runtime rounds those of convolutions, and of matrices before another quantized layer, to "

@@ -88,13 +88,14 @@ class OnnxRuntime:
 
     _CONVOLUTIONS = ("Conv", "FusedConv", "NhwcFusedConv")
     _INTEGER_CONVOLUTIONS = ("QLinearConv", "ConvInteger")
-    _MATMULS = ("MatMul", "Gemm", "FusedMatMul", "FusedGemm", "MatMulNBits")
+    _MATMULS = ("MatMul", "Gemm", "FusedMatMul", "FusedGemm")
     _INTEGER_MATMULS = (
         "QLinearMatMul",
         "MatMulInteger",
         "MatMulIntegerToFloat",
         "QGemm",
         "DynamicQuantizeMatMul",
+        "MatMulNBits",  # by default it rounds its inputs to 8 bits
     )
 
     def __init__(self, path: Path) -> None:

@@ -97,11 +97,18 @@ class Quantizer(nn.Module):
 
 
 class StoredWeight(nn.Module):
-    """A weight as int8, with its scales: ``[]``, ``[out]``, or ``[out, groups]``."""
+    """A weight as int8, with its scales: ``[]``, ``[out]``, or, in float16, ``[out, groups]``.
+
+    Attributes:
+        is_packed: Whether it is stored in fewer than 8 bits.
+        multiplies: Whether engines multiply it as it is stored, without unpacking it first (see ``packed.py``).
+    """
 
     integers: Tensor
     scale: Tensor
     zero_point: Tensor
+    is_packed = False
+    multiplies = False
 
     def __init__(self, weight: Tensor, bits: int, granularity: str, factor: Tensor | None = None) -> None:
         """Round a weight.
@@ -117,20 +124,22 @@ class StoredWeight(nn.Module):
         groups = grouped(weight.detach().float(), granularity)
         scale, (low, high) = weight_scale(weight, bits, granularity), integer_range(bits, symmetric=True)
         integers = torch.div(groups, scale).round().clamp(low, high)
+        self.grouped = granularity.startswith("per_group")
         # Exact in the same container; a bias counts in units of the scale, and finer ones. Fewer than 8 bits end at 64:
         # two products with a uint8 fit into 16 bits then, in which processors without VNNI add them.
-        spare = 2 ** max(7 - bits, 0)
+        spare = 1 if self.grouped else 2 ** max(7 - bits, 0)
         integers, scale = integers * spare, scale / spare
         if factor is not None:
             factor = factor.view(-1, 1, 1)
             integers, scale = integers * factor.sign(), (scale * factor.abs()).clamp_min(torch.finfo().tiny)
         self.shape = weight.shape
-        self.grouped = granularity.startswith("per_group")
         if not self.grouped:
             integers = integers.reshape(self.shape)
         self.axis = 0 if scale.numel() > 1 or self.grouped else -1
         shape = scale.shape[:2] if self.grouped else scale.shape[:1] if self.axis == 0 else ()
         self._hold(integers, scale.reshape(shape))
+        if self.grouped and factor is None:
+            self.register_buffer("scale", self.scale.to(torch.float16))  # they are numbers of it
 
     def _hold(self, integers: Tensor, scale: Tensor) -> None:
         self.register_buffer("integers", integers.to(torch.int8).contiguous())
@@ -153,16 +162,20 @@ class StoredWeight(nn.Module):
         self.transposed = True
 
     def rows(self, index: Tensor) -> Tensor:
-        """Look up int8 rows, then scale them: ``[...] -> [..., size]``."""
-        rows = F.embedding(index, self.integers.flatten(1)).float()
+        """Look up rows of integers, then scale them: ``[...] -> [..., size]``."""
+        stored = F.embedding(index, self.integers.flatten(1))
+        rows = self._whole(stored.unflatten(-1, self.integers.shape[1:]))
         if self.axis < 0:
             return rows * self.scale
         scale = self.scale[:, None] if self.scale.ndim == 1 else self.scale
-        scales = F.embedding(index, scale)
+        scales = F.embedding(index, scale).float()
         if not self.grouped:
             return rows * scales
-        groups = rows.reshape(*index.shape, *self.integers.shape[1:]) * scales.unsqueeze(-1)
-        return groups.flatten(-2)[..., : self.shape[1]]
+        return (rows * scales.unsqueeze(-1)).flatten(-2)[..., : self.shape[1]]
+
+    def _whole(self, integers: Tensor) -> Tensor:
+        """Return stored integers as floats."""
+        return integers.float()
 
     def matrix(self) -> Tensor:
         """Return the weight in its original shape, cast and scaled, for a product computed in float.
@@ -172,11 +185,11 @@ class StoredWeight(nn.Module):
         convolution (2.0x the time of float).
         """
         if self.grouped:
-            whole = (self.integers.float() * self.scale.unsqueeze(-1)).flatten(1)
+            whole = (self._whole(self.integers) * self.scale.float().unsqueeze(-1)).flatten(1)
             return whole[:, : self.shape[1:].numel()].reshape(self.shape)
         if self.transposed:
             return (self.integers.float() * self.scale).t()
-        return self.integers.float() * self.scale.view(-1, *[1] * (self.integers.ndim - 1))
+        return self._whole(self.integers) * self.scale.view(-1, *[1] * (self.integers.ndim - 1))
 
     def forward(self) -> Tensor:
         """Return the dequantized weight as stored, for an integer kernel."""

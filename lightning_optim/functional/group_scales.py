@@ -49,7 +49,7 @@ def least_squares_scale(groups: Tensor, bits: int) -> Tensor:
     """
     rows = groups.reshape(-1, groups.shape[-1])
     step = max(1, _CHUNK // max(1, groups.shape[-1]))
-    scales = [_search(part, bits) for part in rows.split(step)]
+    scales = [_search(part, bits) for part in torch.split(rows, step)]
     return (torch.cat(scales) if scales else rows[:, :1]).reshape(*groups.shape[:-1], 1)
 
 
@@ -82,7 +82,8 @@ def _keep_better(groups: Tensor, scale: Tensor, top: int, best: Tensor, error: T
 
 def _error(groups: Tensor, scale: Tensor, top: int) -> Tensor:
     missed = torch.addcmul(groups, _rounded(groups, scale, top), scale, value=-1)
-    return torch.linalg.vector_norm(missed, dim=1, keepdim=True)
+    norm: Tensor = torch.linalg.vector_norm(missed, dim=1, keepdim=True)
+    return norm
 
 
 def _rounded(groups: Tensor, scale: Tensor, top: int) -> Tensor:
