@@ -114,7 +114,7 @@ def test_a_checkpoint_of_it_reloads(trained, tmp_path):
 @pytest.mark.parametrize(
     ("loader", "words", "error"),
     [
-        (None, {}, "ranges of activations need data: pass a dataloader, or activation_bits=None"),
+        (None, {}, "ranges of activations need data: pass a dataloader"),
         ([], {}, "the dataloader has no batch"),
         ([torch.zeros(2, 12)], {"bits": {"head": 4}}, "bits: 'head' matches no layer"),
         ([torch.zeros(2, 12)], {"weight_bits": 1}, "from 2 to 8"),
