@@ -193,3 +193,13 @@ def test_a_loaded_file_answers_as_it_was_verified(tmp_path):
     report = export_onnx(module, tmp_path / "net.onnx", ids(), least_agreement=0.9)
     (got,) = RUNTIMES["onnxruntime"](tmp_path / "net.onnx").run([ids()])
     assert float((got - answer(module, ids())).abs().max()) == pytest.approx(report.max_difference, rel=0.3)
+
+
+def test_wide_groups_keep_their_form_on_every_processor(tmp_path):
+    """Rewritten as uint8, where a processor needs that elsewhere, blocks would lose the scales they are read with."""
+    torch.manual_seed(0)
+    net = quantized(nn.Sequential(nn.Linear(256, 256)), weight_bits=8)  # the scales are too many to be folded
+    x = torch.randn(8, 256)
+    report = export_onnx(net, tmp_path / "net.onnx", x, least_agreement=0.7)
+    assert report.integer_matmuls == 1
+    torch.testing.assert_close(exact(tmp_path / "net.onnx", x), answer(net, x), rtol=1e-4, atol=1e-4)
