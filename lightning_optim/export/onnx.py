@@ -50,8 +50,9 @@ def export_onnx(
 
     Weights are stored as int8 with the integers and scales of fake quantization, activations are rounded to uint8 by
     QuantizeLinear and DequantizeLinear, and BatchNorm is folded into the scales of the convolution before it. Engines
-    run such layers with integers. Weights of fewer than 8 bits are stored as int8 too, and weights with scales per
-    group are computed in float. Attention's own matrix products, norms and additions stay float.
+    run such layers with integers. Groups of 16 to 256 whose inputs are float are multiplied as they are stored, with 4
+    bits and fewer two in a byte, as tables are; other weights of fewer than 8 bits are stored as int8, and other groups
+    computed in float. Attention's own matrix products, norms and additions stay float.
 
     The file replaces the one at ``path`` only after it ran in the engine and gave the module's answers.
 

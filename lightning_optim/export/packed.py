@@ -89,9 +89,10 @@ class StoredRows(StoredWeight):
     The first of two is in the lower half; each is stored 8 higher.
     """
 
+    is_packed = True
+
     def __init__(self, weight: Tensor, bits: int, granularity: str) -> None:
         super().__init__(weight, bits, granularity)
-        self.is_packed = True
         self.multiplies = has_blocks(granularity)
         self.size = self.integers.shape[-1]
         self.register_buffer("integers", _packed(self.integers))

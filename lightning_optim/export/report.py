@@ -235,7 +235,7 @@ def notes_on(module: nn.Module, exported: nn.Module, held: Collection[int]) -> l
     if any(isinstance(_stored(copy), StoredRows) and _multiplies(copy) for copy in products):
         notes.append(
             "A table that is a matrix too is stored once, and multiplied by com.microsoft.MatMulNBits, which is no "
-            "standard operator: ONNX Runtime and OpenVINO have it."
+            "standard operator: ONNX Runtime and OpenVINO have it. ONNX Runtime rounds its inputs whatever the option."
         )
     if any(not _multiplies(copy) for copy in products):
         notes.append(

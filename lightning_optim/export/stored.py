@@ -127,7 +127,7 @@ class StoredWeight(nn.Module):
         self.grouped = granularity.startswith("per_group")
         # Exact in the same container; a bias counts in units of the scale, and finer ones. Fewer than 8 bits end at 64:
         # two products with a uint8 fit into 16 bits then, in which processors without VNNI add them.
-        spare = 1 if self.grouped else 2 ** max(7 - bits, 0)
+        spare = 1 if self.grouped or self.is_packed else 2 ** max(7 - bits, 0)
         integers, scale = integers * spare, scale / spare
         if factor is not None:
             factor = factor.view(-1, 1, 1)
