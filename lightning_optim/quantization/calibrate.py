@@ -129,7 +129,7 @@ def quantize_post_training(
         if effective_bits is not None:
             if first is None:
                 calls, first = _calls(model, dataloader, inputs, batches, "bits='auto' reads")
-                calls = list(calls)
+            calls = list(calls)
             chosen = choose_bits(
                 model, selection.chosen, calls, weight_granularity, effective_bits, weight_bits, shown=progress_bar
             )
