@@ -1,8 +1,9 @@
 """Post-training quantization: ranges from a few batches, no training."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import chain
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -13,6 +14,7 @@ from lightning_optim.calls import batch_calls, batch_count, try_batch
 from lightning_optim.checkpoint import conform, plain_plan
 from lightning_optim.functional.rounding import Rounding
 from lightning_optim.modules import evaluating, without_fast_path
+from lightning_optim.quantization.auto_bits import ChosenBits, check_effective_bits, choose_bits
 from lightning_optim.quantization.coverage import coverage_table
 from lightning_optim.quantization.layers import QuantizedLayer
 from lightning_optim.quantization.outputs import find_outputs
@@ -46,7 +48,8 @@ def quantize_post_training(
     observer: str = "moving_average",
     method: str | Mapping[str, Any] | Rounding = "round",
     smooth: bool | float = False,
-    bits: Mapping[Pattern, int] | None = None,
+    bits: Mapping[Pattern, int] | Literal["auto"] | None = None,
+    effective_bits: float | None = None,
     module: str | None = None,
     include: Sequence[Pattern] | None = None,
     exclude: Sequence[Pattern] | None = None,
@@ -82,7 +85,10 @@ def quantize_post_training(
             that a few large channels do not take the range of all (SmoothQuant, Xiao et al. 2022): by the norm or
             Linear that makes the inputs, where the model's float answers stay the same bit for bit. True is 0.5; a
             number in (0, 1) is the part that moves. The weights of the model change, its float answers do not.
-        bits: Weight bits by pattern; the first match counts.
+        bits: Weight bits by pattern; the first match counts. "auto": each layer gets 2 to ``weight_bits`` bits so that
+            the expected error of the model's outputs is least and a weight has at most ``effective_bits`` on average.
+            It reads gradients of the outputs over the batches (memory: three times the weights), and needs scipy.
+        effective_bits: Mean bits of a weight with ``bits="auto"``, without scales; a shared weight counts once.
         module: Dotted name of the part to quantize; default the whole model.
         include: Exactly the layers to quantize: names, glob patterns, layer classes.
         exclude: Layers that stay float.
@@ -100,9 +106,11 @@ def quantize_post_training(
         RuntimeError: If a selected layer is never called, or activations are not finite. The model is then unchanged.
     """
     alpha = _check_smooth(smooth, activation_bits)
+    by_pattern = {} if bits is None or isinstance(bits, str) else dict(bits)
     scheme = QuantizationScheme(
-        weight_bits, activation_bits, weight_granularity, observer, dict(bits or {}), activation_ranges
+        weight_bits, activation_bits, weight_granularity, observer, by_pattern, activation_ranges
     )
+    check_effective_bits(bits, effective_bits, weight_bits)
     rounding = check_method(method)
     prefix, target = find_target(model, module)
     selection = select_layers(target, prefix, include=include, exclude=exclude, root=model)
@@ -112,11 +120,20 @@ def quantize_post_training(
     settled, moved = Settled(), list[Smoothed]()
     calls: list[ForwardInputs] | Iterator[ForwardInputs] = iter(())
     first: ForwardInputs | None = None
+    chosen: ChosenBits | None = None
     try:
         if alpha is not None:
             calls, first = _calls(model, dataloader, inputs, batches, "`smooth` reads")
             calls = list(calls)
             moved += smooth_inputs(model, calls, {name: model.get_submodule(name) for name in selection.chosen}, alpha)
+        if effective_bits is not None:
+            if first is None:
+                calls, first = _calls(model, dataloader, inputs, batches, "bits='auto' reads")
+            calls = list(calls)
+            chosen = choose_bits(
+                model, selection.chosen, calls, weight_granularity, effective_bits, weight_bits, shown=progress_bar
+            )
+            scheme = replace(scheme, bits=chosen.bits)
         if not scheme.observes:
             drop_outputs(model, selection.chosen)
         prepare(model, selection.chosen, scheme, prefix)
@@ -141,8 +158,9 @@ def quantize_post_training(
             buffer.copy_(ranges[name])
         raise
     rank_zero_info(coverage_table("post-training quantization", layers, selection.left_out))
-    if str(settled):
-        rank_zero_info(str(settled))
+    for line in (chosen, settled):
+        if line is not None and str(line):
+            rank_zero_info(str(line))
     if alpha is not None:
         _say_moved(moved)
     return model

@@ -1,0 +1,208 @@
+"""Bits chosen for each layer: what rounding it costs the model's outputs, against the weights that it has."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_optim.functional.bit_allocation import allocate_bits
+from lightning_optim.functional.fake_quantize import FEWEST_BITS, fake_quantize_weight
+from lightning_optim.modules import evaluating, expert_weights, matrices_of, without_fast_path
+from lightning_optim.outputs import output_fields, output_tensors
+from lightning_optim.progress import progress_bar
+from lightning_optim.target import ForwardInputs
+
+__all__ = ["ChosenBits", "check_effective_bits", "choose_bits"]
+
+_SEED = 0
+
+
+@dataclass(frozen=True)
+class ChosenBits:
+    """The bits of the layers.
+
+    Attributes:
+        bits: Layer -> bits of its weights.
+        cost: Expected squared error of the model's outputs as a fraction of their squares, to first order.
+        uniform_cost: The same if all layers had the largest whole number of bits that the budget allows.
+        effective_bits: Mean bits of a weight, without scales.
+        asked: The budget.
+    """
+
+    bits: dict[str, int]
+    cost: float
+    uniform_cost: float
+    effective_bits: float
+    asked: float
+
+    def __str__(self) -> str:
+        return (
+            f"bits='auto': asked at most {self.asked:g} bits a weight, {self.effective_bits:.2f} used; expected "
+            f"squared error of the outputs {self.cost:.2e} of their squares ({self.uniform_cost:.2e} with "
+            f"{int(self.asked)} bits for all)."
+        )
+
+
+def check_effective_bits(bits: Any, effective_bits: Any, weight_bits: int) -> None:
+    """Check the arguments ``bits`` and ``effective_bits`` together.
+
+    Raises:
+        TypeError: If ``effective_bits`` is no number.
+        ValueError: If one is given without the other, or the budget is out of range.
+    """
+    if isinstance(bits, str) and bits != "auto":
+        raise ValueError(f"`bits` must map patterns to bits, or be 'auto', got {bits!r}.")
+    if bits != "auto":
+        if effective_bits is not None:
+            raise ValueError("`effective_bits` is the budget of bits='auto'; pass both, or weight_bits=... alone.")
+        return
+    if effective_bits is None:
+        raise ValueError("bits='auto' needs a budget: pass effective_bits=5.0, the mean bits of a weight.")
+    if isinstance(effective_bits, bool) or not isinstance(effective_bits, (int, float)):
+        raise TypeError(f"`effective_bits` must be a number, got {effective_bits!r}.")
+    if not FEWEST_BITS <= effective_bits <= weight_bits:
+        raise ValueError(
+            f"`effective_bits` must be from {FEWEST_BITS} to `weight_bits` ({weight_bits}), the most bits that a layer "
+            f"gets; got {effective_bits!r}."
+        )
+
+
+def choose_bits(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    calls: Sequence[ForwardInputs],
+    granularity: str,
+    effective_bits: float,
+    most_bits: int,
+    *,
+    shown: bool,
+) -> ChosenBits:
+    """Choose the bits of each layer's weights.
+
+    Rounding errors of weights are as good as independent of each other, so to first order a layer's rounding changes
+    the outputs by ``Σ E[g²] Δw²``: Δw is the error of a weight, and g the gradient of the outputs, weighted by random
+    numbers and relative to their root mean square, with respect to it. One forward and backward pass a batch gives that
+    for all layers and all bits.
+
+    Args:
+        model: Called in eval mode; its mode is restored.
+        layers: The layers by name. Those that share a weight get the same bits.
+        calls: What forward receives, a batch each.
+        granularity: What shares a scale.
+        effective_bits: Mean bits of a weight.
+        most_bits: The most bits of a layer.
+        shown: Whether a progress bar is shown.
+
+    Raises:
+        ValueError: If the outputs do not depend on a weight by gradients, or sensitivities are not finite.
+    """
+    weights = {name: _weights_of(layer) for name, layer in layers.items()}
+    squares = _squared_gradients(model, [p for each in weights.values() for p in each.values()], calls, shown)
+    candidates = range(FEWEST_BITS, most_bits + 1)
+    costs: dict[str, dict[int, float]] = {}
+    sizes: dict[str, int] = {}
+    first: dict[int, str] = {}
+    same: dict[str, str] = {}
+    for name, layer in layers.items():
+        shared = [first[id(p)] for p in weights[name].values() if id(p) in first]
+        same[name] = shared[0] if shared else name
+        if shared:
+            continue
+        first |= {id(p): name for p in weights[name].values()}
+        sizes[name] = sum(p.numel() for p in weights[name].values())
+        costs[name] = {bits: _cost(layer, weights[name], squares, bits, granularity) for bits in candidates}
+        if not all(cost < float("inf") for cost in costs[name].values()):
+            raise ValueError(f"the sensitivity of {name} is not finite: do the batches give finite outputs?")
+    chosen = allocate_bits(costs, sizes, effective_bits)
+    return ChosenBits(
+        {name: chosen[same[name]] for name in layers},
+        sum(costs[name][bits] for name, bits in chosen.items()),
+        sum(each[int(effective_bits)] for each in costs.values()),
+        sum(sizes[name] * bits for name, bits in chosen.items()) / sum(sizes.values()),
+        float(effective_bits),
+    )
+
+
+def _weights_of(layer: nn.Module) -> dict[str, nn.Parameter]:
+    names = expert_weights(layer) or ("weight",)
+    return {name: layer._parameters[name] for name in names}  # type: ignore[misc]
+
+
+def _cost(
+    layer: nn.Module, weights: Mapping[str, nn.Parameter], squares: Mapping[int, Tensor], bits: int, granularity: str
+) -> float:
+    total = 0.0
+    for name, weight in weights.items():
+        pairs = zip(
+            matrices_of(layer, name, weight.detach()), matrices_of(layer, name, squares[id(weight)]), strict=True
+        )
+        for matrix, square in pairs:
+            error = fake_quantize_weight(matrix.float(), bits, granularity) - matrix.float()
+            total += float((error.square_() * square).sum())
+    return total
+
+
+def _squared_gradients(
+    model: nn.Module, weights: Sequence[nn.Parameter], calls: Sequence[ForwardInputs], shown: bool
+) -> dict[int, Tensor]:
+    """Return the mean over batches and outputs of each weight's squared gradient, by the weight's identity."""
+    unique = list({id(weight): weight for weight in weights}.values())
+    squares = {id(weight): torch.zeros_like(weight, dtype=torch.float32) for weight in unique}
+    generator = torch.Generator().manual_seed(_SEED)
+    number = 0
+    with (
+        evaluating(model),
+        without_fast_path(),
+        _differentiable(unique),
+        torch.enable_grad(),
+        progress_bar("reading gradients", len(calls), shown=shown) as advance,
+    ):
+        for call in calls:
+            outputs = [each for each in _outputs(call.call(model)) if each.requires_grad]
+            if not outputs:
+                raise ValueError(
+                    "bits='auto' reads how the outputs depend on the weights, and forward returns no tensor with a "
+                    "gradient (is it decorated with no_grad?). Pass bits={pattern: bits}."
+                )
+            total = torch.stack([_weighted(each, generator) for each in outputs]).sum()
+            gradients = torch.autograd.grad(total, unique, allow_unused=True)
+            for weight, gradient in zip(unique, gradients, strict=True):
+                if gradient is not None:
+                    dense = gradient.to_dense() if gradient.is_sparse else gradient
+                    squares[id(weight)].add_(dense.detach().float().square())
+            number += len(outputs)
+            advance()
+    return {key: each.div_(max(number, 1)) for key, each in squares.items()}
+
+
+def _outputs(output: Any) -> list[Tensor]:
+    """Return the tensors that an output holds itself, rather than in a cache or a list of hidden states."""
+    if isinstance(output, (tuple, list)):
+        direct = [each for each in output if isinstance(each, Tensor)]
+    else:
+        direct = [each for each in (output_fields(output) or {"": output}).values() if isinstance(each, Tensor)]
+    return [each for each in direct or output_tensors(output) if each.is_floating_point()]
+
+
+def _weighted(output: Tensor, generator: torch.Generator) -> Tensor:
+    """Return a random sum of an output whose squared changes are, on average, the output's relative squared change."""
+    draws = torch.randn(output.shape, generator=generator).to(output.device)
+    norm = output.detach().float().norm().clamp_min(1e-12)
+    return (output.float() * draws).sum() / norm
+
+
+@contextmanager
+def _differentiable(weights: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Let weights have gradients, frozen ones too; cuDNN's recurrent layers have none in eval mode."""
+    before = [weight.requires_grad for weight in weights]
+    try:
+        for weight in weights:
+            weight.requires_grad_(True)
+        with torch.backends.cudnn.flags(enabled=False):
+            yield
+    finally:
+        for weight, flag in zip(weights, before, strict=True):
+            weight.requires_grad_(flag)
