@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_optim.errors import FAILURES
+from lightning_optim.export.simplify import simplify
 from lightning_optim.quantization.failures import export_failure, quiet_export
 
 __all__ = ["OPSET", "FreeDimensions", "Program", "export_program"]
@@ -78,6 +79,7 @@ class Program:
         assert exported is not None  # noqa: S101 - with dynamo=True
         _drop_traces(exported.model)
         _name_dimensions(exported.model, [free[name] for name in input_names])
+        simplify(exported.model)
         return exported
 
 

@@ -11,6 +11,7 @@ from lightning_optim.export.integer import rounds, rounds_output
 from lightning_optim.export.stored import StoredWeight
 from lightning_optim.measure.latency import LatencyResult
 from lightning_optim.modules import EMBEDDINGS, expert_weights
+from lightning_optim.quantization.functions import QuantizedFunctions
 from lightning_optim.quantization.layers import QuantizedLayer
 from lightning_optim.tables import by_reason, render
 
@@ -173,7 +174,9 @@ def _described(layer: nn.Module, writer: nn.Module) -> str:
         parts.append(f"int{layer.weight_bits}{container} weight {layer.weight_granularity.replace('_', ' ')}")
         if "input" in layer.watched:
             parts.append(f"uint{layer.activation_bits} input")
-    if isinstance(writer, QuantizedLayer) and rounds_output(writer):
+    if isinstance(writer, QuantizedFunctions) and rounds_output(writer):
+        parts.append(f"uint{writer.activation_bits} operands of {', '.join(writer.functions)}")
+    elif isinstance(writer, QuantizedLayer) and rounds_output(writer):
         parts.append(f"uint{writer.activation_bits} output")
     return ", ".join(parts) or "float"
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+from lightning_optim.quantization.functions import QuantizedFunctions
 from lightning_optim.quantization.layers import QuantizedLayer
 from lightning_optim.sharding import own_class
 from lightning_optim.tables import by_reason, by_stack, render
@@ -26,6 +27,8 @@ def words_of(layer: QuantizedLayer) -> tuple[str, str]:
     """Describe how a layer's weight, and its input and output, are quantized."""
     weight = "-" if layer.weight_bits is None else f"int{layer.weight_bits}, {layer.weight_granularity}"
     parts = [f"uint{layer.activation_bits} {which}" for which in layer.watched]
+    if isinstance(layer, QuantizedFunctions):
+        parts = [f"uint{layer.activation_bits} operands of {', '.join(layer.functions)}"] if layer.functions else []
     return weight, ", ".join(parts) or "float"
 
 
