@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from lightning_optim._version import __version__
+from lightning_optim.sharding import own_class
 from lightning_optim.structure import (
     PLACE,
     Replaced,
@@ -24,6 +25,7 @@ from lightning_optim.structure import (
     children_of,
     emptied,
     filled,
+    is_layer_class,
     made,
     restructure,
 )
@@ -183,6 +185,9 @@ class Plan:
             for _, step in steps
         }
         change_configs(self.module, dotted)
+        for name, layer in self.module.named_modules():
+            if is_layer_class(own_class(layer)) and hasattr(layer, "connect"):
+                layer.connect(self.module, name)
         self.provenance = dict(plain.get("provenance", {}))
 
     def _steps(

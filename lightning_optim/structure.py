@@ -14,6 +14,7 @@ from torch import nn
 from lightning_optim.sharding import own_class, set_class
 
 __all__ = [
+    "LINK",
     "PLACE",
     "Replaced",
     "Structure",
@@ -32,6 +33,9 @@ __all__ = [
 
 PLACE = "_lightning_optim_place"
 """Attribute of a watched module's child: its name in the user's class. It survives copying and pickling."""
+
+LINK = "_lightning_optim_link"
+"""Attribute of a layer that refers to other modules, which its ``connect`` finds after a plan is applied."""
 
 _CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
 
@@ -105,7 +109,7 @@ class Structure:
         Raises:
             ValueError: If an attribute is not of a plain type, so no file can describe the layer.
         """
-        structure = cls.of(layer, [key for key in vars(layer) if key not in _OF_EVERY_MODULE and key != PLACE])
+        structure = cls.of(layer, [key for key in vars(layer) if key not in (*_OF_EVERY_MODULE, PLACE, LINK)])
         odd = [key for key, value in structure.attributes.items() if not _is_plain(value)]
         if odd:
             raise ValueError(

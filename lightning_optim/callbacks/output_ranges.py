@@ -8,8 +8,9 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_optim.callbacks.example_inputs import InputSource
+from lightning_optim.quantization.graph import GraphFacts
 from lightning_optim.quantization.layers import QuantizedLayer
-from lightning_optim.quantization.outputs import find_outputs, has_convolutions
+from lightning_optim.quantization.outputs import find_ranges, has_convolutions
 from lightning_optim.sharding import is_sharded
 from lightning_optim.target import move_inputs
 
@@ -62,33 +63,33 @@ class OutputRanges:
 
     def read(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, layers: Mapping[str, QuantizedLayer], label: str
-    ) -> dict[str, bool]:
-        """Return the layers whose output needs a range -> whether a ReLU follows; the same on all ranks."""
-        outputs: dict[str, bool] = {}
+    ) -> GraphFacts:
+        """Return the outputs and functions that need ranges; the same on all ranks."""
+        facts = GraphFacts()
         try:
             self._inputs.end_batch(pl_module)
             if trainer.is_global_zero or not is_sharded(pl_module):
-                outputs = self._read(pl_module, layers)
+                facts = self._read(pl_module, layers)
         except ValueError as error:
             rank_zero_warn(
                 f"{label}: no output of a convolution gets a range, so those before an addition stay float in "
                 f"the exported file: {error}"
             )
         if trainer.world_size > 1:
-            outputs = trainer.strategy.broadcast(outputs, src=0)
+            facts = trainer.strategy.broadcast(facts, src=0)
         self.known = True
-        self.names = list(outputs)
+        self.names = [*facts.outputs, *(name for name in facts.functions if name not in facts.outputs)]
         self.release()
-        return outputs
+        return facts
 
-    def _read(self, pl_module: pl.LightningModule, layers: Mapping[str, QuantizedLayer]) -> dict[str, bool]:
+    def _read(self, pl_module: pl.LightningModule, layers: Mapping[str, QuantizedLayer]) -> GraphFacts:
         """Read the graph of the module, or of its whole copy if the module itself is divided."""
         inputs = self._inputs.inputs
         if inputs is None:
-            return {}
+            return GraphFacts()
         whole = pl_module if self._whole is None else self._whole
         device = next(whole.parameters()).device
-        return find_outputs(self._inputs.called(whole), move_inputs(inputs, device), layers, self._inputs.layer)
+        return find_ranges(self._inputs.called(whole), move_inputs(inputs, device), layers, self._inputs.layer)
 
     def rename(self, names: Mapping[str, str | None]) -> None:
         """Follow layers that got another name, and drop those that got none."""

@@ -165,15 +165,16 @@ class QuantizationAwareTraining(CompressionCallback):
 
     def _add_outputs(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Let the outputs that need it have a range."""
-        outputs = self._outputs.read(trainer, pl_module, self._layers, self.label)
+        facts = self._outputs.read(trainer, pl_module, self._layers, self.label)
         prefix, _ = find_target(pl_module, self.module)
         phases = {name: layer.quantization_phase for name, layer in self._layers.items()}
-        joining = dict.fromkeys(outputs.keys() - phases.keys(), self._phase_due)  # BatchNorms
+        names = self._outputs.names
+        joining = {name: self._phase_due for name in names if name not in phases}  # BatchNorms, modules with functions
         for module in (pl_module, *averaged_copies(trainer)):
-            prepare(module, (), self.scheme, prefix, outputs)
+            prepare(module, (), self.scheme, prefix, facts)
             set_phases(module, phases | joining)
         layers = quantized_layers(pl_module)
-        self._layers |= {name: layers[name] for name in outputs}
+        self._layers |= {name: layers[name] for name in names}
 
     # Events of the Trainer.
 
@@ -412,7 +413,8 @@ def _stop_observing(layers: Iterable[QuantizedLayer]) -> None:
 
 def _forget_seen(layers: Iterable[QuantizedLayer]) -> None:
     for layer in layers:
-        layer.seen_input = layer.seen_output = None
+        for which in layer.watched:
+            setattr(layer, f"seen_{which}", None)
 
 
 def _is_in(layer: QuantizedLayer, phase: str) -> bool:

@@ -8,10 +8,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_optim._upstream import BatchNorm as _BatchNorm
+from lightning_optim.export.functions import store_functions
 from lightning_optim.export.packed import PACKED_BITS, StoredBlocks, StoredRows, has_blocks
 from lightning_optim.export.stored import DynamicQuantizer, Quantizer, StoredBias, StoredWeight
+from lightning_optim.functional.fake_quantize import LARGEST_BIAS
 from lightning_optim.modules import EMBEDDINGS, LINEARS, expert_weights
 from lightning_optim.quantization.experts import QuantizedExperts, ReadExperts, as_rows, from_rows
+from lightning_optim.quantization.functions import QuantizedFunctions
 from lightning_optim.quantization.layers import QuantizedConv1D, QuantizedLayer
 
 __all__ = ["convert", "rounds", "rounds_output"]
@@ -22,8 +25,6 @@ _CONVOLUTIONS: dict[type[nn.Module], Callable[..., Tensor]] = {
     nn.Conv2d: F.conv2d,
     nn.Conv3d: F.conv3d,
 }
-_LARGEST_BIAS = 2**30
-"""Largest int32 bias; leaves as much room for the products that are added to it."""
 
 
 def rounds(layer: nn.Module) -> bool:
@@ -224,6 +225,9 @@ def convert(module: nn.Module, batch_norms: Mapping[str, str]) -> None:
     for layer in layers.values():
         if isinstance(layer, QuantizedExperts):
             _store_experts(layer)
+        elif isinstance(layer, QuantizedFunctions):
+            if rounds_output(layer):
+                store_functions(layer)
         elif isinstance(layer, QuantizedLayer) and (rounds(layer) or rounds_output(layer)):
             _to_integer(layer, store)
         elif isinstance(layer, nn.EmbeddingBag) and not isinstance(layer, _Integer):
@@ -337,5 +341,5 @@ def _integer_bias(bias: Tensor, stored: StoredWeight, reads: Quantizer) -> Store
     if stored.grouped:
         return None
     bias = bias.detach().float()
-    stored.make_room(bias.abs() / (reads.scale * _LARGEST_BIAS))
+    stored.make_room(bias.abs() / (reads.scale * LARGEST_BIAS))
     return StoredBias(bias, reads.scale * stored.scale)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_optim.errors import FAILURES
 from lightning_optim.export import packed
+from lightning_optim.export.simplify import simplify
 from lightning_optim.quantization.failures import export_failure, quiet_export
 
 __all__ = ["OPSET", "FreeDimensions", "Program", "export_program"]
@@ -80,6 +81,7 @@ class Program:
         packed.pack_initializers(exported.model)
         _drop_traces(exported.model)
         _name_dimensions(exported.model, [free[name] for name in input_names])
+        simplify(exported.model)
         return exported
 
 

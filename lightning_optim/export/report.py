@@ -12,6 +12,7 @@ from lightning_optim.export.packed import PACKED_BITS, StoredRows
 from lightning_optim.export.stored import StoredWeight
 from lightning_optim.measure.latency import LatencyResult
 from lightning_optim.modules import EMBEDDINGS, expert_weights
+from lightning_optim.quantization.functions import QuantizedFunctions
 from lightning_optim.quantization.layers import QuantizedLayer
 from lightning_optim.tables import by_reason, render
 
@@ -178,7 +179,9 @@ def _described(layer: nn.Module, writer: nn.Module, copy: nn.Module) -> str:
             parts.append(f"uint{layer.activation_bits} input, range of each call")
         elif "input" in layer.watched:
             parts.append(f"uint{layer.activation_bits} input")
-    if isinstance(writer, QuantizedLayer) and rounds_output(writer):
+    if isinstance(writer, QuantizedFunctions) and rounds_output(writer):
+        parts.append(f"uint{writer.activation_bits} operands of {', '.join(writer.functions)}")
+    elif isinstance(writer, QuantizedLayer) and rounds_output(writer):
         parts.append(f"uint{writer.activation_bits} output")
     return ", ".join(parts) or "float"
 

@@ -11,9 +11,11 @@ from torch import Tensor
 from lightning_optim.functional.group_scales import MOST_SEARCHED_BITS, least_squares_scale, to_float16
 
 __all__ = [
+    "LARGEST_BIAS",
     "affine_parameters",
     "dynamic_fake_quantize",
     "fake_quantize",
+    "fake_quantize_bias",
     "fake_quantize_weight",
     "integer_range",
     "parse_weight_granularity",
@@ -23,6 +25,9 @@ __all__ = [
 ]
 
 FEWEST_BITS, MOST_BITS = 2, 8
+LARGEST_BIAS = 2**30
+"""Largest int32 bias; leaves as much room for the products that are added to it."""
+
 SMALLEST_SCALE = 1e-12
 """Scale of an all-zero tensor, for which any positive scale is right."""
 
@@ -209,6 +214,22 @@ def fake_quantize_weight(
     """
     rounded: Tensor = _RoundedWeight.apply(weight, bits, granularity, largest)  # type: ignore[no-untyped-call]
     return rounded
+
+
+def fake_quantize_bias(bias: Tensor, unit: Tensor) -> Tensor:
+    """Round a bias to whole multiples of a unit, as integer kernels add it to their int32 sums.
+
+    Args:
+        bias: ``[out]``.
+        unit: Scale of the input times scale of the weight, ``[]`` or ``[out]``; where the bias would not fit into 31
+            bits, it is wider.
+
+    Returns:
+        A tensor of the shape and dtype of ``bias``; gradients pass unchanged (straight-through estimator).
+    """
+    wide = bias.detach().double()
+    step = torch.maximum(unit.double(), wide.abs() / LARGEST_BIAS)
+    return straight_through(bias, (torch.round(wide / step) * step).to(bias.dtype))
 
 
 def straight_through(x: Tensor, rounded: Tensor) -> Tensor:

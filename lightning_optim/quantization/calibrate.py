@@ -16,8 +16,9 @@ from lightning_optim.functional.rounding import Rounding
 from lightning_optim.modules import evaluating, without_fast_path
 from lightning_optim.quantization.auto_bits import ChosenBits, check_effective_bits, choose_bits
 from lightning_optim.quantization.coverage import coverage_table
+from lightning_optim.quantization.graph import GraphFacts
 from lightning_optim.quantization.layers import QuantizedLayer
-from lightning_optim.quantization.outputs import find_outputs
+from lightning_optim.quantization.outputs import find_ranges
 from lightning_optim.quantization.prepare import (
     QuantizationScheme,
     drop_outputs,
@@ -145,9 +146,10 @@ def quantize_post_training(
             calls = list(calls)
         settle_weights(model, layers, rounding, calls, settled, shown=progress_bar)
         if watched and first is not None:
-            outputs = _outputs(model, first, layers)
-            prepare(model, (), scheme, prefix, outputs)
-            layers = {n: layer for n, layer in quantized_layers(model).items() if n in layers or n in outputs}
+            facts = _graph_facts(model, first, layers)
+            prepare(model, (), scheme, prefix, facts)
+            ours = {*layers, *facts.outputs, *facts.functions}
+            layers = {name: layer for name, layer in quantized_layers(model).items() if name in ours}
             _calibrate(model, calls, layers, total=batch_count(dataloader, batches), shown=progress_bar)
         set_phase(model, layers, "frozen")
     except BaseException:
@@ -203,15 +205,15 @@ def _range_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
     }
 
 
-def _outputs(model: nn.Module, inputs: ForwardInputs, layers: Mapping[str, QuantizedLayer]) -> dict[str, bool]:
+def _graph_facts(model: nn.Module, inputs: ForwardInputs, layers: Mapping[str, QuantizedLayer]) -> GraphFacts:
     try:
-        return find_outputs(model, inputs, layers)
+        return find_ranges(model, inputs, layers)
     except ValueError as error:
         rank_zero_warn(
             "no output of a convolution gets a range, so those before an addition stay float in the exported file: "
             f"{error}"
         )
-        return {}
+        return GraphFacts()
 
 
 def _calls(

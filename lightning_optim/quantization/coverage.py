@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+from lightning_optim.quantization.functions import QuantizedFunctions
 from lightning_optim.quantization.layers import QuantizedLayer
 from lightning_optim.sharding import own_class
 from lightning_optim.tables import by_reason, by_stack, render
@@ -28,6 +29,8 @@ def words_of(layer: QuantizedLayer) -> tuple[str, str]:
     parts = [f"uint{layer.activation_bits} {which}" for which in layer.watched]
     if layer.activation_bits is not None and layer.activation_ranges == "dynamic":
         parts.append(f"uint{layer.activation_bits} input, range of each call")
+    if isinstance(layer, QuantizedFunctions):
+        parts = [f"uint{layer.activation_bits} operands of {', '.join(layer.functions)}"] if layer.functions else []
     return weight, ", ".join(parts) or "float"
 
 

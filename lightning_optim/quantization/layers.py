@@ -27,13 +27,17 @@ from lightning_optim.checkpoint import layer_class
 from lightning_optim.functional.fake_quantize import (
     dynamic_fake_quantize,
     fake_quantize,
+    fake_quantize_bias,
     fake_quantize_weight,
     integer_range,
     straight_through,
+    symmetric_scale,
 )
 from lightning_optim.functional.observers import OBSERVERS
 from lightning_optim.quantization.over import OverOwnClass
+from lightning_optim.quantization.paths import found_from
 from lightning_optim.sharding import full, is_dtensor, local, shard_like, wrap_like
+from lightning_optim.structure import LINK
 
 __all__ = [
     "ATTRIBUTES",
@@ -51,6 +55,7 @@ __all__ = [
     "QuantizedLayer",
     "QuantizedLinear",
     "float_kernels",
+    "on_part",
 ]
 
 PHASES = ("off", "observe", "fake_quantize", "frozen")
@@ -66,6 +71,7 @@ ATTRIBUTES = (
     "quantizes_output",
     "output_relu",
     "output_phase",
+    "folded_norm",
 )
 """Attributes that a quantized layer adds to the float layer; plain types, since they are in the plan."""
 
@@ -112,6 +118,8 @@ class QuantizedLayer(nn.Module):
         quantizes_output: Whether the output is quantized too.
         output_relu: Whether the output is followed by a ReLU only, so that its range begins at 0.
         output_phase: Phase of the output.
+        folded_norm: Path of the BatchNorm that an exported file folds into the layer, from the layer on: a dot for
+            each module upwards, as in an import (``.1`` is the parent's child ``1``).
         observing: Whether a training batch runs now; nothing else is observed.
     """
 
@@ -124,9 +132,9 @@ class QuantizedLayer(nn.Module):
     output_relu: bool
     output_phase: str
     activation_ranges = "static"  # of files written before it could be another
+    folded_norm: str | None = None
     observing = False
     seen_input: Tensor | None = None
-    seen_output: Tensor | None = None
 
     def _read_weight(self) -> Any:
         if "weight" not in self._parameters:
@@ -149,9 +157,12 @@ class QuantizedLayer(nn.Module):
         """Return the phase of the input or the output."""
         return self.output_phase if which == "output" else self.quantization_phase
 
-    def watch(self, which: str) -> None:
-        """Register the buffers of the input's or output's range."""
-        device = next((p.device for p in self.parameters(recurse=False)), torch.device("cpu"))
+    def watch(self, which: str, device: torch.device | None = None) -> None:
+        """Register the buffers of the range of the input, of the output or of an operand; by default where weights are.
+
+        What was observed since the last fold is the attribute ``seen_input`` (``seen_output``, ...).
+        """
+        device = device or next((p.device for p in self.parameters(recurse=False)), torch.device("cpu"))
         statistic = torch.zeros(OBSERVERS[self.observer].size, device=device, dtype=torch.float32)
         self.register_buffer(f"{which}_statistic", statistic)
         self.register_buffer(f"{which}_batches", torch.zeros((), dtype=torch.int64, device=device))
@@ -174,6 +185,47 @@ class QuantizedLayer(nn.Module):
             return weight
         return _rounded_weight(weight, self.weight_bits, self.weight_granularity)
 
+    def connect(self, root: nn.Module, name: str) -> None:
+        """Find the BatchNorm that is folded into the layer.
+
+        Args:
+            root: The module that the layer is in.
+            name: The layer's dotted name there.
+        """
+        vars(self)[LINK] = None if self.folded_norm is None else (found_from(root, name, self.folded_norm),)
+
+    def quantized_bias(self) -> Tensor | None:
+        """Return the bias, rounded or not by phase, with what rounding it adds to the BatchNorm that follows.
+
+        A file folds the BatchNorm in, and rounds the sum of both biases. In training mode it subtracts the mean of the
+        batch, in which any bias of the layer is lost.
+        """
+        bias = self._parameters.get("bias")
+        link: Any = vars(self).get(LINK)
+        norm = link[0] if link else None
+        grouped = self.weight_granularity.startswith("per_group")
+        if not self._rounds_weight or grouped or self.activation_bits is None or "input" not in self.watched:
+            return bias
+        if norm is None:
+            return None if bias is None else _rounded_bias(bias, self._product_scale())
+        if norm.training:
+            return bias
+        added = _folded_bias(bias, self._product_scale(), norm).to(norm.running_mean.dtype)
+        return added if bias is None else bias + added
+
+    @torch.no_grad()
+    def _product_scale(self) -> Tensor:
+        """Return the scale of the products of input and weight, as the file has them: ``[]`` or ``[out]``."""
+        bits = self.weight_bits or 8
+        scale = symmetric_scale(full(self._rows()), bits, self.weight_granularity).flatten() / 2 ** (8 - bits)
+        return self.input_scale * (scale if len(scale) > 1 else scale[0])
+
+    def _rows(self) -> Tensor:
+        """Return the weight with its outputs in dimension 0."""
+        weight = self._parameters["weight"]
+        assert weight is not None  # noqa: S101 - layers without one are not asked
+        return weight
+
     def quantized_input(self, x: Tensor) -> Tensor:
         """Return the input, rounded or not by phase; record it if it is observed."""
         if self.activation_bits is None:
@@ -193,23 +245,20 @@ class QuantizedLayer(nn.Module):
             return x
         low, high = integer_range(self.activation_bits, symmetric=False)
         scale, zero_point = getattr(self, f"{which}_scale"), getattr(self, f"{which}_zero_point")
-        return _on_part(lambda part: fake_quantize(part, scale, zero_point, low, high), x)
+        return on_part(lambda part: fake_quantize(part, scale, zero_point, low, high), x)
 
     def _note(self, which: str, x: Tensor) -> None:
         observer = OBSERVERS[self.observer]
         x = local(x) if observer.reduction == "max" else full(x)  # extremes of parts are pooled over ranks later
         seen = observer.see(x.clamp_min(0) if which == "output" and self.output_relu else x)
-        before = self.seen_output if which == "output" else self.seen_input
+        before: Tensor | None = getattr(self, f"seen_{which}", None)
         if before is not None:
             seen = torch.maximum(before, seen) if observer.reduction == "max" else before + seen
-        if which == "output":
-            self.seen_output = seen
-        else:
-            self.seen_input = seen
+        setattr(self, f"seen_{which}", seen)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantizedLayer":
         """Move the ranges with the layer, but keep them float32 if ``fn`` changes the precision."""
-        kept = {n: b for n, b in self._buffers.items() if b is not None and n.endswith(STATE)}
+        kept = {f"{which}_{part}": buffer for which in self.watched for part, buffer in self.state_of(which).items()}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, buffer in kept.items():
             moved = self._buffers[name]
@@ -218,7 +267,7 @@ class QuantizedLayer(nn.Module):
         return self
 
 
-def _on_part(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+def on_part(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """Apply an elementwise function to this rank's part of a tensor."""
     if not is_dtensor(x):
         return function(x)
@@ -238,9 +287,26 @@ def _rounded_weight(weight: Tensor, bits: int, granularity: str) -> Tensor:
     if not is_dtensor(weight):
         return fake_quantize_weight(weight, bits, granularity)
     if granularity != "per_tensor" and all(placement.is_shard(0) for placement in weight.placements):
-        return _on_part(lambda part: fake_quantize_weight(part, bits, granularity), weight)
+        return on_part(lambda part: fake_quantize_weight(part, bits, granularity), weight)
     rounded = local(shard_like(fake_quantize_weight(full(weight), bits, granularity), weight))
-    return _on_part(lambda part: straight_through(part, rounded), weight)
+    return on_part(lambda part: straight_through(part, rounded), weight)
+
+
+def _rounded_bias(bias: Tensor, unit: Tensor) -> Tensor:
+    if not is_dtensor(bias):
+        return fake_quantize_bias(bias, unit)
+    rounded = local(shard_like(fake_quantize_bias(full(bias), unit), bias))
+    return on_part(lambda part: straight_through(part, rounded), bias)
+
+
+@torch.no_grad()
+def _folded_bias(bias: Tensor | None, unit: Tensor, norm: Any) -> Tensor:
+    """Return what is added before a BatchNorm to give what it gives with its own sum of biases rounded."""
+    factor = torch.rsqrt(norm.running_var + norm.eps) * (1.0 if norm.weight is None else norm.weight)
+    shift = (-norm.running_mean if bias is None else bias - norm.running_mean) * factor
+    shift = shift if norm.bias is None else shift + norm.bias
+    added = (fake_quantize_bias(shift, unit * factor.abs()) - shift) / factor
+    return torch.where(factor == 0, 0.0, added)
 
 
 @layer_class
@@ -251,7 +317,9 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
         """Compute ``[..., in] -> [..., out]``."""
         if self.quantization_phase == "off":
             return nn.Linear.forward(self, input)
-        return F.linear(self.quantized_input(input), self.quantized_weight(), self.bias)
+        # With more than two dimensions, engines add a float bias.
+        bias = self.quantized_bias() if input.ndim == 2 else self.bias
+        return F.linear(self.quantized_input(input), self.quantized_weight(), bias)
 
 
 @layer_class
@@ -269,7 +337,14 @@ class QuantizedConv1D(OverOwnClass, QuantizedLayer):
     def forward(self, x: Tensor) -> Tensor:
         """Compute ``[..., in] -> [..., out]`` as the layer's own class does, which reads the rounded weight."""
         result: Tensor = super().forward(self.quantized_input(x))
-        return result
+        bias = self._parameters.get("bias")
+        if bias is None or x.ndim != 2 or not self._rounds_weight:
+            return result
+        rounded: Any = self.quantized_bias()
+        return result + (rounded - bias).detach()
+
+    def _rows(self) -> Tensor:
+        return super()._rows().t()
 
 
 class _QuantizedConv(QuantizedLayer):
@@ -279,7 +354,7 @@ class _QuantizedConv(QuantizedLayer):
         """Compute the convolution."""
         weight = self.quantized_weight()
         x = input if self.quantization_phase == "off" else self.quantized_input(input)
-        return self.quantized_output(self._conv_forward(x, weight, self.bias))
+        return self.quantized_output(self._conv_forward(x, weight, self.quantized_bias()))
 
 
 @layer_class

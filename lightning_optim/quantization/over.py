@@ -17,6 +17,8 @@ class OverOwnClass(nn.Module):
     """
 
     float_class: type[nn.Module]
+    keeps_name = False
+    """Whether the class has the name of the layer's own, which messages show."""
 
     @classmethod
     def over(cls, layer: nn.Module) -> type[nn.Module]:
@@ -39,7 +41,9 @@ class OverOwnClass(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class is made while the program runs, so pickle does not find it by its name.
-        return _made, (self._base(), self.float_class, self.read_names(self)), vars(self).copy()
+        # `__getstate__` is the user's: a LightningModule leaves its Trainer out.
+        state: Any = self.__getstate__()  # type: ignore[no-untyped-call]
+        return _made, (self._base(), self.float_class, self.read_names(self)), dict(state)
 
 
 _MADE: dict[tuple[type, type, tuple[str, ...]], type[nn.Module]] = {}
@@ -51,7 +55,8 @@ def _class_over(cls: type[OverOwnClass], float_class: type[nn.Module], names: tu
         # It has the name of `cls`: a plan names the technique's class, and the user's module gives the float class.
         named = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
         readers = {name: _reader(name) for name in names}
-        _MADE[key] = type(cls.__name__, (cls, float_class), {**named, "float_class": float_class, **readers})
+        name = float_class.__name__ if cls.keeps_name else cls.__name__
+        _MADE[key] = type(name, (cls, float_class), {**named, "float_class": float_class, **readers})
     return _MADE[key]
 
 

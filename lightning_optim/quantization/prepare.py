@@ -3,6 +3,7 @@
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import nn
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 from torch.nn.utils.parametrize import is_parametrized
@@ -14,7 +15,10 @@ from lightning_optim.functional.observers import OBSERVERS
 from lightning_optim.modules import CONVOLUTIONS, EMBEDDINGS, RECURRENT, TRANSPOSED, Conv1D, Experts, expert_weights
 from lightning_optim.patterns import NOT_INCLUDED, Pattern, Selector, check_pattern, first_match, matches, shown
 from lightning_optim.quantization.experts import QuantizedExperts
+from lightning_optim.quantization.functions import QuantizedFunctions, forget_operands
+from lightning_optim.quantization.graph import GraphFacts
 from lightning_optim.quantization.layers import ATTRIBUTES, PHASES, QUANTIZED, QuantizedConv1D, QuantizedLayer
+from lightning_optim.quantization.paths import relative_path
 from lightning_optim.quantization.ranges import write_scales
 from lightning_optim.sharding import own_class, set_class
 from lightning_optim.target import named_layers
@@ -302,7 +306,7 @@ def prepare(
     names: Iterable[str],
     scheme: QuantizationScheme,
     prefix: str = "",
-    outputs: Mapping[str, bool] | None = None,
+    facts: GraphFacts | None = None,
 ) -> None:
     """Replace the classes of layers, in phase "off"; layers that are quantized already keep their phase and ranges.
 
@@ -311,7 +315,7 @@ def prepare(
         names: Layers to quantize.
         scheme: How to quantize them.
         prefix: Prefix of the target's names.
-        outputs: Layers (convolutions or their BatchNorms) whose output is quantized too -> whether a ReLU follows.
+        facts: What the graph tells: which outputs are quantized too, and which functions round their operands.
     """
     plan = plan_of(root)
     for name, encoder in root.named_modules():
@@ -319,11 +323,45 @@ def prepare(
             plan.track(name, attribute)
     for name in names:
         _swap(root, name, scheme, prefix)
-    for name, relu in (outputs or {}).items():
+    if facts is None:
+        return
+    for name, relu in facts.outputs.items():
         layer = _swap(root, name, scheme, prefix)
         if not layer.quantizes_output:
             layer.quantizes_output, layer.output_relu = True, relu
             layer.watch("output")
+    for name, functions in facts.functions.items():
+        _hold_functions(root, name, scheme, functions, facts.function_calls[name])
+    for name, norm in facts.batch_norms.items():
+        product = root.get_submodule(name)
+        assert isinstance(product, QuantizedLayer)  # noqa: S101 - only quantized layers are looked at
+        product.folded_norm = relative_path(name, norm)
+        product.connect(root, name)
+
+
+def _hold_functions(
+    root: nn.Module, name: str, scheme: QuantizationScheme, functions: tuple[str, ...], calls: int
+) -> None:
+    """Let a module hold the ranges of functions that its forward calls."""
+    module = root.get_submodule(name)
+    if not isinstance(module, QuantizedFunctions):
+        plan_of(root).track(name, *ATTRIBUTES, "functions", "function_calls")
+        set_class(module, QuantizedFunctions.over(module))
+        module = root.get_submodule(name)
+        assert isinstance(module, QuantizedFunctions)  # noqa: S101 - after the line before
+        module.quantization_phase = module.output_phase = "off"
+        module.weight_bits, module.weight_granularity, module.output_relu = None, scheme.weight_granularity, False
+        module.observer = scheme.observer
+    module.activation_bits, module.quantizes_output = scheme.activation_bits, True
+    module.functions, module.function_calls = functions, calls
+    if module.observer != scheme.observer:
+        module.observer, module.output_phase = scheme.observer, "off"
+        forget_operands(module, keep=())
+    forget_operands(module, keep=module.watched)
+    device = next((parameter.device for parameter in root.parameters()), torch.device("cpu"))
+    for which in module.watched:
+        if f"{which}_scale" not in module._buffers:
+            module.watch(which, device)
 
 
 def drop_outputs(root: nn.Module, chosen: Collection[str]) -> None:
@@ -333,8 +371,12 @@ def drop_outputs(root: nn.Module, chosen: Collection[str]) -> None:
     for layer in layers.values() if not others else ():
         if layer.quantizes_output:
             layer.quantizes_output, layer.output_phase = False, "off"
-            for name in [name for name in layer._buffers if name.startswith("output_")]:
-                del layer._buffers[name]
+            if isinstance(layer, QuantizedFunctions):
+                layer.functions = ()
+                forget_operands(layer, keep=())
+            else:
+                for name in [name for name in layer._buffers if name.startswith("output_")]:
+                    del layer._buffers[name]
 
 
 def _swap(root: nn.Module, name: str, scheme: QuantizationScheme, prefix: str) -> QuantizedLayer:
@@ -410,7 +452,8 @@ def set_phase(root: nn.Module, layers: Mapping[str, QuantizedLayer], phase: str)
         layer.quantization_phase = phase
         layer.observing = layer.observing and phase in ("observe", "fake_quantize")
         if layer.quantizes_output:
-            unknown = rounds and int(layer.state_of("output")["batches"]) == 0
+            outputs = [layer.state_of(which) for which in layer.watched if which != "input"]
+            unknown = rounds and any(int(state["batches"]) == 0 for state in outputs)
             layer.output_phase = "observe" if unknown else phase
     if rounds:
         for module in root.modules():

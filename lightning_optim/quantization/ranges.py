@@ -70,7 +70,7 @@ def _take_seen(watched: _Watched, statistic: Tensor, reduction: str) -> Tensor:
     nothing = torch.full_like(statistic[0], -torch.inf if reduction == "max" else 0.0)
     seen = []
     for _, layer, which in watched:
-        own = layer.seen_output if which == "output" else layer.seen_input
+        own: Tensor | None = getattr(layer, f"seen_{which}", None)
         seen.append(nothing if own is None else own)
         setattr(layer, f"seen_{which}", None)
     return torch.stack(seen)

@@ -1,5 +1,6 @@
 import copy
 import logging
+import pickle
 
 import lightning.pytorch as pl
 import pytest
@@ -37,6 +38,7 @@ from lightning_optim.checkpoint import EMPTY
 from lightning_optim.functional.fake_quantize import fake_quantize_weight
 from lightning_optim.functional.observers import OBSERVERS
 from lightning_optim.measure.size import SIZES
+from lightning_optim.quantization.graph import GraphFacts
 from lightning_optim.quantization.layers import QuantizedLayer, QuantizedLinear, float_kernels
 
 
@@ -106,8 +108,9 @@ def test_the_rounded_model_is_what_validation_scores(tmp_path):
         plain = run.validate(module, val_loader(), verbose=False)[0]["val_loss"]
     assert abs(rounded - plain) > 0.01
     layer, x = module.net[0], torch.randn(5, 12)
-    expected = F.linear(layer.quantized_input(x), fake_quantize_weight(layer.weight, 2), layer.bias)
+    expected = F.linear(layer.quantized_input(x), fake_quantize_weight(layer.weight, 2), layer.quantized_bias())
     assert torch.equal(layer(x), expected)
+    assert 0 < float((layer.quantized_bias() - layer.bias).detach().abs().max()) < 1e-3
     assert len(torch.unique(fake_quantize_weight(layer.weight, 2)[0])) <= 3
 
 
@@ -164,16 +167,23 @@ def test_three_bits_learn_what_rounding_afterwards_loses(tmp_path):
 # Convolutions.
 
 
-def test_outputs_before_an_addition_get_a_range(tmp_path):
+def test_operands_of_an_addition_get_a_range(tmp_path):
     module = new(ResidualNet)
     fit(tmp_path, module, integers(), Files(tmp_path / "files"), WeightAveraging())
-    outputs = {n: layer for n, layer in module.named_modules() if getattr(layer, "quantizes_output", False)}
-    assert list(outputs) == ["stem_norm", "second_norm"]
-    assert outputs["stem_norm"].output_relu
-    assert int(outputs["stem_norm"].output_zero_point) == 0
-    assert not outputs["second_norm"].output_relu
-    assert {layer.output_phase for layer in outputs.values()} == {"frozen"}
-    assert_same_state(module, load_from_checkpoint(ResidualNet, tmp_path / "files" / "2.ckpt"))
+    assert isinstance(module, ResidualNet)
+    assert type(module).__name__ == "ResidualNet"
+    assert module.functions == ("add_0", "mean_0")
+    assert module.output_phase == "frozen"
+    assert int(module.add_0_left_zero_point) == 0  # behind a ReLU
+    assert float(module.add_0_left_scale) == float(module.first.input_scale)  # both read the same tensor
+    assert type(module.second_norm) is nn.BatchNorm2d
+    loaded = load_from_checkpoint(ResidualNet, tmp_path / "files" / "2.ckpt")
+    assert_same_state(module, loaded)
+    x = torch.randn(5, 12)
+    answers = [each.eval()(x) for each in (module, loaded, copy.deepcopy(module), pickle.loads(pickle.dumps(module)))]
+    assert all(torch.equal(answer, answers[0]) for answer in answers)
+    with float_kernels(module):
+        assert not torch.equal(module(x), answers[0])
 
 
 @pytest.mark.parametrize("start", [0, 5])
@@ -372,7 +382,7 @@ def test_ranges_stay_float32(tmp_path, precision):
     fit(tmp_path, module, integers(), files, precision=precision)
     dtype = {"bf16-true": torch.bfloat16, "64-true": torch.float64}.get(precision, torch.float32)
     assert module.head.weight.dtype == dtype
-    assert module.head.input_scale.dtype == module.stem_norm.output_statistic.dtype == torch.float32
+    assert module.head.input_scale.dtype == module.add_0_left_statistic.dtype == torch.float32
     if precision != "64-true":  # Lightning loads such a file into float32 before it converts the module
         again = new(ResidualNet)
         fit(tmp_path, again, integers(), ckpt_path=tmp_path / "files" / "1.ckpt", precision=precision)
@@ -670,10 +680,11 @@ def test_other_observers_and_weights_only_on_a_residual_net(tmp_path):
     fit(tmp_path, module, integers())
     fit(tmp_path, module, integers(activation_bits=None))
     assert not any(layer.watched for layer in module.modules() if isinstance(layer, QuantizedLayer))
-    assert not module.stem_norm.quantizes_output
+    assert module.functions == ()
     fit(tmp_path, module, integers(observer="histogram"))
     assert phases(module) == {"frozen"}
-    assert module.stem_norm.output_phase == "frozen"
+    assert module.functions == ("add_0", "mean_0")
+    assert module.output_phase == "frozen"
 
 
 def test_the_mode_that_the_user_sets_last_stays(tmp_path):
@@ -689,7 +700,7 @@ def test_the_mode_that_the_user_sets_last_stays(tmp_path):
 def test_no_graph_is_read_before_the_window_opens(tmp_path, monkeypatch):
     def read(*args, **kwargs):
         steps.append(run_step[0])
-        return {}
+        return GraphFacts()
 
     steps, run_step = [], [0]
 
@@ -697,7 +708,7 @@ def test_no_graph_is_read_before_the_window_opens(tmp_path, monkeypatch):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
             run_step[0] = trainer.global_step
 
-    monkeypatch.setattr("lightning_optim.callbacks.output_ranges.find_outputs", read)
+    monkeypatch.setattr("lightning_optim.callbacks.output_ranges.find_ranges", read)
     module = new(ResidualNet)
     module.example_input_array = torch.zeros(2, 12)
     fit(tmp_path, module, Counts(), integers())

@@ -88,9 +88,12 @@ def test_convolutions_before_an_addition_get_a_range():
             return self.net[7:](self.net[6](x + self.net[4](x)))
 
     module = quantize_post_training(new(Adds), val_loader(), progress_bar=False)
-    assert module.net[4].quantizes_output
-    assert module.net[4].output_phase == "frozen"
-    assert module.net[2].quantizes_output
+    assert isinstance(module, Adds)
+    assert module.functions == ("add_0",)
+    assert module.watched == ("add_0_left", "add_0_right")
+    assert module.output_phase == "frozen"
+    assert not module.net[4].quantizes_output
+    assert float(module.add_0_left_scale) == float(module.net[4].input_scale)  # the same tensor, the same range
 
 
 def test_the_inference_path_of_an_encoder_is_observed():

@@ -16,7 +16,7 @@ def facts(module, inputs):
     return read_graph(module, ForwardInputs((inputs,)), convolutions, convolutions | linear)
 
 
-def test_residual_additions_need_outputs_and_batch_norms_are_found():
+def test_residual_additions_round_their_operands_and_batch_norms_are_found():
     found = facts(ResNet(), images(2))
     assert found.batch_norms == {
         "stem.0": "stem.1",
@@ -26,16 +26,12 @@ def test_residual_additions_need_outputs_and_batch_norms_are_found():
         "blocks.1.conv2": "blocks.1.norm2",
         "blocks.1.short.0": "blocks.1.short.1",
     }
-    assert found.outputs == {
-        "stem.1": True,  # a ReLU, which a convolution and an addition read
-        "blocks.0.norm2": False,
-        "blocks.1.norm2": False,
-        "blocks.1.short.1": False,
-    }
+    assert found.outputs == {}  # each is read by convolutions and additions only
+    assert found.functions == {"": ("mean_0",), "blocks.0": ("add_0",), "blocks.1": ("add_0",)}
 
 
-def test_concatenation_and_pooling_read_outputs_and_padding_inside_a_reader_does_not():
-    assert facts(Branches(), images(2)) == GraphFacts({}, {"left": True, "right": False, "last": True})
+def test_concatenation_pooling_and_padding_inside_a_reader_leave_values_as_they_are():
+    assert facts(Branches(), images(2)) == GraphFacts({}, {}, {"": ("mean_0",)}, {"": 1})
 
 
 def test_convolutions_over_time():
@@ -92,7 +88,27 @@ CASES = {
     ),
     "a ReLU after one of two calls": (
         Net(lambda s, x: s.a(x) + s.a(x).relu(), a=nn.Conv2d(3, 3, 1)),
+        GraphFacts({}, {}, {"": ("add_0",)}, {"": 1}),
+    ),
+    "a sum that two read in their own ways": (
+        Net(lambda s, x: (y := s.a(x) + s.a(x)) * y.relu(), a=nn.Conv2d(3, 3, 1)),
+        GraphFacts({}, {}, {"": ("add_0", "mul_0")}, {"": 2}),
+    ),
+    "a convolution that two read in their own ways": (
+        Net(lambda s, x: (y := s.a(x)) * s.b(y.relu()), a=nn.Conv2d(3, 3, 1), b=nn.Conv2d(3, 3, 1)),
+        GraphFacts({}, {"a": False}, {"": ("mul_0",)}, {"": 1}),
+    ),
+    "an activation of a float operand": (
+        Net(lambda s, x: s.b(F.silu(s.a(x) + x.exp())), a=nn.Conv2d(3, 3, 1), b=nn.Conv2d(3, 3, 1)),
         GraphFacts({}, {"a": False}),
+    ),
+    "in place, and read as it was": (
+        Net(lambda s, x: F.silu(y := s.a(x), inplace=True) + y, a=nn.Conv2d(3, 3, 1)),
+        GraphFacts({}, {"a": False}),
+    ),
+    "a module called in two ways": (
+        Net(lambda s, x: s.b(s.c(s.c(s.a(x)))), a=nn.Conv2d(3, 3, 1), b=nn.Conv2d(3, 3, 1), c=nn.Hardswish()),
+        GraphFacts({}, {}, {"c": ("hardswish_0",)}, {"c": 1}),
     ),
 }
 
