@@ -279,7 +279,7 @@ def dynamically_rounded(x: Tensor) -> Tensor:
     if not is_dtensor(x):
         return dynamic_fake_quantize(x)
     extremes = full(x.detach()).float().aminmax()
-    return _on_part(lambda part: dynamic_fake_quantize(part, extremes), x)
+    return on_part(lambda part: dynamic_fake_quantize(part, extremes), x)
 
 
 def _rounded_weight(weight: Tensor, bits: int, granularity: str) -> Tensor:
