@@ -201,7 +201,7 @@ class QuantizedLayer(nn.Module):
         batch, in which any bias of the layer is lost.
         """
         bias = self._parameters.get("bias")
-        link: Any = vars(self).get(LINK)
+        link: Any = getattr(self, LINK, None)
         norm = link[0] if link else None
         grouped = self.weight_granularity.startswith("per_group")
         if not self._rounds_weight or grouped or self.activation_bits is None or "input" not in self.watched:
@@ -279,7 +279,7 @@ def dynamically_rounded(x: Tensor) -> Tensor:
     if not is_dtensor(x):
         return dynamic_fake_quantize(x)
     extremes = full(x.detach()).float().aminmax()
-    return _on_part(lambda part: dynamic_fake_quantize(part, extremes), x)
+    return on_part(lambda part: dynamic_fake_quantize(part, extremes), x)
 
 
 def _rounded_weight(weight: Tensor, bits: int, granularity: str) -> Tensor:
