@@ -35,10 +35,10 @@ from lightning_optim import export_onnx, quantize_post_training
 from lightning_optim.demo import DigitsData, DigitsNet
 from lightning_optim.export.runtimes import Runtime, load_runtime
 
-EPOCHS = 15
+EPOCHS = 10
 CALIBRATION, BATCH = 512, 64
 ROWS = (1, 32)
-LOADS, ROUNDS = 4, 25
+LOADS, ROUNDS = 4, 16
 CALLS = {1: 20, 32: 3}
 
 ACTIVATIONS: dict[str, tuple[type[nn.Module], Callable[[Tensor], Tensor]]] = {

@@ -104,7 +104,9 @@ def _is_integer(value: Any) -> bool:
         return False
     if node.op_type in ("Relu", "Clip", *_CHOOSE):
         return all(map(_is_integer, node.inputs if node.op_type == "Concat" else node.inputs[:1]))
-    return node.op_type == _DEQUANTIZE or _producer(node.inputs[0] if node.inputs else None, _DEQUANTIZE) is not None
+    if node.op_type == _DEQUANTIZE:
+        return True
+    return _producer(node.inputs[0] if node.inputs else None, _DEQUANTIZE) is not None
 
 
 def _is_rounded(value: Any, like: Any) -> bool:

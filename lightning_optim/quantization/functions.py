@@ -42,7 +42,7 @@ __all__ = [
 ]
 
 _Function = Callable[..., Any]
-_CALLS = {nn.Module._call_impl.__code__}
+_CALLS = {nn.Module.__call__.__code__}
 """Code in whose frames the innermost module call is found; its ``self`` is the module."""
 
 _FUNCTIONS: dict[str, tuple[_Function, ...]] = {

@@ -201,7 +201,7 @@ class QuantizedLayer(nn.Module):
         batch, in which any bias of the layer is lost.
         """
         bias = self._parameters.get("bias")
-        link: Any = vars(self).get(LINK)
+        link: Any = getattr(self, LINK, None)
         norm = link[0] if link else None
         grouped = self.weight_granularity.startswith("per_group")
         if not self._rounds_weight or grouped or self.activation_bits is None or "input" not in self.watched:

@@ -15,7 +15,7 @@ def model(nodes, outputs, zero=0, **constants):
         [helper.make_node(operator, inputs.split(), out.split(), **words) for operator, inputs, out, words in nodes],
         "graph",
         [helper.make_tensor_value_info("x", TensorProto.FLOAT, (2, 3, 4, 4))],
-        [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in outputs],
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["a", "b", "c", "d"]) for name in outputs],
         [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()],
     )
     made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
