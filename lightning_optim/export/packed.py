@@ -122,7 +122,10 @@ def _unpacked(rows: Tensor) -> Tensor:
 def translations() -> dict[Any, Any]:
     """Return what the custom operators are in a file."""
     import onnx_ir
-    from onnxscript import opset21, values
+    from onnxscript import opset21 as standard
+    from onnxscript import values
+
+    opset21: Any = standard
 
     multiply = values.Op(values.Opset("com.microsoft", 1), "MatMulNBits", _schema())
 

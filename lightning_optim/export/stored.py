@@ -8,7 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_optim.functional.fake_quantize import affine_parameters, grouped, integer_range, weight_scale
+from lightning_optim.functional.fake_quantize import (
+    affine_parameters,
+    finer_units,
+    grouped,
+    integer_range,
+    weight_scale,
+)
 
 __all__ = [
     "DynamicQuantizer",
@@ -125,9 +131,7 @@ class StoredWeight(nn.Module):
         scale, (low, high) = weight_scale(weight, bits, granularity), integer_range(bits, symmetric=True)
         integers = torch.div(groups, scale).round().clamp(low, high)
         self.grouped = granularity.startswith("per_group")
-        # Exact in the same container; a bias counts in units of the scale, and finer ones. Fewer than 8 bits end at 64:
-        # two products with a uint8 fit into 16 bits then, in which processors without VNNI add them.
-        spare = 1 if self.grouped or self.is_packed else 2 ** max(7 - bits, 0)
+        spare = 1 if self.grouped or self.is_packed else finer_units(bits)
         integers, scale = integers * spare, scale / spare
         if factor is not None:
             factor = factor.view(-1, 1, 1)
@@ -164,7 +168,7 @@ class StoredWeight(nn.Module):
     def rows(self, index: Tensor) -> Tensor:
         """Look up rows of integers, then scale them: ``[...] -> [..., size]``."""
         stored = F.embedding(index, self.integers.flatten(1))
-        rows = self._whole(stored.unflatten(-1, self.integers.shape[1:]))
+        rows = self._whole(stored.reshape(*index.shape, *self.integers.shape[1:]))
         if self.axis < 0:
             return rows * self.scale
         scale = self.scale[:, None] if self.scale.ndim == 1 else self.scale

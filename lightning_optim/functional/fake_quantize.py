@@ -17,6 +17,7 @@ __all__ = [
     "fake_quantize",
     "fake_quantize_bias",
     "fake_quantize_weight",
+    "finer_units",
     "integer_range",
     "parse_weight_granularity",
     "straight_through",
@@ -230,6 +231,15 @@ def fake_quantize_bias(bias: Tensor, unit: Tensor) -> Tensor:
     wide = bias.detach().double()
     step = torch.maximum(unit.double(), wide.abs() / LARGEST_BIAS)
     return straight_through(bias, (torch.round(wide / step) * step).to(bias.dtype))
+
+
+def finer_units(bits: int) -> int:
+    """Return by how much the integers of a weight are multiplied in an 8-bit container, where a bias is added to them.
+
+    It is exact, and the bias counts in units of the scale, which is finer then. Fewer than 8 bits end at 64: two
+    products with a uint8 fit into 16 bits, in which processors without VNNI add them.
+    """
+    return int(2 ** max(7 - bits, 0))
 
 
 def straight_through(x: Tensor, rounded: Tensor) -> Tensor:

@@ -191,7 +191,8 @@ def _weighted(output: Tensor, generator: torch.Generator) -> Tensor:
     """Return a random sum of an output whose squared changes are, on average, the output's relative squared change."""
     draws = torch.randn(output.shape, generator=generator).to(output.device)
     norm = output.detach().float().norm().clamp_min(1e-12)
-    return (output.float() * draws).sum() / norm
+    weighted: Tensor = (output.float() * draws).sum() / norm
+    return weighted
 
 
 @contextmanager

@@ -134,7 +134,8 @@ def quantize_post_training(
             chosen = choose_bits(
                 model, selection.chosen, calls, weight_granularity, effective_bits, weight_bits, shown=progress_bar
             )
-            scheme = replace(scheme, bits=chosen.bits)
+            by_name: dict[Pattern, int] = {str(name): number for name, number in chosen.bits.items()}
+            scheme = replace(scheme, bits=by_name)
         if not scheme.observes:
             drop_outputs(model, selection.chosen)
         prepare(model, selection.chosen, scheme, prefix)

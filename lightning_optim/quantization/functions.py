@@ -137,7 +137,7 @@ class FunctionCalls(TorchFunctionMode):
     def __exit__(self, *error: Any) -> None:
         """Leave the mode, and let go of the frames, which hold every local tensor."""
         self._counts.clear()
-        super().__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
 
 
 class _Rounding(FunctionCalls):
@@ -204,7 +204,7 @@ class RoundsFunctions(OverOwnClass):
         """Compute as the module's own class does, with rounded operands."""
         return self._compute(args, kwargs) if self.rounds_functions else super().forward(*args, **kwargs)
 
-    @torch.compiler.disable  # the mode looks at frames, which no compiler traces
+    @torch.compiler.disable  # type: ignore[untyped-decorator] # the mode looks at frames, which no compiler traces
     def _compute(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with _Rounding(self, sys._getframe()) as calls:
             result = super().forward(*args, **kwargs)

@@ -143,7 +143,7 @@ def _exported_nodes(module: nn.Module, inputs: ForwardInputs) -> tuple[list[Any]
     naming = _Naming(copy)
 
     def begin(layer: nn.Module, args: Any) -> None:
-        naming.__enter__()
+        naming.__enter__()  # type: ignore[no-untyped-call]
 
     def end(layer: nn.Module, args: Any, output: Any) -> Any:
         naming.__exit__(None, None, None)

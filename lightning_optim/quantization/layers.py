@@ -29,6 +29,7 @@ from lightning_optim.functional.fake_quantize import (
     fake_quantize,
     fake_quantize_bias,
     fake_quantize_weight,
+    finer_units,
     integer_range,
     straight_through,
     symmetric_scale,
@@ -217,8 +218,10 @@ class QuantizedLayer(nn.Module):
     def _product_scale(self) -> Tensor:
         """Return the scale of the products of input and weight, as the file has them: ``[]`` or ``[out]``."""
         bits = self.weight_bits or 8
-        scale = symmetric_scale(full(self._rows()), bits, self.weight_granularity).flatten() / 2 ** (8 - bits)
-        return self.input_scale * (scale if len(scale) > 1 else scale[0])
+        scale = symmetric_scale(full(self._rows()), bits, self.weight_granularity).flatten() / finer_units(bits)
+        unit: Any = self.input_scale
+        product: Tensor = unit * (scale if len(scale) > 1 else scale[0])
+        return product
 
     def _rows(self) -> Tensor:
         """Return the weight with its outputs in dimension 0."""
@@ -341,7 +344,8 @@ class QuantizedConv1D(OverOwnClass, QuantizedLayer):
         if bias is None or x.ndim != 2 or not self._rounds_weight:
             return result
         rounded: Any = self.quantized_bias()
-        return result + (rounded - bias).detach()
+        moved: Tensor = result + (rounded - bias).detach()
+        return moved
 
     def _rows(self) -> Tensor:
         return super()._rows().t()

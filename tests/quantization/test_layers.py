@@ -50,8 +50,10 @@ def test_it_computes_with_rounded_weights_and_inputs(name, bits):
     x = draw(*shape)
     quantized(layer, (x,), weight_bits=bits)
     with torch.no_grad():
-        # As the file stores it: a weight of fewer bits is a multiple of 2^(8 - bits) in int8.
-        steps = plain.weight.flatten(1).abs().amax(1) / (2 ** (bits - 1) - 1) / 2 ** (8 - bits) * layer.input_scale
+        # As the file stores it: a weight of fewer bits is a multiple of 2^(7 - bits) in int8.
+        steps = (
+            plain.weight.flatten(1).abs().amax(1) / (2 ** (bits - 1) - 1) / 2 ** max(7 - bits, 0) * layer.input_scale
+        )
         plain.weight.copy_(fake_quantize_weight(plain.weight, bits))
         if plain.bias is not None and (x.ndim == 2 or not isinstance(layer, nn.Linear)):
             plain.bias.copy_((plain.bias.double() / steps.double()).round() * steps.double())
