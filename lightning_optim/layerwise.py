@@ -5,6 +5,7 @@ last finished block are kept, and the blocks before return them instead of compu
 times in all rather than n times, and the statistics of one tensor are held at a time.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -149,10 +150,11 @@ def _groups(batches: Sequence[Sequence[tuple[str, ...]]], layers: Mapping[str, n
     order: list[str] = []
     for runs in batches:
         names = [name for run in runs for name in run]
+        for name, number in Counter(names).items():
+            most[name] = max(most.get(name, 0), number)
         for before, name in zip(["", *names], names, strict=False):
             if name not in order:
                 order.insert(order.index(before) + 1 if before else 0, name)
-            most[name] = max(most.get(name, 0), names.count(name))
         for run in runs:
             for name in run:
                 places.setdefault(name, set()).add(run)
