@@ -18,7 +18,7 @@ def coverage_table(title: str, layers: Mapping[str, QuantizedLayer], left_out: M
         layers: Quantized layers by name.
         left_out: Layers that stay float -> why.
     """
-    rows = by_stack((name, _class_of(layer), *words_of(layer)) for name, layer in layers.items())
+    rows = by_stack((name or "the whole", _class_of(layer), *words_of(layer)) for name, layer in layers.items())
     rows += [(names, "", "float", reason) for names, reason in by_reason(left_out)]
     return render(title, ("layer", "class", "weight", "input and output, or why not"), rows)
 
