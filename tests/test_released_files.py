@@ -43,16 +43,29 @@ ALLOCATED_OTHERWISE = ("channels-conv",)
 """Since 0.2 groups make up for each other's blocks, so that other channels are removed from the middle file on."""
 
 
+ROUNDED_OTHERWISE = ("integers", "together")
+"""Since 0.2 biases are rounded too. Before a BatchNorm their gradients are noise, which Adam makes as large as any."""
+
+
 @pytest.mark.filterwarnings("ignore:.*goes on as '2.4@unfold'.*:UserWarning")
 @pytest.mark.parametrize(
     "path",
-    [path for path in FILES if name_of(path) not in ALLOCATED_OTHERWISE],
+    [path for path in FILES if name_of(path) not in (*ALLOCATED_OTHERWISE, *ROUNDED_OTHERWISE)],
     ids=lambda path: f"{path.parent.name} {path.stem}",
 )
 def test_a_run_of_a_released_version_is_resumed_to_the_same_end(path, tmp_path):
     expected = torch.load(path, weights_only=True)["state_dict"]
     # Not bit for bit: another machine adds up in another order.
     torch.testing.assert_close(dict(resumed_of(path, tmp_path).state_dict()), dict(expected), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ROUNDED_OTHERWISE)
+def test_a_run_of_0_1_that_rounded_no_biases_is_resumed_to_the_same_answers(name, tmp_path):
+    path = RELEASED / "0.1.0" / f"{name}-end.ckpt"
+    expected, resumed = torch.load(path, weights_only=True)["outputs"], resumed_of(path, tmp_path)
+    with torch.no_grad():
+        outputs = resumed.eval()(data().tensors[0])
+    assert float((outputs - expected).abs().max() / (expected.max() - expected.min())) < 0.01
 
 
 def test_a_run_of_0_1_that_missed_its_ratio_now_reaches_it(tmp_path):

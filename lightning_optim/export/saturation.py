@@ -89,7 +89,7 @@ def unsigned_weights(model: Any) -> bool:
             continue
         if any(node.op_type != "DequantizeLinear" or node.input[0] != weight.name for node in nodes):
             continue  # a zero point, or a table whose rows are looked up before they are scaled
-        if any(attribute.name == "block_size" for node in nodes for attribute in node.attribute):
+        if any(attribute.name == "block_size" and attribute.i for node in nodes for attribute in node.attribute):
             continue  # ONNX Runtime's MatMulNBits does not add in 16 bits, OpenVINO multiplies blocks with floats
         if any(len(node.input) > 2 and node.input[2] not in held for node in nodes) or _leaves_room(weight):
             continue

@@ -142,11 +142,18 @@ def _exported_nodes(module: nn.Module, inputs: ForwardInputs) -> tuple[list[Any]
     copy = copy_module(module, rounded=False)
     naming = _Naming(copy)
 
+    entered = [0]
+
     def begin(layer: nn.Module, args: Any) -> None:
         naming.__enter__()  # type: ignore[no-untyped-call]
+        entered[0] += 1
+
+    def leave() -> None:
+        entered[0] -= 1
+        naming.__exit__(None, None, None)
 
     def end(layer: nn.Module, args: Any, output: Any) -> Any:
-        naming.__exit__(None, None, None)
+        leave()
         return tuple(output_tensors(output))  # the only outputs that export knows
 
     copy.register_forward_pre_hook(begin)
@@ -159,6 +166,9 @@ def _exported_nodes(module: nn.Module, inputs: ForwardInputs) -> tuple[list[Any]
             f"{export_failure(module, error, printed.getvalue())} Without the graph, it is unknown which outputs "
             "of convolutions need a range, and which BatchNorms fold into them."
         ) from error
+    finally:
+        while entered[0]:  # torch.export ended inside forward without calling the hook, and left a mode of its own
+            leave()
     return list(program.graph.nodes), naming.calls
 
 

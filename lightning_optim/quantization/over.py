@@ -1,5 +1,7 @@
 """Layer classes that compute by the forward of the user's class, for classes that are known by name only."""
 
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 from torch import nn
@@ -56,8 +58,19 @@ def _class_over(cls: type[OverOwnClass], float_class: type[nn.Module], names: tu
         named = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
         readers = {name: _reader(name) for name in names}
         name = float_class.__name__ if cls.keeps_name else cls.__name__
-        _MADE[key] = type(name, (cls, float_class), {**named, "float_class": float_class, **readers})
+        own = {**named, "float_class": float_class, "forward": _forward_of(cls, float_class), **readers}
+        _MADE[key] = type(name, (cls, float_class), own)
     return _MADE[key]
+
+
+def _forward_of(cls: type[OverOwnClass], float_class: type[nn.Module]) -> Callable[..., Any]:
+    """Return the forward of a class, with the arguments of the layer's own, by which others call it and name inputs."""
+
+    @wraps(float_class.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return cls.forward(self, *args, **kwargs)
+
+    return forward
 
 
 def _reader(name: str) -> property:

@@ -10,6 +10,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
+from torch.overrides import _len_torch_function_stack
 
 from helpers.marks import cells
 from helpers.models import (
@@ -212,6 +213,7 @@ def test_a_graph_that_cannot_be_read_is_said(tmp_path):
     with pytest.warns(UserWarning, match="cannot be exported by torch.export"):
         fit(tmp_path, module, integers())
     assert phases(module) == {"frozen"}
+    assert _len_torch_function_stack() == 0  # neither our mode nor that of torch.export is left
 
 
 # Selection and bits.

@@ -212,13 +212,13 @@ def test_python_blocks_run(page, small_trainer):
 
 
 def test_each_extension_of_the_page_runs_in_its_own_block():
-    """A function that is only defined may ask for what it does not get: a fit or an export in its block calls it."""
+    """A function that is only defined may ask for what it does not get: a fit, an export or a quantization calls it."""
     registering = [b.code for b in blocks(ROOT / "docs" / "extending.md", "python") if ".register(" in b.code]
     assert len(registering) >= 6
     for code in registering:
         (name,) = re.findall(r'\.register\((?:Technique\()?"(\w+)"', code)
         assert f'="{name}"' in code or f"({name}=" in code, name
-        assert ".fit(" in code or "export_onnx(" in code, name
+        assert any(call in code for call in (".fit(", "export_onnx(", "quantize_post_training(")), name
 
 
 @pytest.mark.parametrize(
