@@ -120,8 +120,15 @@ def own_class(module: nn.Module) -> type[nn.Module]:
 
 
 def set_class(module: nn.Module, cls: type[nn.Module]) -> None:
-    """Give a module another class of its own; the one that ``fully_shard`` puts before it stays."""
-    divided = type(module)
+    """Give a module another class of its own; the one that ``fully_shard`` puts before it stays.
+
+    A step under DDP leaves the bound ``forward`` of the former class on the instance (Lightning's
+    ``_ForwardRedirection`` sets it back as it read it), which would be called instead of the new one: it is removed.
+    """
+    divided, left = type(module), vars(module).get("forward")
+    bound = getattr(left, "__func__", None) if getattr(left, "__self__", None) is module else None
+    if bound is not None and any(vars(cls).get("forward") is bound for cls in divided.__mro__):
+        del vars(module)["forward"]
     if _is_fsdp(divided):
         bases = tuple(cls if base is own_class(module) else base for base in divided.__bases__)
         module.__class__ = type(f"FSDP{cls.__name__}", bases, {"__deepcopy__": divided.__dict__.get("__deepcopy__")})

@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAver
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.overrides import _len_torch_function_stack
+from torch.utils.data import DataLoader, TensorDataset
 
 from helpers.marks import cells
 from helpers.models import (
@@ -214,6 +215,39 @@ def test_a_graph_that_cannot_be_read_is_said(tmp_path):
         fit(tmp_path, module, integers())
     assert phases(module) == {"frozen"}
     assert _len_torch_function_stack() == 0  # neither our mode nor that of torch.export is left
+
+
+class LeavesForward(pl.Callback):
+    """Leaves the bound forward on the instance in each step, as Lightning's redirection does under DDP."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        pl_module.forward = pl_module.forward
+
+
+def test_ranges_of_the_module_itself_are_observed_under_ddp_too(tmp_path):
+    class Adds(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.first, self.second = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+            self.head = nn.Linear(8, 4)
+
+        def forward(self, x):
+            x = self.first(x)
+            return self.head((nn.functional.silu(self.second(x)) + x).mean((2, 3)))
+
+        def training_step(self, batch, batch_idx):
+            return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), 0.01)
+
+    rows = TensorDataset(torch.randn(32, 3, 8, 8), torch.arange(32) % 4)
+    module, callback = Adds(), QuantizationAwareTraining(start=2, observe_steps=3, freeze=0.8)
+    trainer(tmp_path, LeavesForward(), callback, max_epochs=3).fit(module, DataLoader(rows, 8))
+    assert module.output_phase == "frozen"
+    assert module.functions == ("silu_0", "add_0", "mean_0")
+    assert all(float(module.get_buffer(f"{which}_scale")) > 1e-6 for which in module.watched)
 
 
 # Selection and bits.
