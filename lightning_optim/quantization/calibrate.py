@@ -72,7 +72,8 @@ def quantize_post_training(
         weight_bits: 2 to 8.
         activation_bits: 2 to 8, or None: inputs stay float.
         activation_ranges: "static": one range per tensor, from the batches; "dynamic": each call's own range, for the
-            inputs of Linear layers (those of convolutions stay float). A language model needs the latter, or None.
+            inputs of Linear layers (those of convolutions stay float). For a language model add ``smooth``, or
+            leave activations float.
         weight_granularity: What shares a scale: "per_channel", "per_tensor", "per_group:32".
         observer: "moving_average", "min_max", "percentile" or "histogram"; with few batches the first is the mean of
             their extremes.
