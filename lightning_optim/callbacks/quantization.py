@@ -56,8 +56,8 @@ class QuantizationAwareTraining(CompressionCallback):
         activation_bits: 2 to 8, affine, one scale per tensor; None: weights only.
         activation_ranges: "static": ranges are observed, and fixed from ``freeze`` on. "dynamic": inputs of Linear
             layers are rounded to 8 bits with the range of each call (those of convolutions stay float); nothing is
-            observed, and rounding begins at ``start``. Language models, which have a few activations that are much
-            larger than the others, need the latter or ``activation_bits=None``.
+            observed, and rounding begins at ``start``. Language models have a few activations that are much larger
+            than the others, which costs less with the latter, and least with ``activation_bits=None``.
         weight_granularity: What shares a scale: "per_channel" (per row of a table), "per_tensor", or "per_group:32"
             (32 inputs of a row), meant for 4 bits and below.
         bits: Weight bits by name or glob pattern, instead of ``weight_bits``; the first that matches counts.

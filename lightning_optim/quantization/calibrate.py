@@ -14,7 +14,7 @@ from lightning_optim.calls import batch_calls, batch_count, try_batch
 from lightning_optim.checkpoint import conform, plain_plan
 from lightning_optim.functional.rounding import Rounding
 from lightning_optim.modules import evaluating, without_fast_path
-from lightning_optim.quantization.auto_bits import ChosenBits, check_effective_bits, choose_bits
+from lightning_optim.quantization.auto_bits import check_effective_bits, choose_bits
 from lightning_optim.quantization.coverage import coverage_table
 from lightning_optim.quantization.graph import GraphFacts
 from lightning_optim.quantization.layers import QuantizedLayer
@@ -119,19 +119,14 @@ def quantize_post_training(
     scheme.check_patterns(selection.chosen, prefix)
     before = plain_plan(model)
     ranges = {name: buffer.clone() for name, buffer in _range_buffers(model).items()}
-    settled, moved = Settled(), list[Smoothed]()
-    calls: list[ForwardInputs] | Iterator[ForwardInputs] = iter(())
-    first: ForwardInputs | None = None
-    chosen: ChosenBits | None = None
+    settled, moved, chosen = Settled(), list[Smoothed](), None
+    data = _Batches(model, dataloader, inputs, batches)
     try:
         if alpha is not None:
-            calls, first = _calls(model, dataloader, inputs, batches, "`smooth` reads")
-            calls = list(calls)
-            moved += smooth_inputs(model, calls, {name: model.get_submodule(name) for name in selection.chosen}, alpha)
+            readers = {name: model.get_submodule(name) for name in selection.chosen}
+            moved += smooth_inputs(model, data.held("`smooth` reads"), readers, alpha)
         if effective_bits is not None:
-            if first is None:
-                calls, first = _calls(model, dataloader, inputs, batches, "bits='auto' reads")
-            calls = list(calls)
+            calls = data.held("bits='auto' reads")
             chosen = choose_bits(
                 model, selection.chosen, calls, weight_granularity, effective_bits, weight_bits, shown=progress_bar
             )
@@ -142,17 +137,15 @@ def quantize_post_training(
         prepare(model, selection.chosen, scheme, prefix)
         layers = {name: layer for name, layer in quantized_layers(target, prefix).items() if name in selection.chosen}
         watched = any(layer.watched for layer in layers.values())
-        if first is None and (watched or needs_inputs(rounding)):
-            calls, first = _calls(model, dataloader, inputs, batches, "" if watched else "this `method` reads")
-        if needs_inputs(rounding):
-            calls = list(calls)
-        settle_weights(model, layers, rounding, calls, settled, shown=progress_bar)
-        if watched and first is not None:
+        read = data.held("" if watched else "this `method` reads") if needs_inputs(rounding) else ()
+        settle_weights(model, layers, rounding, read, settled, shown=progress_bar)
+        if watched:
+            first, stream = data.once()
             facts = _graph_facts(model, first, layers)
             prepare(model, (), scheme, prefix, facts)
             ours = {*layers, *facts.outputs, *facts.functions}
             layers = {name: layer for name, layer in quantized_layers(model).items() if name in ours}
-            _calibrate(model, calls, layers, total=batch_count(dataloader, batches), shown=progress_bar)
+            _calibrate(model, stream, layers, total=batch_count(dataloader, batches), shown=progress_bar)
         set_phase(model, layers, "frozen")
     except BaseException:
         conform(model, before)
@@ -218,28 +211,54 @@ def _graph_facts(model: nn.Module, inputs: ForwardInputs, layers: Mapping[str, Q
         return GraphFacts()
 
 
-def _calls(
-    model: nn.Module,
-    dataloader: Iterable[Any] | None,
-    inputs: Callable[[Any], Any] | None,
-    batches: int | None,
-    reader: str,
-) -> tuple[Iterator[ForwardInputs], ForwardInputs]:
-    """Return what forward receives of each batch, and of the first, with which it is tried."""
-    if dataloader is None:
-        raise ValueError(
-            'ranges of activations need data: pass a dataloader, activation_ranges="dynamic" for the range of each '
-            "call, or activation_bits=None to quantize weights only."
-            if not reader
-            else f"{reader} the inputs of the layers: pass a dataloader, or leave it out."
-        )
-    calls = batch_calls(model, dataloader, inputs, batches)
-    first = next(calls, None)
-    if first is None:
-        raise ValueError("the dataloader has no batch to take ranges or inputs from.")
-    with evaluating(model), without_fast_path():
-        try_batch(model, first, inputs)
-    return chain([first], calls), first
+class _Batches:
+    """What forward receives of each batch; the first is tried before anything is read from them.
+
+    Args:
+        model: The model.
+        dataloader: The batches.
+        inputs: Returns the arguments of forward for a batch; None: by the usual rule.
+        number: How many are used; None: all.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        dataloader: Iterable[Any] | None,
+        inputs: Callable[[Any], Any] | None,
+        number: int | None,
+    ) -> None:
+        self._model, self._dataloader, self._inputs, self._number = model, dataloader, inputs, number
+        self._held: list[ForwardInputs] = []
+
+    def held(self, reader: str) -> list[ForwardInputs]:
+        """Return all of them, in memory; ``reader`` begins the sentence that says what needs them, empty for ranges."""
+        self._held = self._held or list(self._read(reader))
+        return self._held
+
+    def once(self) -> tuple[ForwardInputs, Iterable[ForwardInputs]]:
+        """Return the first, and all of them to go through once."""
+        if self._held:
+            return self._held[0], self._held
+        calls = self._read("")
+        first = next(calls)
+        return first, chain([first], calls)
+
+    def _read(self, reader: str) -> Iterator[ForwardInputs]:
+        if self._dataloader is None:
+            raise ValueError(
+                'ranges of activations need data: pass a dataloader, activation_ranges="dynamic" for the range of each '
+                "call, or activation_bits=None to quantize weights only."
+                if not reader
+                else f"{reader} the inputs of the layers: pass a dataloader, or leave it out."
+            )
+        calls = batch_calls(self._model, self._dataloader, self._inputs, self._number)
+        first = next(calls, None)
+        if first is None:
+            raise ValueError("the dataloader has no batch to take ranges or inputs from.")
+        with evaluating(self._model), without_fast_path():
+            try_batch(self._model, first, self._inputs)
+        return chain([first], calls)
 
 
 def _calibrate(

@@ -4,7 +4,7 @@ A quantized layer finds scales and integers in its weight; so do checkpoints and
 else.
 """
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -88,7 +88,7 @@ def settle_weights(
     model: nn.Module,
     layers: Mapping[str, QuantizedLayer],
     rounding: Rounding,
-    calls: Sequence[ForwardInputs] | Iterator[ForwardInputs],
+    calls: Sequence[ForwardInputs],
     settled: Settled,
     *,
     shown: bool,
@@ -131,7 +131,6 @@ def settle_weights(
             settled.errors[name] = errors
 
     if needs:
-        assert isinstance(calls, Sequence)  # noqa: S101 - the caller gathers them for such a rounding
         missed = change_layer_by_layer(model, chosen, calls, needs, change, title="rounding", shown=shown)
         settled.plainly |= dict.fromkeys(missed, "no batch reaches it")
     else:

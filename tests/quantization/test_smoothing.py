@@ -200,3 +200,22 @@ def test_smooth_needs_data_and_says_if_nothing_moved():
         quantize_post_training(stack(), smooth=True)
     with pytest.warns(UserWarning, match="smooth: nothing was moved"):
         quantize_post_training(nn.Sequential(nn.Linear(4, 4)), [torch.ones(2, 4)], smooth=True, progress_bar=False)
+
+
+def test_it_goes_with_rounding_that_makes_up_and_with_chosen_bits(tmp_path):
+    """Weights move, then get bits, then integers: each step reads what the one before it made."""
+    batches = list(torch.randn(4, 32, WIDTH))
+    plain, all_of_it = stack(), stack()
+    quantize_post_training(plain, batches, weight_bits=4, progress_bar=False)
+    quantize_post_training(
+        all_of_it,
+        batches,
+        smooth=True,
+        method="gptq",
+        bits="auto",
+        effective_bits=4.0,
+        activation_ranges="dynamic",
+        progress_bar=False,
+    )
+    assert error(all_of_it, stack(), batches) < 0.1 * error(plain, stack(), batches)
+    assert all(layer.activation_ranges == "dynamic" for layer in all_of_it.modules() if isinstance(layer, LINEARS))
