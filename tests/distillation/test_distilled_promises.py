@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch.tuner import Tuner
 
 from helpers.distilled import HINT, conv_distilled, distilled, teacher
+from helpers.marks import cells
 from helpers.models import (
     Classifier,
     ConvNet,
@@ -53,12 +54,13 @@ CALLBACKS = {
     "integers": lambda: [integers()],
     "channels, weights and integers": lambda: [channels(), weights(), integers()],
 }
-every_callback = pytest.mark.parametrize("make", CALLBACKS.values(), ids=CALLBACKS)
+ALL = "channels, weights and integers"
 KINDS = {
     "kd": lambda dropout=0.0: distilled(new(Classifier, dropout=dropout)),
     "hint": lambda dropout=0.0: distilled(new(Classifier, dropout=dropout), features=HINT),
 }
-every_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+every_callback = pytest.mark.parametrize("name", cells(list(CALLBACKS), quick=["alone", ALL]))
+"""Each technique by itself is slow: all of them together do what each does."""
 
 
 def assert_reached(student, callbacks):
@@ -73,9 +75,11 @@ def assert_reached(student, callbacks):
     assert all(c.reached_end for c in callbacks)
 
 
-@every_callback
-@every_kind
-def test_resumed_at_every_epoch_equals_uninterrupted(tmp_path, make, kind):
+@pytest.mark.parametrize(
+    ("name", "kind"), cells(list(CALLBACKS), list(KINDS), quick=[(ALL, "hint"), ("alone", "kd"), ("channels", "kd")])
+)
+def test_resumed_at_every_epoch_equals_uninterrupted(tmp_path, name, kind):
+    make, kind = CALLBACKS[name], KINDS[kind]
     module, callbacks = kind(dropout=0.3), make()
     before = {name: value.clone() for name, value in module.teacher.networks[0].state_dict().items()}
     fit(tmp_path, module, *callbacks, SeededByStep(), Files(tmp_path / "files"))
@@ -89,7 +93,8 @@ def test_resumed_at_every_epoch_equals_uninterrupted(tmp_path, make, kind):
 
 
 @every_callback
-def test_resumed_at_every_step_equals_uninterrupted(tmp_path, make):
+def test_resumed_at_every_step_equals_uninterrupted(tmp_path, name):
+    make = CALLBACKS[name]
     files = tmp_path / "files"
 
     class Saves(pl.Callback):
@@ -105,9 +110,11 @@ def test_resumed_at_every_step_equals_uninterrupted(tmp_path, make):
         assert_same_state(module, again)
 
 
-@every_callback
-@pytest.mark.parametrize("weights_only", [False, True])
-def test_one_file_reloads(tmp_path, make, weights_only):
+@pytest.mark.parametrize(
+    ("name", "weights_only"), cells(list(CALLBACKS), [False, True], quick=[(ALL, True), ("alone", False)])
+)
+def test_one_file_reloads(tmp_path, name, weights_only):
+    make = CALLBACKS[name]
     module = distilled(features=HINT)
     run = fit(tmp_path, module, *make())
     path = tmp_path / "file.ckpt"
@@ -127,7 +134,8 @@ def test_one_file_reloads(tmp_path, make, weights_only):
 
 
 @every_callback
-def test_the_student_saves_what_was_changed_in_it(tmp_path, make):
+def test_the_student_saves_what_was_changed_in_it(tmp_path, name):
+    make = CALLBACKS[name]
     module = distilled()
     fit(tmp_path, module, *make())
     fit(tmp_path, module.student, Files(tmp_path / "alone"), max_epochs=1)
@@ -170,7 +178,8 @@ def test_projectors_follow_channels_of_images(tmp_path):
 
 
 @every_callback
-def test_the_score_is_that_of_the_student(tmp_path, make):
+def test_the_score_is_that_of_the_student(tmp_path, name):
+    make = CALLBACKS[name]
     best = CompressedCheckpoint(tmp_path / "best", monitor="P")
     module = distilled(features=HINT)
     fit(tmp_path, module, *make(), PerformanceScore(), best)

@@ -87,6 +87,8 @@ MODELS = {name: TRIED[name].model if name in TRIED else Classifier for name in C
     STACKED, Stacked
 )
 CALLBACKS |= STACKED
+TOGETHER = ("blocks, channels, weights and integers", "low_rank")
+"""Rows that hold every technique once. Those of one technique alone are slow where it decides nothing by itself."""
 ALONE_AND_TOGETHER = (*TRIED, "all")
 """Rows whose tests are quick: what the others add shows in what they save and how they resume."""
 WITH_A_STATE = (
@@ -110,6 +112,11 @@ def rows(quick):
     )
 
 
+KEPT = [
+    *((name, "P") for name in TRIED),
+    (TOGETHER[0], "val_loss"),
+]
+together = rows(TOGETHER)
 every_callback = rows(ALONE_AND_TOGETHER)
 every_state = rows(WITH_A_STATE)
 
@@ -140,7 +147,7 @@ def test_the_module_is_what_it_was_but_for_its_weights(tmp_path, make, model):
     assert "on_load_checkpoint" not in module.__dict__
 
 
-@every_callback
+@together
 def test_nothing_happens_before_the_window_opens(tmp_path, make, model):
     plain, module = new(model, dropout=0.3), new(model, dropout=0.3)
     fit(tmp_path, plain, max_epochs=2)
@@ -228,9 +235,9 @@ def test_the_four_ways_of_saving_reload_in_three(tmp_path, make, model, when, we
     assert torch.equal(predicted, torch.cat(run.predict(module, val_loader())))
 
 
-@every_callback
-@pytest.mark.parametrize("monitor", ["val_loss", "P"])
-def test_the_kept_file_scores_again_what_was_monitored(tmp_path, make, model, monitor):
+@pytest.mark.parametrize(("name", "monitor"), cells(list(CALLBACKS), ["val_loss", "P"], quick=KEPT))
+def test_the_kept_file_scores_again_what_was_monitored(tmp_path, name, monitor):
+    model, make = MODELS[name], CALLBACKS[name]
     best = CompressedCheckpoint(tmp_path / "best", monitor=monitor)
     accuracies = {}
 
@@ -280,21 +287,21 @@ def test_trainers_of_all_kinds(tmp_path, name, options):
     assert_reached(module, callbacks)
 
 
-@every_callback
+@together
 def test_fast_dev_run_reaches_the_target(tmp_path, make, model):
     module, callbacks = new(model), make(start=100, end=2000)
     fit(tmp_path, module, *callbacks, fast_dev_run=1)
     assert_reached(module, callbacks)
 
 
-@every_callback
+@together
 def test_a_loader_without_length_and_int_windows(tmp_path, make, model):
     module, callbacks = new(model), make()
     trainer(tmp_path, *callbacks, max_epochs=2).fit(module, DataLoader(Stream(), 8), val_loader())
     assert_reached(module, callbacks)
 
 
-@every_callback
+@together
 def test_the_learning_rate_finders(tmp_path, make, model):
     module, callbacks = new(model), make()
     module.learning_rate = 1e-2
@@ -308,7 +315,7 @@ def test_the_learning_rate_finders(tmp_path, make, model):
     assert_reached(module, callbacks)
 
 
-@every_callback
+@together
 def test_layers_built_in_configure_model(tmp_path, make, model):
     class Late(model):
         def __init__(self):
@@ -331,7 +338,7 @@ def test_layers_built_in_configure_model(tmp_path, make, model):
     assert_same_state(module, load_from_checkpoint(Late, tmp_path / "files" / "2.ckpt"))
 
 
-@every_callback
+@together
 def test_an_early_stop_says_what_was_reached(tmp_path, make, model, caplog):
     caplog.set_level(logging.INFO)
     stop = EarlyStopping("P", patience=1, divergence_threshold=0.0)  # stops at once
@@ -371,7 +378,7 @@ def test_a_second_fit_by_the_same_trainer_and_with_a_new_model(tmp_path, make, m
     assert_reached(other, callbacks)
 
 
-@every_callback
+@together
 def test_pytorch_lightning_imports(tmp_path, make, model):
     other = pytest.importorskip("pytorch_lightning")
 
