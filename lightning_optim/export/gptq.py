@@ -15,7 +15,7 @@ from lightning_optim.functional.gptq import BITS, gptq_misfit, pack_gptq, unpack
 from lightning_optim.quantization.layers import QuantizedLinear
 from lightning_optim.tables import by_reason
 
-__all__ = ["GPTQ", "gptq_config", "packed_layers", "unpacked_state"]
+__all__ = ["GPTQ", "gptq_config", "head_of", "packed_layers", "unpacked_state"]
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,9 @@ class GPTQ:
 def packed_layers(model: nn.Module) -> dict[str, GPTQ]:
     """Pack the Linear layers of all blocks, and give them the values that a reader computes.
 
-    Readers of the layout take every Linear layer of the blocks for packed, all with one group size. Layers outside of
-    blocks (the table, the head) are float for them.
+    Readers of the layout take every Linear layer of the blocks for packed, all with one group size. Of the layers
+    outside of blocks only the head has a place in it, and it is packed if it is quantized in the same form. A head that
+    shares its weight with the table gets a weight of its own: readers have no packed table.
 
     Args:
         model: A copy; the weights of its packed layers become those that a reader computes, whose scales are float16.
@@ -66,12 +67,27 @@ def packed_layers(model: nn.Module) -> dict[str, GPTQ]:
             f"have no place in it. {rows}. Quantize all of them with weight_bits={BITS} and "
             "weight_granularity='per_group:32' (64, 128), or export with quantization=None."
         )
+    head = head_of(model)
+    if head is not None and _misfit(model.get_submodule(head)) == (None, next(iter(sizes))):
+        packed[head] = GPTQ(_tensors(cast("QuantizedLinear", model.get_submodule(head))), next(iter(sizes)))
     for name, held in packed.items():
         layer = cast("QuantizedLinear", model.get_submodule(name))
         layer.quantization_phase = "off"
-        weight = layer._parameters["weight"]
-        weight.data = unpack_gptq(held.tensors).to(weight.dtype)  # type: ignore[union-attr]
+        weight = unpack_gptq(held.tensors).to(layer._parameters["weight"].dtype)  # type: ignore[union-attr]
+        layer._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
     return packed
+
+
+def head_of(model: nn.Module) -> str | None:
+    """Return the name of the layer that gives a language model's logits, None where the model names none.
+
+    Only where ``tie_word_embeddings`` of the model's own configuration says whether it shares the table's weight.
+    """
+    find = getattr(model, "get_output_embeddings", None)
+    head = find() if callable(find) else None
+    if head is None or not hasattr(getattr(model, "config", None), "tie_word_embeddings"):
+        return None
+    return next((name for name, layer in model.named_modules() if layer is head), None)
 
 
 def _is_matrix(layer: nn.Module) -> bool:
@@ -102,15 +118,20 @@ def _tensors(layer: QuantizedLinear) -> dict[str, Tensor]:
     return pack_gptq(integers[:, : weight.shape[1]], scales.flatten(1))
 
 
-def gptq_config(packed: Mapping[str, GPTQ]) -> dict[str, Any]:
-    """Return the ``quantization_config`` of packed layers, as ``config.json`` holds it."""
+def gptq_config(packed: Mapping[str, GPTQ], *, head: bool) -> dict[str, Any]:
+    """Return the ``quantization_config`` of packed layers, as ``config.json`` holds it.
+
+    Args:
+        packed: The layers.
+        head: Whether the layer that gives the logits is among them.
+    """
     return {
         "quant_method": "gptq",
         "bits": BITS,
         "group_size": next(iter(packed.values())).group_size,
         "desc_act": False,
         "sym": True,
-        "lm_head": False,
+        "lm_head": head,
         "true_sequential": True,
         "checkpoint_format": "gptq",
         "meta": {"quantizer": [f"lightning_optim:{__version__}"]},

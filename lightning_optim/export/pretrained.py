@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lightning_optim import configs
 from lightning_optim.checkpoint import load_from_checkpoint
 from lightning_optim.checks import check_flags
-from lightning_optim.export.gptq import GPTQ, gptq_config, packed_layers, unpacked_state
+from lightning_optim.export.gptq import GPTQ, gptq_config, head_of, packed_layers, unpacked_state
 from lightning_optim.export.integer import rounds, rounds_output
 from lightning_optim.export.pretrained_inputs import synthetic_inputs
 from lightning_optim.export.pretrained_report import PretrainedReport
@@ -86,7 +86,7 @@ def export_pretrained(
         quantization: None: float, with the rounded values of quantized weights. ``"gptq"``: the Linear layers of all
             blocks, which are quantized with ``per_group:N`` and at most 4 bits, packed in the GPTQ layout with its
             ``quantization_config``, as vLLM, ONNX Runtime GenAI's builder and transformers (with gptqmodel) read it;
-            the other layers in float. Activations are not rounded in such folders.
+            the head too if it is quantized in the same form, and the other layers in float. Activations are not rounded in such folders.
         module: Dotted name of the model, where the module holds several.
         cls_or_module: With a checkpoint: the LightningModule class that wrote it, or an instance, as
             :func:`lightning_optim.load_from_checkpoint` takes it.
@@ -247,6 +247,9 @@ def _write(
     model: nn.Module, reference: nn.Module, values: Mapping[str, Any], packed: Mapping[str, GPTQ], folder: Path
 ) -> PretrainedReport:
     """Write weights and configurations through a fresh model of the class, which holds nothing of a technique."""
+    head_is_packed = head_of(reference) in packed
+    if head_is_packed and configs.value_at(model.config, "tie_word_embeddings"):
+        values = {**values, "tie_word_embeddings": False}
     config = configs.config_with(model.config, values)
     twin: Any = configs.build(model, config)
     twin.load_state_dict(deployed_state(reference), strict=True, assign=True)
@@ -256,7 +259,7 @@ def _write(
         twin.generation_config = copy.deepcopy(generation)
     twin.save_pretrained(folder, **({"state_dict": _packed_state(twin, packed)} if packed else {}))
     if packed:
-        _add_to_config(folder, {"quantization_config": gptq_config(packed)})
+        _add_to_config(folder, {"quantization_config": gptq_config(packed, head=head_is_packed)})
     before = {path: configs.value_at(model.config, path) for path in values}
     return PretrainedReport(
         path=folder,

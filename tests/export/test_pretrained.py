@@ -177,6 +177,24 @@ def test_the_gptq_layout_holds_the_integers_of_the_layers(four_bits, tmp_path):
         assert torch.equal(unpack_gptq(packed), ours)
 
 
+def test_a_head_that_shares_the_weight_of_the_table_is_packed_apart(tmp_path):
+    from safetensors.torch import load_file
+
+    numbers = {**MODELS["Llama"].make().config.to_dict(), "tie_word_embeddings": True, "vocab_size": 56}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**numbers)).eval()
+    options = {"weight_bits": 4, "activation_bits": None, "weight_granularity": "per_group:16"}
+    quantize_post_training(model, [{"input_ids": IDS}], **options, progress_bar=False)
+    report = export_pretrained(model, tmp_path / "folder", quantization="gptq")
+    assert report.packed == 22
+    assert report.config == {"tie_word_embeddings": (True, False)}
+    tensors = load_file(tmp_path / "folder" / "model.safetensors")
+    packed = {key: tensors[f"lm_head.{key}"] for key in ("qweight", "qzeros", "scales", "g_idx")}
+    assert torch.equal(unpack_gptq(packed), model.lm_head.quantized_weight())
+    table = model.model.embed_tokens
+    assert torch.equal(tensors["model.embed_tokens.weight"], table.quantized_weight())
+    assert model.lm_head.weight is table.weight
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
