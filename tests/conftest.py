@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-EXAMPLES = {"max_examples": 50, "deadline": None}  # a busy machine is no failure
+EXAMPLES = {"max_examples": 25, "deadline": None}  # a busy machine is no failure
 settings.register_profile("default", settings.get_profile("default"), **EXAMPLES)
 settings.register_profile("ci", settings.get_profile("ci"), **EXAMPLES)
 settings.register_profile("thorough", settings.get_profile("default"), max_examples=1000, deadline=None)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from helpers.marks import cells
 from helpers.models import Files
 from lightning_optim import ChannelPruning, DepthPruning, load_from_checkpoint
 
@@ -71,7 +72,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", cells(list(CASES), quick=["with blocks"]))
 def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, name):
     whole = run(tmp_path, CASES[name]())
     state = whole.state_dict()

@@ -218,6 +218,7 @@ def first_image(model, batch):
     return model.net, batch[0][:1]
 
 
+@pytest.mark.slow
 def test_export_of_what_is_deployed(runs, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
     arguments = ["export", str(runs / "teacher" / "teacher.ckpt"), str(tmp_path / "net.onnx"), *MODEL, *DATA]

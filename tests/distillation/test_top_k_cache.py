@@ -88,7 +88,7 @@ def parameters(module):
 
 
 @pytest.mark.parametrize("name", ON_TOP_K)
-@pytest.mark.parametrize("temperature", [1.0, 4.0])
+@pytest.mark.parametrize("temperature", [pytest.param(1.0, marks=pytest.mark.slow), 4.0])
 def test_k_equal_to_the_classes_is_the_live_teacher_within_float16(tmp_path, name, temperature):
     live = distilled(loss=name, temperature=temperature)
     cached = distilled(loss=name, temperature=temperature, cache=tmp_path / "c", cache_top_k=CLASSES)
@@ -296,6 +296,7 @@ def test_labels_that_the_step_makes_itself_are_asked_for(tmp_path):
 # Killed, and gone on.
 
 
+@pytest.mark.slow
 def test_a_killed_build_goes_on_and_writes_the_same_bytes(tmp_path):
     whole, killed = tmp_path / "whole" / "c", tmp_path / "killed" / "c"
     batches = KILLED_ROWS // BATCH

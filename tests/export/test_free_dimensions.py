@@ -65,6 +65,7 @@ def test_the_length_of_a_text_model_is_free_up_to_its_positions(name, tmp_path):
     assert (f"length is at most {longest} in this file, as in the module." in report.notes) == (longest is not None)
 
 
+@pytest.mark.slow
 def test_sizes_that_the_exporter_does_not_know_are_not_called_equal(tmp_path):
     """The runtime reuses the memory of one for another: blocks with different numbers of heads ran into each other."""
     torch.manual_seed(0)

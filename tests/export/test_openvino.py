@@ -66,6 +66,7 @@ signal.raise_signal(signal.SIGUSR1)
 """
 
 
+@pytest.mark.slow
 def test_a_signal_after_two_models_does_not_crash_the_process(tmp_path):
     """DataLoader workers that end send one; OpenVINO leaves a freed signal stack behind where it has two cores."""
     module, inputs = quantized("text convolution")

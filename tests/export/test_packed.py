@@ -94,7 +94,7 @@ def test_what_is_stored_is_the_rounded_weight(stored, width, size):
     ("bits", "width", "tied"),
     [
         (4, 64, True),
-        (3, 40, False),  # 40 inputs are one group and a quarter
+        pytest.param(3, 40, False, marks=pytest.mark.slow),  # 40 inputs are one group and a quarter
         pytest.param(2, 64, False, marks=pytest.mark.slow),
         pytest.param(4, 40, True, marks=pytest.mark.slow),
     ],
@@ -142,7 +142,7 @@ def test_matrices_before_a_bias_of_two_dimensions_stay_packed(tmp_path):
     assert report.integer_matmuls == report.matmuls == 2
 
 
-@pytest.mark.parametrize("granularity", ["per_channel", "per_group:8"])
+@pytest.mark.parametrize("granularity", [pytest.param("per_channel", marks=pytest.mark.slow), "per_group:8"])
 def test_tables_are_packed_with_any_scales(tmp_path, granularity):
     module = TwoTowers()
     quantized(module, weight_granularity=granularity, include=[nn.Embedding, nn.EmbeddingBag])
@@ -159,8 +159,10 @@ def test_tables_are_packed_with_any_scales(tmp_path, granularity):
     ("options", "text"),
     [
         ({"weight_granularity": "per_group:24"}, "int4 in int8 container weight per group:24"),
-        ({"weight_granularity": "per_channel"}, "int4 in int8 container weight per channel"),
-        ({"weight_bits": 8}, "int8 weight per group:32"),
+        pytest.param(
+            {"weight_granularity": "per_channel"}, "int4 in int8 container weight per channel", marks=pytest.mark.slow
+        ),
+        pytest.param({"weight_bits": 8}, "int8 weight per group:32", marks=pytest.mark.slow),
     ],
 )
 def test_what_engines_do_not_multiply_packed_is_said(tmp_path, options, text):
@@ -173,6 +175,7 @@ def test_what_engines_do_not_multiply_packed_is_said(tmp_path, options, text):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["Llama", pytest.param("GPT-2", marks=pytest.mark.slow)])
 def test_language_models_of_transformers(tmp_path, name):
     pytest.importorskip("transformers")

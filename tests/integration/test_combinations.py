@@ -177,7 +177,10 @@ every_stack = pytest.mark.parametrize("stack", cells(list(STACKS), quick=[ALL]))
     cells(
         [False, True],
         list(RUNS),
-        quick=[*((True, run) for run in RUNS), *((False, run) for run in OF_CALLBACKS_AND_TYPES)],
+        quick=[
+            *((True, run) for run in RUNS if run not in OF_CALLBACKS_AND_TYPES),
+            *((False, run) for run in OF_CALLBACKS_AND_TYPES),
+        ],
     ),
 )
 @every_stack

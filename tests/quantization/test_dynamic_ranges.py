@@ -116,7 +116,7 @@ def test_files_from_before_have_static_ranges():
     assert QuantizationScheme().activation_ranges == QuantizedLayer.activation_ranges == "static"
 
 
-@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("runtime", ["onnxruntime", pytest.param("openvino", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("net", [Encoder, pytest.param(Tied, marks=pytest.mark.slow)])
 def test_the_file_answers_the_same_with_integer_products(tmp_path, net, runtime):
     pytest.importorskip(runtime)

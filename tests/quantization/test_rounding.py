@@ -194,7 +194,7 @@ def test_a_checkpoint_brings_the_integers_back(tmp_path):
 @pytest.mark.parametrize(
     ("granularity", "activation_bits"),
     [
-        ("per_channel", 8),
+        pytest.param("per_channel", 8, marks=pytest.mark.slow),
         ("per_group:32", None),
         pytest.param("per_channel", None, marks=pytest.mark.slow),
         pytest.param("per_tensor", 8, marks=pytest.mark.slow),

@@ -130,6 +130,7 @@ def test_what_cannot_be_exported_is_in_the_notes_with_the_reason(compared):
     assert any("timed in float" in note for note in report.notes)
 
 
+@pytest.mark.slow
 def test_a_reference_that_cannot_be_exported_leaves_no_times_in_engines():
     nets = {"odd": Unexportable(), "a": net()}
     report = quick(nets, engines=["torch", "onnxruntime"], export={})
@@ -138,6 +139,7 @@ def test_a_reference_that_cannot_be_exported_leaves_no_times_in_engines():
     assert report.notes[-1].endswith("The others cannot be compared in engines either.")
 
 
+@pytest.mark.slow
 def test_an_engine_that_refuses_a_file_is_in_the_notes(monkeypatch):
     def refuse(path):
         raise RuntimeError("no kernel for it")
@@ -177,6 +179,7 @@ def test_another_reference_and_a_size_of_ones_own():
     assert report["a"]["P"] == 2.0
 
 
+@pytest.mark.slow
 def test_inputs_by_keyword_and_as_they_are():
     class Named(nn.Module):
         def __init__(self, width):
@@ -194,6 +197,7 @@ def test_inputs_by_keyword_and_as_they_are():
     assert "torch_batch_ms" not in report["b"]
 
 
+@pytest.mark.slow
 def test_a_file_of_one_batch_size_is_timed_with_that():
     report = quick(batch_size=48, engines=["onnxruntime"], export={"dynamic_batch": False})
     assert "onnxruntime_batch_ms" in report["a"]

@@ -43,6 +43,7 @@ def children_of(folder):
     return [line for line in listed.splitlines() if str(folder) in line and "failing_script" in line]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["optim_ddp", pytest.param("optim_fsdp", marks=pytest.mark.slow)])
 def test_a_rank_that_raises_ends_the_run_and_is_named(tmp_path, strategy):
     code, output, _ = run(tmp_path, strategy, "raise")

@@ -73,7 +73,7 @@ MODELS = {
 INNER = ("intermediate.dense", "mlp.up_proj", "fc1", "pwconv1", "layer.0.convolution")
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", cells(list(MODELS), quick=["ViT", "Swin"]))
 def test_inner_widths_and_heads_are_halved(name):
     kind, config, words, inputs, widths, attentions = MODELS[name]
     model = build(kind, config, **words)
