@@ -64,7 +64,7 @@ def logits(folder, ids):
 
 
 def rows_of_table(path):
-    """Give scales and zero points of a packed table the rank that its operator asks for; the builder writes them flat."""
+    """Give scales and zero points of a packed table the rank that its operator asks for; they are written flat."""
     import onnx
 
     model = onnx.load(path, load_external_data=False)
@@ -82,9 +82,7 @@ def test_the_engine_gives_the_answers_of_the_rounded_model(model, tmp_path, leve
     export_pretrained(model, tmp_path / "folder", quantization="gptq", tokenizer=tokenizer())
     built = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-m", "name", "-i", str(tmp_path / "folder")]
     built += ["-o", str(tmp_path / "engine"), "-p", "int4", "-e", "cpu", "-c", str(tmp_path / "cache")]
-    if (
-        model.config.tie_word_embeddings
-    ):  # to other readers head and table are two weights, the builder stores them once
+    if model.config.tie_word_embeddings:  # to other readers they are two weights
         config = tmp_path / "folder" / "config.json"
         config.write_text(json.dumps({**json.loads(config.read_text()), "tie_word_embeddings": True}))
     head = "shared_embeddings=true" if model.config.tie_word_embeddings else "nodes_to_exclude=/lm_head/MatMul"

@@ -168,7 +168,7 @@ OF_CALLBACKS_AND_TYPES = (
     "several optimizers by hand",
     "compiled",
 )
-"""Runs whose quick test is without a teacher too; the others are runs of test_promises.py, or say no more alone."""
+"""Runs whose quick test is without a teacher; the others are runs of test_promises.py, or say no more alone."""
 every_stack = pytest.mark.parametrize("stack", cells(list(STACKS), quick=[ALL]))
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from helpers.marks import cells
 from helpers.nets import PRUNABLE
 from lightning_optim.change import apply_change
 from lightning_optim.structured.coupled import CoupledUnits
@@ -76,7 +77,7 @@ def assert_units_follow(module, example, **selection):
         assert all(torch.equal(a[2], b[2]) for a, b in zip(again.parts, now.parts, strict=True))
 
 
-@pytest.mark.parametrize("name", PRUNABLE)
+@pytest.mark.parametrize("name", cells(list(PRUNABLE), quick=list(PRUNABLE)[::3]))
 def test_what_shrinks_is_what_leaves(name):
     make, inputs, _ = PRUNABLE[name]
     assert_units_are_what_leaves(make(), inputs())

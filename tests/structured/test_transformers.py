@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+from helpers.marks import cells
 from lightning_optim.structured.prune import prune_channels
 
 pytest.importorskip("transformers", reason="the models of transformers: pip install 'transformers==5.24.*'")
