@@ -15,7 +15,8 @@ from statistics import median
 import torch
 from torch import Tensor, nn
 
-from lightning_optim.quantization.prepare import QuantizationScheme, prepare, quantized_layers, set_phase
+from lightning_optim.quantization.scheme import QuantizationScheme
+from lightning_optim.quantization.prepare import prepare, quantized_layers, set_phase
 from lightning_optim.quantization.ranges import fold_ranges
 
 LAYERS = (5, 20, 80)

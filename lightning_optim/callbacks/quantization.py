@@ -21,7 +21,6 @@ from lightning_optim.quantization.layers import PHASES, QuantizedLayer
 from lightning_optim.quantization.outputs import has_convolutions
 from lightning_optim.quantization.phases import LayerPhases, observing_steps, phase_at, rounds
 from lightning_optim.quantization.prepare import (
-    QuantizationScheme,
     QuantizedLayers,
     drop_outputs,
     prepare,
@@ -30,6 +29,7 @@ from lightning_optim.quantization.prepare import (
     set_phases,
 )
 from lightning_optim.quantization.ranges import Reduce, copy_ranges, fold_ranges, settle_ranges, unseen_inputs
+from lightning_optim.quantization.scheme import QuantizationScheme
 from lightning_optim.target import Pattern, averaged_copies, find_target
 from lightning_optim.window import Window, planned_steps
 

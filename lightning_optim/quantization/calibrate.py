@@ -20,7 +20,6 @@ from lightning_optim.quantization.graph import GraphFacts
 from lightning_optim.quantization.layers import QuantizedLayer
 from lightning_optim.quantization.outputs import find_ranges
 from lightning_optim.quantization.prepare import (
-    QuantizationScheme,
     drop_outputs,
     prepare,
     quantized_layers,
@@ -29,6 +28,7 @@ from lightning_optim.quantization.prepare import (
 )
 from lightning_optim.quantization.ranges import fold_ranges, observing, settle_ranges
 from lightning_optim.quantization.rounding import Settled, check_method, needs_inputs, settle_weights
+from lightning_optim.quantization.scheme import QuantizationScheme
 from lightning_optim.quantization.smoothing import Smoothed, smooth_inputs, undo_smoothing
 from lightning_optim.tables import by_reason
 from lightning_optim.target import ForwardInputs, Pattern, find_target

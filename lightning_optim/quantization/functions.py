@@ -25,8 +25,9 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_optim.checkpoint import is_layer_class, layer_class
 from lightning_optim.functional.fake_quantize import fake_quantize
-from lightning_optim.quantization.layers import ATTRIBUTES, STATE, QuantizedLayer, on_part
+from lightning_optim.quantization.layers import ATTRIBUTES, STATE, QuantizedLayer
 from lightning_optim.quantization.over import OverOwnClass
+from lightning_optim.quantization.rounded import on_part
 from lightning_optim.sharding import own_class
 
 __all__ = [

@@ -25,19 +25,17 @@ from torch import Tensor, nn
 
 from lightning_optim.checkpoint import layer_class
 from lightning_optim.functional.fake_quantize import (
-    dynamic_fake_quantize,
     fake_quantize,
-    fake_quantize_bias,
     fake_quantize_weight,
     finer_units,
     integer_range,
-    straight_through,
     symmetric_scale,
 )
 from lightning_optim.functional.observers import OBSERVERS
 from lightning_optim.quantization.over import OverOwnClass
 from lightning_optim.quantization.paths import found_from
-from lightning_optim.sharding import full, is_dtensor, local, shard_like, wrap_like
+from lightning_optim.quantization.rounded import dynamically_rounded, folded_bias, on_part, rounded_bias, rounded_weight
+from lightning_optim.sharding import full, local
 from lightning_optim.structure import LINK
 
 __all__ = [
@@ -56,7 +54,6 @@ __all__ = [
     "QuantizedLayer",
     "QuantizedLinear",
     "float_kernels",
-    "on_part",
 ]
 
 PHASES = ("off", "observe", "fake_quantize", "frozen")
@@ -184,7 +181,7 @@ class QuantizedLayer(nn.Module):
         assert weight is not None  # noqa: S101 - layers without one are not asked
         if not self._rounds_weight or self.weight_bits is None:
             return weight
-        return _rounded_weight(weight, self.weight_bits, self.weight_granularity)
+        return rounded_weight(weight, self.weight_bits, self.weight_granularity)
 
     def connect(self, root: nn.Module, name: str) -> None:
         """Find the BatchNorm that is folded into the layer.
@@ -208,10 +205,10 @@ class QuantizedLayer(nn.Module):
         if not self._rounds_weight or grouped or self.activation_bits is None or "input" not in self.watched:
             return bias
         if norm is None:
-            return None if bias is None else _rounded_bias(bias, self._product_scale())
+            return None if bias is None else rounded_bias(bias, self._product_scale())
         if norm.training:
             return bias
-        added = _folded_bias(bias, self._product_scale(), norm).to(norm.running_mean.dtype)
+        added = folded_bias(bias, self._product_scale(), norm).to(norm.running_mean.dtype)
         return added if bias is None else bias + added
 
     @torch.no_grad()
@@ -270,48 +267,6 @@ class QuantizedLayer(nn.Module):
         return self
 
 
-def on_part(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Apply an elementwise function to this rank's part of a tensor."""
-    if not is_dtensor(x):
-        return function(x)
-    return wrap_like(function(x.to_local()), x)
-
-
-def dynamically_rounded(x: Tensor) -> Tensor:
-    """Round an input to 8 bits with its own range: that of the whole, where ranks hold parts of it."""
-    if not is_dtensor(x):
-        return dynamic_fake_quantize(x)
-    extremes = full(x.detach()).float().aminmax()
-    return on_part(lambda part: dynamic_fake_quantize(part, extremes), x)
-
-
-def _rounded_weight(weight: Tensor, bits: int, granularity: str) -> Tensor:
-    """Round a weight; under tensor parallelism by the scales of the whole, which is gathered if rows are split."""
-    if not is_dtensor(weight):
-        return fake_quantize_weight(weight, bits, granularity)
-    if granularity != "per_tensor" and all(placement.is_shard(0) for placement in weight.placements):
-        return on_part(lambda part: fake_quantize_weight(part, bits, granularity), weight)
-    rounded = local(shard_like(fake_quantize_weight(full(weight), bits, granularity), weight))
-    return on_part(lambda part: straight_through(part, rounded), weight)
-
-
-def _rounded_bias(bias: Tensor, unit: Tensor) -> Tensor:
-    if not is_dtensor(bias):
-        return fake_quantize_bias(bias, unit)
-    rounded = local(shard_like(fake_quantize_bias(full(bias), unit), bias))
-    return on_part(lambda part: straight_through(part, rounded), bias)
-
-
-@torch.no_grad()
-def _folded_bias(bias: Tensor | None, unit: Tensor, norm: Any) -> Tensor:
-    """Return what is added before a BatchNorm to give what it gives with its own sum of biases rounded."""
-    factor = torch.rsqrt(norm.running_var + norm.eps) * (1.0 if norm.weight is None else norm.weight)
-    shift = (-norm.running_mean if bias is None else bias - norm.running_mean) * factor
-    shift = shift if norm.bias is None else shift + norm.bias
-    added = (fake_quantize_bias(shift, unit * factor.abs()) - shift) / factor
-    return torch.where(factor == 0, 0.0, added)
-
-
 @layer_class
 class QuantizedLinear(QuantizedLayer, nn.Linear):
     """A Linear layer; one scale per output by default."""
@@ -335,7 +290,7 @@ class QuantizedConv1D(OverOwnClass, QuantizedLayer):
         assert weight is not None  # noqa: S101 - it is what a Conv1D is known by
         if not self._rounds_weight or self.weight_bits is None:
             return weight
-        return _rounded_weight(weight.t(), self.weight_bits, self.weight_granularity).t()
+        return rounded_weight(weight.t(), self.weight_bits, self.weight_granularity).t()
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute ``[..., in] -> [..., out]`` as the layer's own class does, which reads the rounded weight."""

@@ -15,7 +15,7 @@ from lightning_optim.checkpoint import plain_plan
 from lightning_optim.export import export_onnx
 from lightning_optim.functional.fake_quantize import dynamic_fake_quantize, fake_quantize_weight
 from lightning_optim.quantization.layers import QuantizedLayer
-from lightning_optim.quantization.prepare import QuantizationScheme
+from lightning_optim.quantization.scheme import QuantizationScheme
 
 
 def dynamic(**words):

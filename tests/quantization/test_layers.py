@@ -6,8 +6,9 @@ from torch import nn
 from lightning_optim.functional.fake_quantize import fake_quantize_weight
 from lightning_optim.quantization.graph import GraphFacts
 from lightning_optim.quantization.layers import QUANTIZED, QuantizedLayer, float_kernels
-from lightning_optim.quantization.prepare import QuantizationScheme, prepare, quantized_layers, set_phase
+from lightning_optim.quantization.prepare import prepare, quantized_layers, set_phase
 from lightning_optim.quantization.ranges import fold_ranges, observing, settle_ranges
+from lightning_optim.quantization.scheme import QuantizationScheme
 
 
 def quantized(layer, *calls, **scheme):

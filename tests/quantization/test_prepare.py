@@ -6,12 +6,12 @@ from torch.nn.utils.parametrizations import weight_norm
 from lightning_optim.checkpoint import EMPTY, conform, plain_plan
 from lightning_optim.quantization.layers import QuantizedEmbedding, QuantizedLinear
 from lightning_optim.quantization.prepare import (
-    QuantizationScheme,
     prepare,
     quantized_layers,
     select_layers,
     set_phase,
 )
+from lightning_optim.quantization.scheme import QuantizationScheme
 
 
 class Scaled(nn.Linear):

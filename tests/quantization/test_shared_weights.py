@@ -11,7 +11,8 @@ from helpers.models import Classifier, fit, new
 from lightning_optim import QuantizationAwareTraining
 from lightning_optim.functional.fake_quantize import fake_quantize_weight
 from lightning_optim.quantization.calibrate import quantize_post_training
-from lightning_optim.quantization.prepare import QuantizationScheme, prepare, quantized_layers, select_layers, set_phase
+from lightning_optim.quantization.prepare import prepare, quantized_layers, select_layers, set_phase
+from lightning_optim.quantization.scheme import QuantizationScheme
 
 
 class NextItem(nn.Module):
