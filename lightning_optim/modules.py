@@ -16,6 +16,7 @@ from lightning_optim.outputs import output_tensors
 __all__ = [
     "COMPILED_CHILD",
     "CONVOLUTIONS",
+    "CONVOLVING",
     "EMBEDDINGS",
     "INPUTS_FIRST",
     "LINEARS",
@@ -72,6 +73,7 @@ class Experts(metaclass=_ExpertsFamily):
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+CONVOLVING = (*CONVOLUTIONS, *TRANSPOSED)
 EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 NORMS = (nn.LayerNorm, nn.GroupNorm, NormBase)
 RECURRENT = (nn.RNNBase, nn.RNNCellBase)

@@ -1,6 +1,7 @@
 """Converts a fake-quantized copy into a module that holds integers, which is then exported."""
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -12,10 +13,12 @@ from lightning_optim.export.functions import store_functions
 from lightning_optim.export.packed import PACKED_BITS, StoredBlocks, StoredRows, has_blocks
 from lightning_optim.export.stored import DynamicQuantizer, Quantizer, StoredBias, StoredWeight
 from lightning_optim.functional.fake_quantize import LARGEST_BIAS
-from lightning_optim.modules import EMBEDDINGS, LINEARS, expert_weights
+from lightning_optim.functional.subpixel import arrange_places, place_padding, subpixel_kernel, subpixel_vector
+from lightning_optim.modules import EMBEDDINGS, LINEARS, TRANSPOSED, expert_weights
 from lightning_optim.quantization.experts import QuantizedExperts, ReadExperts, as_rows, from_rows
 from lightning_optim.quantization.functions import QuantizedFunctions
 from lightning_optim.quantization.layers import QuantizedConv1D, QuantizedLayer
+from lightning_optim.quantization.transposed import kernels_as_rows, rows_as_kernels
 
 __all__ = ["convert", "rounds", "rounds_output"]
 
@@ -91,6 +94,74 @@ class _IntegerConv2d(_IntegerConv, nn.Conv2d):
 
 class _IntegerConv3d(_IntegerConv, nn.Conv3d):
     pass
+
+
+class _IntegerConvTranspose(_Integer):
+    """A transposed convolution, computed as a plain one, which engines run with integers, or in float as it is."""
+
+    convolutions: tuple[Callable[..., Tensor], Callable[..., Tensor]]
+    as_plain: bool
+    bias: Any
+    stride: tuple[int, ...]
+    padding: Any
+    output_padding: tuple[int, ...]
+    kernel_size: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+    _output_padding: Any
+    weight: Any = property(
+        lambda self: (
+            self._parameters["weight"]
+            if self.as_plain or self.stored is None or self.stored.folded
+            else rows_as_kernels(self.stored.matrix(), self.groups)
+        )
+    )
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        x = input if self.reads is None else self.reads(input)
+        dims = len(self.kernel_size)
+        added = self._output_padding(
+            input, output_size, self.stride, self.padding, self.kernel_size, dims, self.dilation
+        )
+        plain, transposed = self.convolutions
+        if self.as_plain:
+            batch = x if x.ndim == dims + 2 else x.unsqueeze(0)
+            y = self._plainly(plain, batch, None if output_size is None else added)
+            return self.written(y if x.ndim == dims + 2 else y.squeeze(0))
+        weight = self.weight if self.stored is None else rows_as_kernels(self.stored.matrix(), self.groups)
+        y = transposed(x, weight, self.bias, self.stride, self.padding, added, self.groups, self.dilation)
+        return self.written(y)
+
+    def _plainly(self, convolve: Callable[..., Tensor], x: Tensor, added: Any) -> Tensor:
+        assert self.stored is not None  # noqa: S101 - without integers it is computed as it is
+        most = [max(pair) - 1 for pair in zip(self.stride, self.dilation, strict=True)]
+        sizes = (
+            self.kernel_size,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.output_padding if added is None else most,
+        )
+        cuts = [place_padding(*size) for size in zip(*sizes, strict=True)]
+        bias = self.bias if self.stored_bias is None else self.stored_bias()
+        y = convolve(x, self.stored(), bias, padding=[sides for sides, _, _ in cuts], groups=self.groups)
+        y = arrange_places(y, self.groups, self.stride)
+        for dim, (_, start, end) in enumerate(cuts):
+            end = end if added is None else end + most[dim] - added[dim]
+            y = y.narrow(dim + 2, start, y.shape[dim + 2] - start - end) if start or added is not None or end else y
+        return y
+
+
+class _IntegerConvTranspose1d(_IntegerConvTranspose, nn.ConvTranspose1d):
+    convolutions = (F.conv1d, F.conv_transpose1d)
+
+
+class _IntegerConvTranspose2d(_IntegerConvTranspose, nn.ConvTranspose2d):
+    convolutions = (F.conv2d, F.conv_transpose2d)
+
+
+class _IntegerConvTranspose3d(_IntegerConvTranspose, nn.ConvTranspose3d):
+    convolutions = (F.conv3d, F.conv_transpose3d)
 
 
 class _IntegerProduct(_Integer):
@@ -176,6 +247,9 @@ _INTEGER: tuple[tuple[type[nn.Module], type[_Integer]], ...] = (
     (nn.Conv1d, _IntegerConv1d),
     (nn.Conv2d, _IntegerConv2d),
     (nn.Conv3d, _IntegerConv3d),
+    (nn.ConvTranspose1d, _IntegerConvTranspose1d),
+    (nn.ConvTranspose2d, _IntegerConvTranspose2d),
+    (nn.ConvTranspose3d, _IntegerConvTranspose3d),
     (nn.Linear, _IntegerLinear),
     (QuantizedConv1D, _IntegerConv1D),
     (nn.Embedding, _IntegerEmbedding),
@@ -208,19 +282,21 @@ def _store_experts(layer: QuantizedExperts) -> None:
     layer.add_module("stored", stored)
 
 
-def convert(module: nn.Module, batch_norms: Mapping[str, str]) -> None:
+def convert(module: nn.Module, batch_norms: Mapping[str, str], returned: Collection[str] = ()) -> None:
     """Convert rounded layers to integers, in place; other layers stay float.
 
     Args:
         module: A float32 copy in eval mode on the CPU.
         batch_norms: Convolution -> BatchNorm to fold into it: this changes scales and signs, but no magnitudes.
+        returned: Convolutions whose outputs are only returned: engines run these in float.
     """
     layers = dict(module.named_modules())
     _renormalize(module)
     store = _Store(module)
     followers = {layers[name]: layers[follower] for name, follower in batch_norms.items() if rounds(layers[name])}
+    outputs = {layers[name] for name in returned}
     for layer, norm in followers.items():
-        _to_integer(layer, store, norm)
+        _to_integer(layer, store, norm, in_float=layer in outputs)
         norm.__class__ = nn.Identity
     for layer in layers.values():
         if isinstance(layer, QuantizedExperts):
@@ -229,10 +305,17 @@ def convert(module: nn.Module, batch_norms: Mapping[str, str]) -> None:
             if rounds_output(layer):
                 store_functions(layer)
         elif isinstance(layer, QuantizedLayer) and (rounds(layer) or rounds_output(layer)):
-            _to_integer(layer, store)
+            _to_integer(layer, store, in_float=layer in outputs)
         elif isinstance(layer, nn.EmbeddingBag) and not isinstance(layer, _Integer):
             layer.stored = None  # type: ignore[assignment]
             layer.__class__ = _GatheredBag
+
+
+def _outputs_first(layer: QuantizedLayer, weight: Tensor) -> Tensor:
+    """Return a weight with its outputs in dimension 0."""
+    if isinstance(layer, TRANSPOSED):
+        return kernels_as_rows(weight, layer.groups)
+    return weight.t() if isinstance(layer, QuantizedConv1D) else weight
 
 
 class _Store:
@@ -257,7 +340,7 @@ class _Store:
         key = (id(weight), bits, granularity)
         if factor is None and key in self._stored:
             return self._stored[key]
-        matrix = weight.t() if isinstance(layer, QuantizedConv1D) else weight
+        matrix = _outputs_first(layer, weight)
         kind = self._kind(layer) if factor is None else None
         stored = StoredWeight(matrix, bits, granularity, factor) if kind is None else kind(matrix, bits, granularity)
         if factor is None and self.shares(layer):
@@ -290,7 +373,7 @@ def _renormalize(module: nn.Module) -> None:
             layer.max_norm = None
 
 
-def _to_integer(layer: nn.Module, store: _Store, norm: nn.Module | None = None) -> None:
+def _to_integer(layer: nn.Module, store: _Store, norm: nn.Module | None = None, *, in_float: bool = False) -> None:
     assert isinstance(layer, QuantizedLayer)  # noqa: S101 - the callers check it
     weight, bias, factor = layer._parameters.get("weight"), layer._parameters.get("bias"), None
     writer = layer if norm is None or not rounds_output(norm) else norm
@@ -307,12 +390,33 @@ def _to_integer(layer: nn.Module, store: _Store, norm: nn.Module | None = None) 
     alone = stored is not None and not stored.grouped and not store.shares(layer)
     if stored is not None and alone and reads is not None and isinstance(layer, LINEARS):
         stored.transpose()
-    if factor is not None and weight is not None:
+    if isinstance(layer, TRANSPOSED):
+        as_plain = alone and isinstance(reads, Quantizer) and not in_float
+        stored_bias = _store_transposed(layer, stored, stored_bias, as_plain=as_plain)
+    if weight is not None and (factor is not None or isinstance(layer, TRANSPOSED)):
         weight.data = layer.quantized_weight()  # for other readers: the stored one includes the BatchNorm
     layer.output_relu = writer.output_relu
     layer.__class__ = next(integer for cls, integer in _INTEGER if isinstance(layer, cls))  # type: ignore[assignment]
     for name, value in {"stored": stored, "stored_bias": stored_bias, "reads": reads, "writes": writes}.items():
         layer.add_module(name, value)
+
+
+def _store_transposed(
+    layer: Any, stored: StoredWeight | None, bias: StoredBias | None, *, as_plain: bool
+) -> StoredBias | None:
+    """Prepare a transposed convolution's integers for how it is computed, and return its bias."""
+    vars(layer)["as_plain"] = as_plain
+    if stored is None or not as_plain:
+        if bias is not None:
+            layer.bias = nn.Parameter(bias(), requires_grad=False)
+        return None
+    places, groups = math.prod(layer.stride), layer.groups
+    scale = subpixel_vector(stored.scale, groups, places) if stored.scale.ndim else stored.scale
+    stored.rearrange(subpixel_kernel(stored.integers, groups, layer.stride, layer.dilation), scale)
+    if bias is not None:
+        bias.integers = subpixel_vector(bias.integers, groups, places)
+        bias.scale = subpixel_vector(bias.scale, groups, places) if bias.scale.ndim else bias.scale
+    return bias
 
 
 def _folded(norm: _BatchNorm, bias: Tensor | None) -> tuple[Tensor, Tensor]:

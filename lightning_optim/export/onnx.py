@@ -26,7 +26,7 @@ from lightning_optim.export.source import Flat, Source, deployed
 from lightning_optim.export.verify import compare
 from lightning_optim.files import written_aside
 from lightning_optim.measure.latency import LatencyResult
-from lightning_optim.modules import CONVOLUTIONS, without_fast_path
+from lightning_optim.modules import CONVOLVING, TRANSPOSED, without_fast_path
 from lightning_optim.quantization.graph import read_graph
 from lightning_optim.quantization.layers import QuantizedLayer
 from lightning_optim.target import ForwardInputs, as_forward_inputs, map_inputs
@@ -98,8 +98,8 @@ def export_onnx(
     examples = map_inputs(as_fed, as_forward_inputs(example_inputs))
     with torch.no_grad(), torch.random.fork_rng(devices=[]), without_fast_path():
         source = Source.of(module, examples, dynamic_batch, dynamic_dims or {}, input_names, output_names)
-        folded = _batch_norms(source.module, source.inputs)
-        convert(source.module, folded)
+        folded, returned = _graph_facts(source.module, source.inputs)
+        convert(source.module, folded, returned)
         with written_aside(path) as temporary:
             program = source.write(temporary, _metadata(module, metric))
             held = program.held(source.flat())
@@ -150,13 +150,16 @@ def _check_ranges(module: nn.Module) -> None:
                 )
 
 
-def _batch_norms(module: nn.Module, inputs: ForwardInputs) -> dict[str, str]:
+def _graph_facts(module: nn.Module, inputs: ForwardInputs) -> tuple[dict[str, str], frozenset[str]]:
+    """Return the BatchNorms that are folded, by the layer before them, and the convolutions that are only returned."""
     layers = {name: layer for name, layer in module.named_modules() if rounds(layer)}
-    if not any(isinstance(layer, BatchNorm) for layer in module.modules()):
-        return {}  # reading the graph of a large model takes as long as exporting it
-    products = {name for name, layer in layers.items() if isinstance(layer, (*CONVOLUTIONS, nn.Linear))}
-    followers = read_graph(module, inputs, products, layers).batch_norms
-    return {name: norm for name, norm in followers.items() if not rounds_output(layers[name])}  # rounded before it
+    if not any(isinstance(layer, (BatchNorm, *TRANSPOSED)) for layer in module.modules()):
+        return {}, frozenset()  # reading the graph of a large model takes as long as exporting it
+    products = {name for name, layer in layers.items() if isinstance(layer, (*CONVOLVING, nn.Linear))}
+    facts = read_graph(module, inputs, products, layers)
+    # An output that is rounded before the BatchNorm does not fold.
+    followers = {name: norm for name, norm in facts.batch_norms.items() if not rounds_output(layers[name])}
+    return followers, facts.returned
 
 
 def _metadata(module: nn.Module, metric: Mapping[str, float] | None) -> dict[str, str]:

@@ -86,7 +86,7 @@ class OnnxRuntime:
     title, extra = "ONNX Runtime", "onnx"
     clock = staticmethod(time.thread_time)  # with one thread, a call runs in the caller's
 
-    _CONVOLUTIONS = ("Conv", "FusedConv", "NhwcFusedConv")
+    _CONVOLUTIONS = ("Conv", "FusedConv", "NhwcFusedConv", "ConvTranspose")
     _INTEGER_CONVOLUTIONS = ("QLinearConv", "ConvInteger")
     _MATMULS = ("MatMul", "Gemm", "FusedMatMul", "FusedGemm")
     _INTEGER_MATMULS = (
@@ -236,6 +236,7 @@ class OpenVINO:
         kinds = {
             "Convolution": convolutions,
             "GroupConvolution": convolutions,
+            "Deconvolution": convolutions,
             "FullyConnected": matmuls,
             "MatMul": matmuls,
         }

@@ -13,8 +13,8 @@ import numpy as np
 __all__ = ["simplify"]
 
 _QUANTIZE, _DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
-_CHOOSE = ("MaxPool", "Concat")
-"""Operations that choose among values; engines move a rounding over those of one operand that only reorder them."""
+_CHOOSE = ("MaxPool", "Concat", "Reshape", "Transpose", "Slice")
+"""Operations that choose among values, or reorder them."""
 
 _INFERRED = (_QUANTIZE, _DEQUANTIZE, "Conv", "Relu", "Clip", "Sigmoid", "HardSigmoid", "Add", "Mul", "MatMul", "Gemm",
              "AveragePool", "MaxPool", "GlobalAveragePool", "Concat", "Transpose")  # fmt: skip

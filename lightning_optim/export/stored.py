@@ -165,6 +165,11 @@ class StoredWeight(nn.Module):
         self.axis = 1 if self.axis == 0 else -1
         self.transposed = True
 
+    def rearrange(self, integers: Tensor, scale: Tensor) -> None:
+        """Hold the integers in another order, for another operation: their outputs stay in dimension 0."""
+        self._hold(integers, scale)
+        self.shape = integers.shape
+
     def rows(self, index: Tensor) -> Tensor:
         """Look up rows of integers, then scale them: ``[...] -> [..., size]``."""
         stored = F.embedding(index, self.integers.flatten(1))

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from lightning_optim.functional.bit_allocation import allocate_bits
 from lightning_optim.functional.fake_quantize import FEWEST_BITS, fake_quantize_weight
-from lightning_optim.modules import evaluating, expert_weights, matrices_of, without_fast_path
+from lightning_optim.modules import evaluating, without_fast_path
 from lightning_optim.outputs import output_fields, output_tensors
 from lightning_optim.progress import progress_bar
+from lightning_optim.quantization.rows import rounded_names, rows_of
 from lightning_optim.target import ForwardInputs
 
 __all__ = ["ChosenBits", "check_effective_bits", "choose_bits"]
@@ -127,8 +128,7 @@ def choose_bits(
 
 
 def _weights_of(layer: nn.Module) -> dict[str, nn.Parameter]:
-    names = expert_weights(layer) or ("weight",)
-    return {name: layer._parameters[name] for name in names}  # type: ignore[misc]
+    return {name: layer._parameters[name] for name in rounded_names(layer)}  # type: ignore[misc]
 
 
 def _cost(
@@ -136,9 +136,7 @@ def _cost(
 ) -> float:
     total = 0.0
     for name, weight in weights.items():
-        pairs = zip(
-            matrices_of(layer, name, weight.detach()), matrices_of(layer, name, squares[id(weight)]), strict=True
-        )
+        pairs = zip(rows_of(layer, name, weight.detach()), rows_of(layer, name, squares[id(weight)]), strict=True)
         for matrix, square in pairs:
             error = fake_quantize_weight(matrix.float(), bits, granularity) - matrix.float()
             total += float((error.square_() * square).sum())

@@ -25,7 +25,8 @@ from lightning_optim.target import ForwardInputs
 
 __all__ = ["GraphFacts", "read_graph"]
 
-_CONVOLUTION, _BATCH_NORM, _RELU = ("aten::conv1d", "aten::conv2d", "aten::conv3d"), "aten::batch_norm", "aten::relu"
+_CONVOLUTION = tuple(f"aten::conv{kind}{size}d" for kind in ("", "_transpose") for size in (1, 2, 3))
+_BATCH_NORM, _RELU = "aten::batch_norm", "aten::relu"
 _LINEAR, _MARK = "aten::linear", "lightning_optim::named"
 
 
@@ -52,12 +53,14 @@ class GraphFacts:
         functions: Module -> the functions that its forward calls and whose operands are integers, by the names of
             :mod:`lightning_optim.quantization.functions`.
         function_calls: The same modules -> how many functions with a name their forward calls.
+        returned: Convolutions whose output is only returned, so that nothing rounds it.
     """
 
     batch_norms: dict[str, str] = field(default_factory=dict)
     outputs: dict[str, bool] = field(default_factory=dict)
     functions: dict[str, tuple[str, ...]] = field(default_factory=dict)
     function_calls: dict[str, int] = field(default_factory=dict)
+    returned: frozenset[str] = frozenset()
 
 
 def read_graph(
@@ -94,12 +97,15 @@ def read_graph(
     functions = integer_functions(rounding, function_calls)
     relus: dict[str, bool] = {}
     elsewhere: set[str] = set()
+    returned: set[str] = set()
     for node, made in last.items():
         if _operator(node) not in _CONVOLUTION:
             continue
         relu = _only_user(made, _RELU)
         place = _layer_of(made)
         relus[place] = relu is not None and relus.get(place, True)  # if a layer is called twice: after both calls
+        if rounding.is_returned(made):
+            returned.add(_layer_of(node))
         if rounding.is_read_elsewhere(made):
             elsewhere.add(place)
     return GraphFacts(
@@ -107,6 +113,7 @@ def read_graph(
         {place: relu for place, relu in relus.items() if place in elsewhere},
         functions,
         {owner: function_calls[owner] for owner in functions},
+        frozenset(returned),
     )
 
 
@@ -207,6 +214,12 @@ def _is_matrix(node: Any) -> bool:
     return getattr(node.meta.get("val"), "ndim", 0) == 2
 
 
+def _outputs_of(product: nn.Module) -> int:
+    """Return the number of output channels of a convolution or Linear."""
+    weight: Any = product._parameters["weight"]
+    return int(getattr(product, "out_channels", len(weight)))
+
+
 def _folds(module: nn.Module, node: Any, follower: Any, calls: Counter[str]) -> bool:
     layer, name = _layer_of(node), _layer_of(follower)
     norm, product = module.get_submodule(name), module.get_submodule(layer)
@@ -214,6 +227,6 @@ def _folds(module: nn.Module, node: Any, follower: Any, calls: Counter[str]) -> 
         isinstance(norm, _BatchNorm)
         and (_operator(node) != _LINEAR or _is_matrix(node))
         and norm.running_mean is not None
-        and len(norm.running_mean) == len(product._parameters["weight"])  # type: ignore[arg-type]
+        and len(norm.running_mean) == _outputs_of(product)
         and calls[layer] == calls[name] == 1
     )

@@ -85,10 +85,14 @@ class Readers:
         A result that is only returned is not rounded.
         """
         ends = list(self._ends(node, ()))
-        if all(end.op == "output" for end, _ in ends):
+        if self.is_returned(node):
             return False
         one_way = len({path for _, path in ends}) == 1 and (len(ends) == 1 or all(self._alone(end) for end, _ in ends))
         return not one_way or not all(self._rounds(end) for end, _ in ends)
+
+    def is_returned(self, node: Any) -> bool:
+        """Whether a node's result is returned, and read by nothing else."""
+        return all(end.op == "output" for end, _ in self._ends(node, ()))
 
     def _ends(self, node: Any, path: tuple[Any, ...]) -> _Ends:
         """Yield those who read a node's result, each with the choices among its values on the way there."""

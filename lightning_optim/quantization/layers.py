@@ -41,7 +41,6 @@ from lightning_optim.structure import LINK
 __all__ = [
     "ATTRIBUTES",
     "PHASES",
-    "QUANTIZED",
     "QuantizedBatchNorm1d",
     "QuantizedBatchNorm2d",
     "QuantizedBatchNorm3d",
@@ -414,20 +413,6 @@ class QuantizedBatchNorm2d(_QuantizedBatchNorm, nn.BatchNorm2d):
 @layer_class
 class QuantizedBatchNorm3d(_QuantizedBatchNorm, nn.BatchNorm3d):
     """A BatchNorm3d after a quantized convolution, whose output is quantized."""
-
-
-QUANTIZED: dict[type[nn.Module], type[QuantizedLayer]] = {
-    nn.Linear: QuantizedLinear,
-    nn.Conv1d: QuantizedConv1d,
-    nn.Conv2d: QuantizedConv2d,
-    nn.Conv3d: QuantizedConv3d,
-    nn.Embedding: QuantizedEmbedding,
-    nn.EmbeddingBag: QuantizedEmbeddingBag,
-    nn.BatchNorm1d: QuantizedBatchNorm1d,
-    nn.BatchNorm2d: QuantizedBatchNorm2d,
-    nn.BatchNorm3d: QuantizedBatchNorm3d,
-}
-"""Float class -> quantized class; exact types only."""
 
 
 @contextmanager

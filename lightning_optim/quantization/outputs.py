@@ -5,9 +5,10 @@ from dataclasses import replace
 
 from torch import nn
 
-from lightning_optim.modules import CONVOLUTIONS
+from lightning_optim.modules import CONVOLVING
+from lightning_optim.quantization.classes import QUANTIZED
 from lightning_optim.quantization.graph import GraphFacts, read_graph
-from lightning_optim.quantization.layers import QUANTIZED, QuantizedLayer
+from lightning_optim.quantization.layers import QuantizedLayer
 from lightning_optim.sharding import own_class
 from lightning_optim.target import ForwardInputs
 
@@ -16,7 +17,7 @@ __all__ = ["find_ranges", "has_convolutions"]
 
 def has_convolutions(layers: Mapping[str, QuantizedLayer]) -> bool:
     """Whether outputs can matter: engines run an integer convolution only if its output is quantized."""
-    return any(isinstance(layer, CONVOLUTIONS) and layer.activation_bits is not None for layer in layers.values())
+    return any(isinstance(layer, CONVOLVING) and layer.activation_bits is not None for layer in layers.values())
 
 
 def find_ranges(
@@ -38,7 +39,7 @@ def find_ranges(
     dot = f"{called_name}." if called_name else ""
     inside = {name.removeprefix(dot): layer for name, layer in layers.items() if name.startswith(dot)}
     readers = {name for name, layer in inside.items() if "input" in layer.watched}
-    products = {name for name in readers if isinstance(inside[name], (*CONVOLUTIONS, nn.Linear))}
+    products = {name for name in readers if isinstance(inside[name], (*CONVOLVING, nn.Linear))}
     facts = read_graph(called, inputs, products, readers)
     for name in facts.outputs:
         layer = called.get_submodule(name)
@@ -53,4 +54,5 @@ def find_ranges(
         outputs={dot + name: relu for name, relu in facts.outputs.items()},
         functions={f"{dot}{name}".rstrip("."): functions for name, functions in facts.functions.items()},
         function_calls={f"{dot}{name}".rstrip("."): calls for name, calls in facts.function_calls.items()},
+        returned=frozenset(dot + name for name in facts.returned),
     )

@@ -9,14 +9,16 @@ from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-def
 from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_optim.checkpoint import plan_of
-from lightning_optim.modules import CONVOLUTIONS, EMBEDDINGS, RECURRENT, TRANSPOSED, Conv1D, Experts, expert_weights
+from lightning_optim.modules import CONVOLVING, EMBEDDINGS, RECURRENT, Conv1D, Experts
 from lightning_optim.patterns import NOT_INCLUDED, Pattern, Selector, shown
+from lightning_optim.quantization.classes import QUANTIZED
 from lightning_optim.quantization.experts import QuantizedExperts
 from lightning_optim.quantization.functions import QuantizedFunctions, forget_operands
 from lightning_optim.quantization.graph import GraphFacts
-from lightning_optim.quantization.layers import ATTRIBUTES, PHASES, QUANTIZED, QuantizedConv1D, QuantizedLayer
+from lightning_optim.quantization.layers import ATTRIBUTES, PHASES, QuantizedConv1D, QuantizedLayer
 from lightning_optim.quantization.paths import relative_path
 from lightning_optim.quantization.ranges import write_scales
+from lightning_optim.quantization.rows import rounded_names
 from lightning_optim.quantization.scheme import QuantizationScheme
 from lightning_optim.sharding import own_class, set_class
 from lightning_optim.target import named_layers
@@ -42,7 +44,7 @@ _FROM: dict[type[nn.Module], type[nn.Module]] = {
 _WHY_FLOAT: tuple[tuple[tuple[type[nn.Module], ...], str], ...] = (
     ((nn.MultiheadAttention,), "nn.MultiheadAttention computes in one fused call; its projections stay float"),
     (RECURRENT, "a recurrent layer: no integer kernels to export to"),
-    ((*TRANSPOSED, nn.Bilinear), "transposed and bilinear layers stay float"),
+    ((nn.Bilinear,), "a bilinear layer: no integer kernels to export to"),
 )
 
 
@@ -146,7 +148,7 @@ def _settle_shared(root: nn.Module, selection: QuantizedLayers, named: Collectio
 
 def _rounded(layer: nn.Module) -> list[nn.Parameter | None]:
     """Return the parameters that are rounded in a layer."""
-    return [layer._parameters[name] for name in expert_weights(layer) or ("weight",)]
+    return [layer._parameters[name] for name in rounded_names(layer)]
 
 
 def _holders(root: nn.Module) -> dict[int, list[tuple[str, nn.Module]]]:
@@ -270,7 +272,7 @@ def _hold_functions(
 def drop_outputs(root: nn.Module, chosen: Collection[str]) -> None:
     """Remove the ranges of outputs if all convolutions are among the chosen ones: their inputs become float."""
     layers = quantized_layers(root)
-    others = [n for n, layer in layers.items() if isinstance(layer, CONVOLUTIONS) and layer.watched and n not in chosen]
+    others = [n for n, layer in layers.items() if isinstance(layer, CONVOLVING) and layer.watched and n not in chosen]
     for layer in layers.values() if not others else ():
         if layer.quantizes_output:
             layer.quantizes_output, layer.output_phase = False, "off"
@@ -296,7 +298,7 @@ def _swap(root: nn.Module, name: str, scheme: QuantizationScheme, prefix: str) -
     layer.weight_bits = scheme.bits_of(name, layer, prefix) if has_weight else None
     layer.weight_granularity = scheme.weight_granularity
     bits_before = getattr(layer, "activation_bits", scheme.activation_bits)
-    without = (*EMBEDDINGS, Experts) if scheme.observes else (*EMBEDDINGS, Experts, *CONVOLUTIONS, *_BATCH_NORMS)
+    without = (*EMBEDDINGS, Experts) if scheme.observes else (*EMBEDDINGS, Experts, *CONVOLVING, *_BATCH_NORMS)
     layer.activation_bits = None if isinstance(layer, without) else scheme.activation_bits
     layer.activation_ranges = "static" if layer.activation_bits is None else scheme.activation_ranges
     if layer.activation_bits not in (None, bits_before):

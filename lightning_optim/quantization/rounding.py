@@ -17,9 +17,10 @@ from lightning_optim.functional.rounding import ROUNDINGS, Rounding, is_settled,
 from lightning_optim.functional.second_order import output_error
 from lightning_optim.functional.statistics import STATISTICS, needs_of
 from lightning_optim.layerwise import change_layer_by_layer
-from lightning_optim.modules import EMBEDDINGS, Experts, matrices_of
+from lightning_optim.modules import EMBEDDINGS, TRANSPOSED, Experts
 from lightning_optim.quantization.layers import QuantizedLayer
 from lightning_optim.quantization.prepare import set_phase
+from lightning_optim.quantization.rows import rows_of
 from lightning_optim.tables import by_reason
 from lightning_optim.target import ForwardInputs
 
@@ -126,7 +127,7 @@ def settle_weights(
         weight: Any = layer._parameters["weight"]
         settled.remember(name, weight)
         with torch.no_grad():
-            errors = _settle(name, layer, matrices_of(layer, "weight", weight)[0], rounding, statistics)
+            errors = _settle(name, layer, rows_of(layer, "weight", weight)[0], rounding, statistics)
         if errors is not None:
             settled.errors[name] = errors
 
@@ -169,6 +170,8 @@ def _why_plainly(
         return "a table, whose rows are looked up"
     if isinstance(layer, Experts):
         return "experts, which compute their inputs inside"
+    if isinstance(layer, TRANSPOSED) and layer.groups > 1:
+        return "a transposed convolution with groups"
     if layer.weight_bits is None:
         return "it has no weight to round"
     if len(holders[id(layer._parameters["weight"])]) > 1:

@@ -72,7 +72,7 @@ CASES = {
     ),
     "the graph's output": (
         Net(lambda s, x: s.b(s.a(x)).relu(), a=nn.Conv2d(3, 3, 1), b=nn.BatchNorm2d(3)),
-        GraphFacts({"a": "b"}, {}),
+        GraphFacts({"a": "b"}, {}, returned=frozenset("a")),
     ),
     "an output that is read, too": (
         Net(lambda s, x: (y := s.a(x), y + 1), a=nn.Conv2d(3, 3, 1)),
@@ -100,7 +100,7 @@ CASES = {
     ),
     "an activation of a float operand": (
         Net(lambda s, x: s.b(F.silu(s.a(x) + x.exp())), a=nn.Conv2d(3, 3, 1), b=nn.Conv2d(3, 3, 1)),
-        GraphFacts({}, {"a": False}),
+        GraphFacts({}, {"a": False}, returned=frozenset("b")),
     ),
     "in place, and read as it was": (
         Net(lambda s, x: F.silu(y := s.a(x), inplace=True) + y, a=nn.Conv2d(3, 3, 1)),
@@ -108,7 +108,7 @@ CASES = {
     ),
     "a module called in two ways": (
         Net(lambda s, x: s.b(s.c(s.c(s.a(x)))), a=nn.Conv2d(3, 3, 1), b=nn.Conv2d(3, 3, 1), c=nn.Hardswish()),
-        GraphFacts({}, {}, {"c": ("hardswish_0",)}, {"c": 1}),
+        GraphFacts({}, {}, {"c": ("hardswish_0",)}, {"c": 1}, frozenset("b")),
     ),
 }
 

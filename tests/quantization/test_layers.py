@@ -4,8 +4,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from lightning_optim.functional.fake_quantize import fake_quantize_weight
+from lightning_optim.quantization.classes import QUANTIZED
 from lightning_optim.quantization.graph import GraphFacts
-from lightning_optim.quantization.layers import QUANTIZED, QuantizedLayer, float_kernels
+from lightning_optim.quantization.layers import QuantizedLayer, float_kernels
 from lightning_optim.quantization.prepare import prepare, quantized_layers, set_phase
 from lightning_optim.quantization.ranges import fold_ranges, observing, settle_ranges
 from lightning_optim.quantization.scheme import QuantizationScheme
