@@ -73,7 +73,7 @@ class Job:
 
 
 REAL = Job(1600, 256, 8, teacher_epochs=1, epochs=1, dense_rate=1e-4, rate=2e-4, scratch_rate=5e-4)
-FAST = Job(640, 64, 16, teacher_epochs=4, epochs=3, dense_rate=3e-3, rate=3e-3, scratch_rate=3e-3)
+FAST = Job(480, 64, 16, teacher_epochs=4, epochs=3, dense_rate=3e-3, rate=3e-3, scratch_rate=3e-3)
 
 
 @dataclass
