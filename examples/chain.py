@@ -41,7 +41,9 @@ def stages(recipe: Recipe) -> dict[str, Recipe]:
 
 def at_random(recipe: Recipe) -> Recipe:
     """Return the recipe with random channels and weights: the control of its criteria."""
-    drawn = [name for name in ("channel_pruning", "weight_pruning") if getattr(recipe, name) is not None]
+    drawn = [
+        name for name in ("depth_pruning", "channel_pruning", "weight_pruning") if getattr(recipe, name) is not None
+    ]
     return dataclasses.replace(recipe, **{name: {**getattr(recipe, name), "criterion": "random"} for name in drawn})
 
 

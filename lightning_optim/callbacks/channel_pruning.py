@@ -305,12 +305,14 @@ class ChannelPruning(CompressionCallback):
             self._leaving_norm = self._shrinking.leaving_norm(self._target, leaving)
         if self._shrinking:
             self._shrink(trainer, live, statistics, leaving)
-        if event is None or not event.removal.kept:
-            return
+        removes = event is not None and bool(event.removal.kept)
+        if event is None or not (removes or (last and self._recovery.removed_at is not None)):
+            return  # else the last event removes nothing, and configurations follow what earlier ones removed
         change = ChannelRemoval(self._prefix, event.removal, configs=last)
-        self.commit(trainer, pl_module, change, reset=self.optimizer_state == "reset")
-        live.note(event)
-        self._recovery.begin(self.window.step)
+        self.commit(trainer, pl_module, change, reset=removes and self.optimizer_state == "reset")
+        if removes:
+            live.note(event)
+            self._recovery.begin(self.window.step)
 
     def _shrink(
         self,

@@ -144,7 +144,7 @@ class Gradient(Collector):
 
 
 class _OfInputs(Collector):
-    """A statistic of the inputs of Linear, Conv1D and Conv layers, over training calls."""
+    """A statistic of the inputs of Linear, Conv1D and Conv layers, over calls in training mode or with gradients."""
 
     reads_inputs = True
 
@@ -157,7 +157,8 @@ class _OfInputs(Collector):
         self.know(name, layer)
 
         def add_inputs(layer: nn.Module, args: tuple[Any, ...]) -> None:
-            if layer.training:
+            # A model of `from_pretrained` trains in eval mode unless someone calls train(), which a Trainer does not.
+            if layer.training or torch.is_grad_enabled():
                 self.add(name, self.measure(layer, full(args[0].detach()).float()))
 
         return layer.register_forward_pre_hook(add_inputs)

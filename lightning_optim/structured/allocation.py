@@ -1,9 +1,10 @@
 """From a requested ratio to the number of channels that each group keeps."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import lcm
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -90,8 +91,8 @@ class Shortfall:
         """Say what was asked, what was reached, why, and what to do."""
         return (
             f"asked {self.asked} channels gone, {self.asked - self.channels} are: groups are at their floor (a block, "
-            "a multiple of round_to, two heads, or a tenth of the dense channels). Take more layers in, round to a "
-            "smaller multiple, or ask for less."
+            "a multiple of round_to, that of equal blocks under scope='layer', two heads, or a tenth of the dense "
+            "channels). Take more layers in, round to a smaller multiple, or ask for less."
         )
 
 
@@ -121,7 +122,7 @@ def kept_channels(
     """
     kept = {name: group.channels for name, group in groups.items()}
     for pool in pools:
-        ties = _ties(groups, pool.names)
+        ties = _ties(groups, pool.names, dense, even=pool.even)
         widths = {names[0]: _together(groups, dense, names, allocation.round_to) for names in ties}
         if pool.even:
             number = even_widths(widths, pool.ratio)
@@ -132,12 +133,20 @@ def kept_channels(
     return kept
 
 
-def _ties(groups: Mapping[str, ChannelGroup], names: Iterable[str]) -> list[list[str]]:
-    """Return the groups of which equally many channels stay, each list of which one number counts the channels."""
-    ties: dict[tuple[str, int], list[str]] = {}
+def _ties(
+    groups: Mapping[str, ChannelGroup], names: Iterable[str], dense: Mapping[str, int], *, even: bool
+) -> list[list[str]]:
+    """Return the groups of which equally many channels stay, in lists.
+
+    Those are groups whose channels one number counts; with ``even`` also those at the same place of equal blocks, for a
+    configuration states one width for all blocks. They stay equal where ``round_to`` would let some lose more.
+    """
+    ties: dict[tuple[Any, ...], list[str]] = {}
     for name in names:
         group = groups[name]
-        ties.setdefault((group.tie or f"alone {name}", group.channels), []).append(name)
+        place = re.sub(r"\.\d+(?=\.)", ".*", f".{name}")
+        alone = (place, dense[name], group.unit, group.blocks, group.multiple, group.least) if even else (name,)
+        ties.setdefault((*((group.tie,) if group.tie else alone), group.channels), []).append(name)
     return list(ties.values())
 
 

@@ -89,6 +89,18 @@ def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, name):
         assert torch.equal(loaded.eval()(ids), whole.eval()(ids))
 
 
+def test_the_configuration_follows_where_the_last_event_removes_nothing(tmp_path):
+    """Multiples let the event before it remove all there is."""
+    callback = ChannelPruning(0.25, scope="layer", round_to=16, include=["*mlp*"], start=2, end=7, events=5)
+    with pytest.warns(UserWarning, match="groups are at their floor"):
+        module = run(tmp_path, [callback])
+    assert module.net.config.intermediate_size == 48
+
+    callback = ChannelPruning(0.36, scope="layer", round_to=16, include=["*mlp*"], start=2, end=7, events=5)
+    module = run(tmp_path, [callback])
+    assert module.net.model.layers[0].mlp.up_proj.out_features == module.net.config.intermediate_size == 32
+
+
 def test_equal_blocks_leave_a_configuration_that_makes_the_model(tmp_path):
     module = run(tmp_path, [ChannelPruning(0.5, scope="layer", start=2, end=7, events=2)])
     config = module.net.config

@@ -134,3 +134,16 @@ def test_a_criterion_asks_for_any_registered_statistic():
         _ = Statistics().hessian
     with pytest.raises(TypeError, match="unknown statistic 'hessian'"):
         Statistics(hessian=torch.ones(1))
+
+
+@pytest.mark.parametrize("statistic", ["input_norm", "input_magnitude", "input_second_moment"])
+def test_a_layer_that_trains_in_eval_mode_is_seen_and_validation_is_not(statistic):
+    """A model of `from_pretrained` is in eval mode, and a Trainer leaves it there."""
+    layer, x = nn.Linear(2, 3).eval(), torch.tensor([[1.0, 2.0], [3.0, 0.0]])
+    collector = STATISTICS[statistic]()
+    collector.attach("weight", layer)
+    with torch.no_grad():
+        layer(x)
+    assert "weight" not in collector
+    layer(x)
+    assert torch.equal(collector.value("weight", lambda sums: sums), seen(statistic, nn.Linear(2, 3), x))
