@@ -177,8 +177,8 @@ def _described(layer: nn.Module, writer: nn.Module, copy: nn.Module) -> str:
         parts.append(f"int{layer.weight_bits}{container} weight {shared}{packed}")
         if layer.activation_bits is not None and layer.activation_ranges == "dynamic":
             parts.append(f"uint{layer.activation_bits} input, range of each call")
-        elif "input" in layer.watched:
-            parts.append(f"uint{layer.activation_bits} input")
+        elif layer.rounds_operands:
+            parts.append(f"uint{layer.activation_bits} {', '.join(layer.operands)}")
     if isinstance(writer, QuantizedFunctions) and rounds_output(writer):
         parts.append(f"uint{writer.activation_bits} operands of {', '.join(writer.functions)}")
     elif isinstance(writer, QuantizedLayer) and rounds_output(writer):
@@ -188,7 +188,8 @@ def _described(layer: nn.Module, writer: nn.Module, copy: nn.Module) -> str:
 
 def _stored(copy: nn.Module) -> StoredWeight | None:
     stored = getattr(copy, "stored", None)
-    return stored if isinstance(stored, StoredWeight) else None
+    parts = stored.modules() if isinstance(stored, nn.Module) else ()
+    return next((part for part in parts if isinstance(part, StoredWeight)), None)
 
 
 def _is_packed(copy: nn.Module) -> bool:
@@ -246,7 +247,7 @@ def notes_on(module: nn.Module, exported: nn.Module, held: Collection[int]) -> l
             "loaded; ONNX Runtime rounds those of convolutions, and of matrices before another quantized layer, to "
             "int8 once more, in its own way."
         )
-    if any("input" in layer.watched and (layer.activation_bits or 8) < 8 for layer in layers):
+    if any(layer.rounds_operands and (layer.activation_bits or 8) < 8 for layer in layers):
         notes.append(
             "Activations of fewer than 8 bits are stored as uint8 and clipped in float: they are slower than 8 bits."
         )

@@ -1,7 +1,9 @@
 """Which class quantizes which: a new one is a row here."""
 
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from lightning_optim.quantization.attention import QuantizedMultiheadAttention, QuantizedOutProjection
 from lightning_optim.quantization.layers import (
     QuantizedBatchNorm1d,
     QuantizedBatchNorm2d,
@@ -30,6 +32,8 @@ QUANTIZED: dict[type[nn.Module], type[QuantizedLayer]] = {
     nn.ConvTranspose1d: QuantizedConvTranspose1d,
     nn.ConvTranspose2d: QuantizedConvTranspose2d,
     nn.ConvTranspose3d: QuantizedConvTranspose3d,
+    nn.MultiheadAttention: QuantizedMultiheadAttention,
+    NonDynamicallyQuantizableLinear: QuantizedOutProjection,
     nn.Embedding: QuantizedEmbedding,
     nn.EmbeddingBag: QuantizedEmbeddingBag,
     nn.BatchNorm1d: QuantizedBatchNorm1d,
