@@ -12,6 +12,7 @@ from lightning_optim._upstream import BatchNorm as _BatchNorm
 from lightning_optim.export.attention import split_attention
 from lightning_optim.export.functions import store_functions
 from lightning_optim.export.packed import PACKED_BITS, StoredBlocks, StoredRows, has_blocks
+from lightning_optim.export.recurrent import store_recurrent
 from lightning_optim.export.stored import DynamicQuantizer, Quantizer, StoredBias, StoredWeight
 from lightning_optim.functional.fake_quantize import LARGEST_BIAS
 from lightning_optim.functional.subpixel import arrange_places, place_padding, subpixel_kernel, subpixel_vector
@@ -306,6 +307,9 @@ def convert(module: nn.Module, batch_norms: Mapping[str, str], returned: Collect
     for layer in layers.values():
         if isinstance(layer, QuantizedExperts):
             _store_experts(layer)
+        elif isinstance(layer, QuantizedLayer) and isinstance(layer, nn.RNNBase):
+            if rounds(layer):
+                store_recurrent(layer)
         elif isinstance(layer, QuantizedFunctions):
             if rounds_output(layer):
                 store_functions(layer)

@@ -11,9 +11,10 @@ from lightning_optim.export.integer import rounds, rounds_output
 from lightning_optim.export.packed import PACKED_BITS, StoredRows
 from lightning_optim.export.stored import StoredWeight
 from lightning_optim.measure.latency import LatencyResult
-from lightning_optim.modules import EMBEDDINGS, expert_weights
+from lightning_optim.modules import EMBEDDINGS
 from lightning_optim.quantization.functions import QuantizedFunctions
 from lightning_optim.quantization.layers import QuantizedLayer
+from lightning_optim.quantization.rows import rounded_names
 from lightning_optim.tables import by_reason, render
 
 __all__ = ["ExportReport", "Kernels", "describe_layers", "notes_on"]
@@ -165,7 +166,7 @@ def _stored_is_held(copy: nn.Module, held: Collection[int]) -> bool:
 
 
 def _rounded_is_held(copy: nn.Module, held: Collection[int]) -> bool:
-    return any(id(copy._parameters.get(name)) in held for name in expert_weights(copy) or ("weight",))
+    return any(id(copy._parameters.get(name)) in held for name in rounded_names(copy))
 
 
 def _described(layer: nn.Module, writer: nn.Module, copy: nn.Module) -> str:

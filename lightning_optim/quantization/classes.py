@@ -16,6 +16,7 @@ from lightning_optim.quantization.layers import (
     QuantizedLayer,
     QuantizedLinear,
 )
+from lightning_optim.quantization.recurrent import QuantizedGRU, QuantizedLSTM
 from lightning_optim.quantization.transposed import (
     QuantizedConvTranspose1d,
     QuantizedConvTranspose2d,
@@ -32,6 +33,8 @@ QUANTIZED: dict[type[nn.Module], type[QuantizedLayer]] = {
     nn.ConvTranspose1d: QuantizedConvTranspose1d,
     nn.ConvTranspose2d: QuantizedConvTranspose2d,
     nn.ConvTranspose3d: QuantizedConvTranspose3d,
+    nn.LSTM: QuantizedLSTM,
+    nn.GRU: QuantizedGRU,
     nn.MultiheadAttention: QuantizedMultiheadAttention,
     NonDynamicallyQuantizableLinear: QuantizedOutProjection,
     nn.Embedding: QuantizedEmbedding,

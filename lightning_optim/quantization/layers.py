@@ -154,8 +154,8 @@ class QuantizedLayer(nn.Module):
 
     @property
     def rounds_operands(self) -> bool:
-        """Whether all operands have ranges."""
-        return all(which in self.watched for which in self.operands)
+        """Whether there are operands, and all have ranges."""
+        return bool(self.operands) and all(which in self.watched for which in self.operands)
 
     def phase_of(self, which: str) -> str:
         """Return the phase of the input or the output."""

@@ -44,7 +44,7 @@ _FROM: dict[type[nn.Module], type[nn.Module]] = {
 # Layers with matrices that stay float, and why; the first match counts.
 _WHY_FLOAT: tuple[tuple[tuple[type[nn.Module], ...], str], ...] = (
     ((nn.MultiheadAttention,), "a subclass of MultiheadAttention, whose own forward is unknown"),
-    (RECURRENT, "a recurrent layer: no integer kernels to export to"),
+    (RECURRENT, "a recurrent layer that is no nn.LSTM and no nn.GRU"),
     ((nn.Bilinear,), "a bilinear layer: no integer kernels to export to"),
 )
 
@@ -319,7 +319,7 @@ def _swap(root: nn.Module, name: str, scheme: QuantizationScheme, prefix: str) -
     layer.weight_bits = scheme.bits_of(name, layer, prefix) if has_weight else None
     layer.weight_granularity = scheme.weight_granularity
     bits_before = getattr(layer, "activation_bits", scheme.activation_bits)
-    without = (*EMBEDDINGS, Experts) if scheme.observes else (*EMBEDDINGS, Experts, *CONVOLVING, *_BATCH_NORMS)
+    without = (*EMBEDDINGS, *RECURRENT, Experts) + (() if scheme.observes else (*CONVOLVING, *_BATCH_NORMS))
     layer.activation_bits = None if isinstance(layer, without) else scheme.activation_bits
     layer.activation_ranges = "static" if layer.activation_bits is None else scheme.activation_ranges
     if layer.activation_bits not in (None, bits_before):

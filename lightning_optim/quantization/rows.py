@@ -4,6 +4,7 @@ from torch import Tensor, nn
 
 from lightning_optim.modules import TRANSPOSED, expert_weights, matrices_of
 from lightning_optim.quantization.attention import projection_names
+from lightning_optim.quantization.recurrent import recurrent_names
 from lightning_optim.quantization.transposed import kernels_as_rows
 
 __all__ = ["rounded_names", "rows_of"]
@@ -13,6 +14,8 @@ def rounded_names(layer: nn.Module) -> tuple[str, ...]:
     """Return the names of the parameters that are rounded in a layer."""
     if isinstance(layer, nn.MultiheadAttention):
         return projection_names(layer)
+    if isinstance(layer, nn.RNNBase):
+        return recurrent_names(layer)
     return tuple(expert_weights(layer)) or ("weight",)
 
 

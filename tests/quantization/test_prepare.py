@@ -24,7 +24,7 @@ class Everything(nn.Module):
         super().__init__()
         self.table = nn.Embedding(7, 4)
         self.body = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 4))
-        self.rnn = nn.GRU(4, 4)
+        self.rnn = nn.RNN(4, 4)
         self.attention = nn.MultiheadAttention(4, 2)
         self.scaled = Scaled(4, 4)
         self.normed = weight_norm(nn.Linear(4, 4))
