@@ -70,7 +70,8 @@ class QuantizationAwareTraining(CompressionCallback):
             Default: the module's ``example_input_array``, else caught from the batch that leads to ``start``.
         module: Dotted name of the module to quantize; default the whole model.
         include: Exactly what is quantized (names, glob patterns, layer classes), instead of the default: every Linear,
-            Conv1d/2d/3d, ConvTranspose1d/2d/3d, Embedding and EmbeddingBag, the last layer too.
+            Conv1d/2d/3d, ConvTranspose1d/2d/3d, MultiheadAttention, LSTM, GRU, Embedding and EmbeddingBag, the last
+            layer too.
         exclude: What stays float.
 
     Logged: ``quantization/phase`` (0 off, 1 observe, 2 fake quantize, 3 frozen) when it changes. A table at fit start

@@ -9,12 +9,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_optim._upstream import BatchNorm as _BatchNorm
+from lightning_optim.export.attention import split_attention
 from lightning_optim.export.functions import store_functions
 from lightning_optim.export.packed import PACKED_BITS, StoredBlocks, StoredRows, has_blocks
+from lightning_optim.export.recurrent import store_recurrent
 from lightning_optim.export.stored import DynamicQuantizer, Quantizer, StoredBias, StoredWeight
 from lightning_optim.functional.fake_quantize import LARGEST_BIAS
 from lightning_optim.functional.subpixel import arrange_places, place_padding, subpixel_kernel, subpixel_vector
 from lightning_optim.modules import EMBEDDINGS, LINEARS, TRANSPOSED, expert_weights
+from lightning_optim.quantization.attention import QuantizedMultiheadAttention
 from lightning_optim.quantization.experts import QuantizedExperts, ReadExperts, as_rows, from_rows
 from lightning_optim.quantization.functions import QuantizedFunctions
 from lightning_optim.quantization.layers import QuantizedConv1D, QuantizedLayer
@@ -290,6 +293,9 @@ def convert(module: nn.Module, batch_norms: Mapping[str, str], returned: Collect
         batch_norms: Convolution -> BatchNorm to fold into it: this changes scales and signs, but no magnitudes.
         returned: Convolutions whose outputs are only returned: engines run these in float.
     """
+    for attention in list(module.modules()):
+        if isinstance(attention, QuantizedMultiheadAttention):
+            split_attention(attention)
     layers = dict(module.named_modules())
     _renormalize(module)
     store = _Store(module)
@@ -301,6 +307,9 @@ def convert(module: nn.Module, batch_norms: Mapping[str, str], returned: Collect
     for layer in layers.values():
         if isinstance(layer, QuantizedExperts):
             _store_experts(layer)
+        elif isinstance(layer, QuantizedLayer) and isinstance(layer, nn.RNNBase):
+            if rounds(layer):
+                store_recurrent(layer)
         elif isinstance(layer, QuantizedFunctions):
             if rounds_output(layer):
                 store_functions(layer)

@@ -142,7 +142,7 @@ def _check_ranges(module: nn.Module) -> None:
         )
     for name, layer in layers.items():
         for which in layer.watched:
-            used = rounds(layer) if which == "input" else rounds_output(layer)
+            used = rounds(layer) if which in layer.operands else rounds_output(layer)
             if used and int(layer.state_of(which)["batches"]) == 0:
                 raise ValueError(
                     f"the {which} of {name} is quantized, and no batch was observed for its range. Train or calibrate "

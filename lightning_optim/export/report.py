@@ -11,9 +11,10 @@ from lightning_optim.export.integer import rounds, rounds_output
 from lightning_optim.export.packed import PACKED_BITS, StoredRows
 from lightning_optim.export.stored import StoredWeight
 from lightning_optim.measure.latency import LatencyResult
-from lightning_optim.modules import EMBEDDINGS, expert_weights
+from lightning_optim.modules import EMBEDDINGS
 from lightning_optim.quantization.functions import QuantizedFunctions
 from lightning_optim.quantization.layers import QuantizedLayer
+from lightning_optim.quantization.rows import rounded_names
 from lightning_optim.tables import by_reason, render
 
 __all__ = ["ExportReport", "Kernels", "describe_layers", "notes_on"]
@@ -165,7 +166,7 @@ def _stored_is_held(copy: nn.Module, held: Collection[int]) -> bool:
 
 
 def _rounded_is_held(copy: nn.Module, held: Collection[int]) -> bool:
-    return any(id(copy._parameters.get(name)) in held for name in expert_weights(copy) or ("weight",))
+    return any(id(copy._parameters.get(name)) in held for name in rounded_names(copy))
 
 
 def _described(layer: nn.Module, writer: nn.Module, copy: nn.Module) -> str:
@@ -177,8 +178,8 @@ def _described(layer: nn.Module, writer: nn.Module, copy: nn.Module) -> str:
         parts.append(f"int{layer.weight_bits}{container} weight {shared}{packed}")
         if layer.activation_bits is not None and layer.activation_ranges == "dynamic":
             parts.append(f"uint{layer.activation_bits} input, range of each call")
-        elif "input" in layer.watched:
-            parts.append(f"uint{layer.activation_bits} input")
+        elif layer.rounds_operands:
+            parts.append(f"uint{layer.activation_bits} {', '.join(layer.operands)}")
     if isinstance(writer, QuantizedFunctions) and rounds_output(writer):
         parts.append(f"uint{writer.activation_bits} operands of {', '.join(writer.functions)}")
     elif isinstance(writer, QuantizedLayer) and rounds_output(writer):
@@ -188,7 +189,8 @@ def _described(layer: nn.Module, writer: nn.Module, copy: nn.Module) -> str:
 
 def _stored(copy: nn.Module) -> StoredWeight | None:
     stored = getattr(copy, "stored", None)
-    return stored if isinstance(stored, StoredWeight) else None
+    parts = stored.modules() if isinstance(stored, nn.Module) else ()
+    return next((part for part in parts if isinstance(part, StoredWeight)), None)
 
 
 def _is_packed(copy: nn.Module) -> bool:
@@ -246,7 +248,7 @@ def notes_on(module: nn.Module, exported: nn.Module, held: Collection[int]) -> l
             "loaded; ONNX Runtime rounds those of convolutions, and of matrices before another quantized layer, to "
             "int8 once more, in its own way."
         )
-    if any("input" in layer.watched and (layer.activation_bits or 8) < 8 for layer in layers):
+    if any(layer.rounds_operands and (layer.activation_bits or 8) < 8 for layer in layers):
         notes.append(
             "Activations of fewer than 8 bits are stored as uint8 and clipped in float: they are slower than 8 bits."
         )

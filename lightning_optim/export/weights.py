@@ -13,7 +13,6 @@ from lightning_optim.export.integer import rounds
 from lightning_optim.files import written_aside
 from lightning_optim.modules import copy_module, without_compiler
 from lightning_optim.provenance import provenance
-from lightning_optim.quantization.experts import QuantizedExperts
 from lightning_optim.quantization.layers import STATE, QuantizedLayer
 from lightning_optim.sharding import is_sharded
 
@@ -47,7 +46,7 @@ def deployed_state(model: nn.Module) -> dict[str, Tensor]:
         }
         rounded = _rounded(layer)
         for key, tensor in {**layer._parameters, **persistent}.items():
-            if tensor is None or (isinstance(layer, QuantizedLayer) and _is_range(key)):
+            if tensor is None or (isinstance(layer, QuantizedLayer) and _is_range(layer, key)):
                 continue
             if id(tensor) not in shared:
                 shared[id(tensor)] = rounded.get(key, tensor).detach().contiguous()
@@ -57,13 +56,11 @@ def deployed_state(model: nn.Module) -> dict[str, Tensor]:
 
 def _rounded(layer: nn.Module) -> Mapping[str, Tensor]:
     """Return the parameters of a layer that its forward rounds, rounded."""
-    if isinstance(layer, QuantizedExperts):
-        return layer.weights_to_read() or {}
-    return {"weight": layer.quantized_weight()} if isinstance(layer, QuantizedLayer) and rounds(layer) else {}
+    return layer.rounded_parameters() if isinstance(layer, QuantizedLayer) and rounds(layer) else {}
 
 
-def _is_range(key: str) -> bool:
-    return any(key == f"{which}_{name}" for which in ("input", "output") for name in STATE)
+def _is_range(layer: QuantizedLayer, key: str) -> bool:
+    return any(key == f"{which}_{name}" for which in (*layer.operands, "output") for name in STATE)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
 from lightning_optim.functional.low_rank import Directions, largest_useful_rank, rank_for_energy
@@ -209,7 +210,7 @@ def _why_whole(name: str, weight: Weight, holders: Mapping[int, Sequence[str]], 
 
 def _of_another_kind(layer: nn.Module) -> str:
     own = own_class(layer)
-    if own.__name__ == "NonDynamicallyQuantizableLinear" or isinstance(layer, nn.MultiheadAttention):
+    if issubclass(own, NonDynamicallyQuantizableLinear) or isinstance(layer, nn.MultiheadAttention):
         return "nn.MultiheadAttention reads its projections as one tensor"
     known = next((cls for cls in (nn.Linear, *CONVOLUTIONS) if isinstance(layer, cls)), None)
     return f"a subclass of {known.__name__}, whose own forward is unknown" if known else f"{own.__name__} stays whole"

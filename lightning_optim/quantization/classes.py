@@ -1,7 +1,9 @@
 """Which class quantizes which: a new one is a row here."""
 
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from lightning_optim.quantization.attention import QuantizedMultiheadAttention, QuantizedOutProjection
 from lightning_optim.quantization.layers import (
     QuantizedBatchNorm1d,
     QuantizedBatchNorm2d,
@@ -14,6 +16,7 @@ from lightning_optim.quantization.layers import (
     QuantizedLayer,
     QuantizedLinear,
 )
+from lightning_optim.quantization.recurrent import QuantizedGRU, QuantizedLSTM
 from lightning_optim.quantization.transposed import (
     QuantizedConvTranspose1d,
     QuantizedConvTranspose2d,
@@ -30,6 +33,10 @@ QUANTIZED: dict[type[nn.Module], type[QuantizedLayer]] = {
     nn.ConvTranspose1d: QuantizedConvTranspose1d,
     nn.ConvTranspose2d: QuantizedConvTranspose2d,
     nn.ConvTranspose3d: QuantizedConvTranspose3d,
+    nn.LSTM: QuantizedLSTM,
+    nn.GRU: QuantizedGRU,
+    nn.MultiheadAttention: QuantizedMultiheadAttention,
+    NonDynamicallyQuantizableLinear: QuantizedOutProjection,
     nn.Embedding: QuantizedEmbedding,
     nn.EmbeddingBag: QuantizedEmbeddingBag,
     nn.BatchNorm1d: QuantizedBatchNorm1d,

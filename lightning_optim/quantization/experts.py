@@ -88,6 +88,10 @@ class QuantizedExperts(ReadExperts, QuantizedLayer):
             weights[name] = from_rows(rounded, stored, inputs_first=inputs_first)
         return weights
 
+    def rounded_parameters(self) -> Mapping[str, Tensor]:
+        """Return the parameters that are rounded, rounded."""
+        return self.weights_to_read() or {}
+
     def parameter_bits(self, name: str) -> float | None:
         """Return the bits of an expert's matrix; other parameters are deployed as stored."""
         return self.weight_bits if name in expert_weights(self) and self._rounds_weight else None

@@ -14,7 +14,7 @@ A weight that another module reads (``hidden @ table.weight.T``) is rounded ther
 """
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -132,6 +132,8 @@ class QuantizedLayer(nn.Module):
     folded_norm: str | None = None
     observing = False
     seen_input: Tensor | None = None
+    operands: tuple[str, ...] = ("input",)
+    """Names of the tensors that are multiplied with weights."""
 
     def _read_weight(self) -> Any:
         if "weight" not in self._parameters:
@@ -147,8 +149,13 @@ class QuantizedLayer(nn.Module):
 
     @property
     def watched(self) -> tuple[str, ...]:
-        """The tensors that have a range: "input", "output", both or none."""
-        return tuple(which for which in ("input", "output") if f"{which}_scale" in self._buffers)
+        """The tensors that have a range: of the operands and "output", all, some or none."""
+        return tuple(which for which in (*self.operands, "output") if f"{which}_scale" in self._buffers)
+
+    @property
+    def rounds_operands(self) -> bool:
+        """Whether there are operands, and all have ranges."""
+        return bool(self.operands) and all(which in self.watched for which in self.operands)
 
     def phase_of(self, which: str) -> str:
         """Return the phase of the input or the output."""
@@ -173,6 +180,10 @@ class QuantizedLayer(nn.Module):
     def parameter_bits(self, name: str) -> float | None:
         """Return the bits of a parameter when deployed; None if it is deployed as stored."""
         return self.weight_bits if name == "weight" and self._rounds_weight else None
+
+    def rounded_parameters(self) -> Mapping[str, Tensor]:
+        """Return the parameters that are rounded, rounded."""
+        return {"weight": self.quantized_weight()}
 
     def quantized_weight(self) -> Tensor:
         """Return the weight, rounded or not by phase."""
@@ -225,13 +236,13 @@ class QuantizedLayer(nn.Module):
         assert weight is not None  # noqa: S101 - layers without one are not asked
         return weight
 
-    def quantized_input(self, x: Tensor) -> Tensor:
-        """Return the input, rounded or not by phase; record it if it is observed."""
+    def quantized_input(self, x: Tensor, which: str = "input") -> Tensor:
+        """Return an operand, rounded or not by phase; record it if it is observed."""
         if self.activation_bits is None:
             return x
         if self.activation_ranges == "dynamic":
             return dynamically_rounded(x) if self.quantization_phase in ("fake_quantize", "frozen") else x
-        return self._pass("input", self.quantization_phase, x)
+        return self._pass(which, self.quantization_phase, x)
 
     def quantized_output(self, x: Tensor) -> Tensor:
         """Return the output, rounded or not by phase; record it if it is observed."""

@@ -38,7 +38,7 @@ def find_ranges(
         return GraphFacts()
     dot = f"{called_name}." if called_name else ""
     inside = {name.removeprefix(dot): layer for name, layer in layers.items() if name.startswith(dot)}
-    readers = {name for name, layer in inside.items() if "input" in layer.watched}
+    readers = {name for name, layer in inside.items() if layer.rounds_operands}
     products = {name for name in readers if isinstance(inside[name], (*CONVOLVING, nn.Linear))}
     facts = read_graph(called, inputs, products, readers)
     for name in facts.outputs:

@@ -11,6 +11,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from lightning_optim.checkpoint import plan_of
 from lightning_optim.modules import CONVOLVING, EMBEDDINGS, RECURRENT, Conv1D, Experts
 from lightning_optim.patterns import NOT_INCLUDED, Pattern, Selector, shown
+from lightning_optim.quantization.attention import QuantizedMultiheadAttention
 from lightning_optim.quantization.classes import QUANTIZED
 from lightning_optim.quantization.experts import QuantizedExperts
 from lightning_optim.quantization.functions import QuantizedFunctions, forget_operands
@@ -42,8 +43,8 @@ _FROM: dict[type[nn.Module], type[nn.Module]] = {
 
 # Layers with matrices that stay float, and why; the first match counts.
 _WHY_FLOAT: tuple[tuple[tuple[type[nn.Module], ...], str], ...] = (
-    ((nn.MultiheadAttention,), "nn.MultiheadAttention computes in one fused call; its projections stay float"),
-    (RECURRENT, "a recurrent layer: no integer kernels to export to"),
+    ((nn.MultiheadAttention,), "a subclass of MultiheadAttention, whose own forward is unknown"),
+    (RECURRENT, "a recurrent layer that is no nn.LSTM and no nn.GRU"),
     ((nn.Bilinear,), "a bilinear layer: no integer kernels to export to"),
 )
 
@@ -105,6 +106,7 @@ def select_layers(
             raise _cannot(name, layer, why_not)
         else:
             left_out[name] = why_not
+    _settle_attention(target, prefix, chosen, left_out, named)
     selector.check_all_matched(names)
     for pattern in include or ():
         if pattern not in served:
@@ -113,6 +115,27 @@ def select_layers(
                 f"{', '.join(refused[pattern][:5])}. Remove it from `include`."
             )
     return _settle_shared(target if root is None else root, QuantizedLayers(chosen, left_out), named)
+
+
+def _settle_attention(
+    target: nn.Module, prefix: str, chosen: dict[str, nn.Module], left_out: dict[str, str], named: Collection[str]
+) -> None:
+    """Leave output projections float where their attention is: it does not call them then.
+
+    Raises:
+        ValueError: If ``include`` names such a projection.
+    """
+    for name, attention in named_layers(target, prefix):
+        projection = f"{name}.out_proj".lstrip(".")
+        if not isinstance(attention, nn.MultiheadAttention) or projection not in chosen:
+            continue
+        if name in chosen or isinstance(attention, QuantizedMultiheadAttention):
+            continue
+        reason = f"the attention {name} stays float, which computes it in one function with its own projections"
+        if projection in named:
+            raise _cannot(projection, chosen[projection], reason)
+        del chosen[projection]
+        left_out[projection] = reason
 
 
 def _cannot(name: str, layer: nn.Module, why_not: str) -> ValueError:
@@ -184,8 +207,6 @@ def _why_float(layer: nn.Module) -> str | None:
     for classes, reason in _WHY_FLOAT:
         if isinstance(layer, classes):
             return reason
-    if own_class(layer).__name__ == "NonDynamicallyQuantizableLinear":
-        return "called inside nn.MultiheadAttention, never as a layer"
     known = next((cls for cls in _FROM if isinstance(layer, cls)), None)
     if known is not None:
         return f"a subclass of {known.__name__}, whose own forward is unknown"
@@ -298,7 +319,7 @@ def _swap(root: nn.Module, name: str, scheme: QuantizationScheme, prefix: str) -
     layer.weight_bits = scheme.bits_of(name, layer, prefix) if has_weight else None
     layer.weight_granularity = scheme.weight_granularity
     bits_before = getattr(layer, "activation_bits", scheme.activation_bits)
-    without = (*EMBEDDINGS, Experts) if scheme.observes else (*EMBEDDINGS, Experts, *CONVOLVING, *_BATCH_NORMS)
+    without = (*EMBEDDINGS, *RECURRENT, Experts) + (() if scheme.observes else (*CONVOLVING, *_BATCH_NORMS))
     layer.activation_bits = None if isinstance(layer, without) else scheme.activation_bits
     layer.activation_ranges = "static" if layer.activation_bits is None else scheme.activation_ranges
     if layer.activation_bits not in (None, bits_before):
@@ -316,11 +337,12 @@ def _watch_anew(layer: QuantizedLayer, scheme: QuantizationScheme, has_weight: b
         for which in layer.watched:
             layer.watch(which)
     if layer.activation_bits is None or layer.activation_ranges == "dynamic":
-        layer.quantizes_output = False
-        for name in [name for name in layer._buffers if name.startswith(("input_", "output_"))]:
+        layer.quantizes_output, ranges = False, (*layer.operands, "output")
+        for name in [name for name in layer._buffers if name.startswith(tuple(f"{which}_" for which in ranges))]:
             del layer._buffers[name]
-    elif has_weight and "input" not in layer.watched:
-        layer.watch("input")
+    elif has_weight and not layer.rounds_operands:
+        for which in layer.operands:
+            layer.watch(which)
         layer.quantization_phase = "off"  # until its range is known
 
 
@@ -357,7 +379,7 @@ def set_phase(root: nn.Module, layers: Mapping[str, QuantizedLayer], phase: str)
         layer.quantization_phase = phase
         layer.observing = layer.observing and phase in ("observe", "fake_quantize")
         if layer.quantizes_output:
-            outputs = [layer.state_of(which) for which in layer.watched if which != "input"]
+            outputs = [layer.state_of(which) for which in layer.watched if which not in layer.operands]
             unknown = rounds and any(int(state["batches"]) == 0 for state in outputs)
             layer.output_phase = "observe" if unknown else phase
     if rounds:

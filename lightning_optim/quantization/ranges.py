@@ -99,9 +99,9 @@ def write_scales(states: list[dict[str, Tensor]], layer: QuantizedLayer) -> None
 def unseen_inputs(layers: Mapping[str, QuantizedLayer]) -> set[str]:
     """Return the layers whose input will be rounded and was never seen; layers that round already are skipped."""
     waiting = {
-        name: layer.state_of("input")["batches"]
+        name: torch.stack([layer.state_of(which)["batches"] for which in layer.operands]).amin()
         for name, layer in layers.items()
-        if "input" in layer.watched and layer.quantization_phase in ("off", "observe")
+        if layer.rounds_operands and layer.quantization_phase in ("off", "observe")
     }
     counts = torch.stack(list(waiting.values())).tolist() if waiting else []
     return {name for name, count in zip(waiting, counts, strict=True) if not count}
@@ -118,7 +118,10 @@ def settle_ranges(layers: Mapping[str, QuantizedLayer]) -> None:
         return
     states = [layer.state_of(which) for _, layer, which in watched]
     batches = torch.stack([state["batches"] for state in states]).tolist()
-    unseen = [name for (name, _, which), count in zip(watched, batches, strict=True) if not count and which == "input"]
+    counted = zip(watched, batches, strict=True)
+    unseen = list(
+        dict.fromkeys(name for (name, layer, which), count in counted if not count and which in layer.operands)
+    )
     if unseen:
         raise RuntimeError(
             f"no input of {', '.join(unseen[:5])} was seen while ranges were observed: the forward pass does not call "

@@ -17,7 +17,8 @@ from lightning_optim.functional.rounding import ROUNDINGS, Rounding, is_settled,
 from lightning_optim.functional.second_order import output_error
 from lightning_optim.functional.statistics import STATISTICS, needs_of
 from lightning_optim.layerwise import change_layer_by_layer
-from lightning_optim.modules import EMBEDDINGS, TRANSPOSED, Experts
+from lightning_optim.modules import EMBEDDINGS, RECURRENT, TRANSPOSED, Experts
+from lightning_optim.quantization.attention import QuantizedOutProjection
 from lightning_optim.quantization.layers import QuantizedLayer
 from lightning_optim.quantization.prepare import set_phase
 from lightning_optim.quantization.rows import rows_of
@@ -170,6 +171,10 @@ def _why_plainly(
         return "a table, whose rows are looked up"
     if isinstance(layer, Experts):
         return "experts, which compute their inputs inside"
+    if isinstance(layer, nn.MultiheadAttention | QuantizedOutProjection):
+        return "inside of nn.MultiheadAttention"
+    if isinstance(layer, RECURRENT):
+        return "a recurrent layer, which reads its own outputs"
     if isinstance(layer, TRANSPOSED) and layer.groups > 1:
         return "a transposed convolution with groups"
     if layer.weight_bits is None:

@@ -260,11 +260,11 @@ def test_every_layer_is_in_the_table(tmp_path, caplog):
         def __init__(self):
             super().__init__()
             self.net.insert(0, nn.LayerNorm(12))
-            self.gru = nn.GRU(3, 4)
-            self.attention = nn.MultiheadAttention(4, 2)
+            self.rnn = nn.RNN(3, 4)
+            self.bilinear = nn.Bilinear(4, 2, 2)
 
     fit(tmp_path, new(Mixed), integers())
-    for text in ("net.1", "LayerNorm stays float", "a recurrent layer", "computes in one fused call"):
+    for text in ("net.1", "LayerNorm stays float", "a recurrent layer", "a bilinear layer"):
         assert text in caplog.text
 
 
