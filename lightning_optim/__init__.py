@@ -21,6 +21,7 @@ from lightning_optim.measure import LatencyResult, measure_latency
 from lightning_optim.quantization.calibrate import quantize_post_training
 from lightning_optim.recipe import Recipe
 from lightning_optim.report import ComparisonReport, compare
+from lightning_optim.search import SearchReport, search
 from lightning_optim.sparsity.prune import SparsityReport, prune_weights
 from lightning_optim.structured.prune import prune_channels
 from lightning_optim.structured.sensitivity import sensitivity
@@ -43,6 +44,7 @@ __all__ = [
     "Ramp",
     "Recipe",
     "ReportCallback",
+    "SearchReport",
     "SparsityReport",
     "WeightPruning",
     "__version__",
@@ -57,6 +59,7 @@ __all__ = [
     "prune_depth",
     "prune_weights",
     "quantize_post_training",
+    "search",
     "sensitivity",
     "strategies",
     "student_only",
