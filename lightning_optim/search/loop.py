@@ -127,19 +127,19 @@ class Loop:
             trial.set_user_attr("seconds", monotonic() - began)
 
     def _values(self, trial: optuna.Trial, point: Mapping[str, Any], is_dense: bool) -> list[float]:
-        self._ranks.send({"dense": is_dense, "point": dict(point)})
+        self._ranks.send({"number": trial.number, "dense": is_dense, "point": dict(point)})
         recipe = Recipe() if is_dense else self.space.recipe(point)
         trial.set_user_attr("recipe", recipe.as_plain())
         rule = Rule(self._study, self.n_startup, self._mode(), self._by_size())
         watching = self._watching(None if is_dense else rule.is_hopeless)
         with _without_chatter():
-            module, trainer = self.setting.train(recipe, watching, self._ranks.join)
+            module, trainer = self.setting.train(recipe, trial.number, watching, self._ranks.join)
         for watch in watching:
             trial.set_user_attr("curve", {str(epoch): value for epoch, value in watch.curve.items()})
         if any(watch.stopped for watch in watching):
             _say(trial.number, "stopped early: below the median of the trials that are no larger")
             raise optuna.TrialPruned
-        measured = self.setting.measure(module, dense=is_dense)
+        measured = self.setting.measure(self.setting.result(module, trainer, recipe), dense=is_dense)
         values = [objective.value(measured.row, measured.notes) for objective in self.objectives]
         for limit in self.limits:
             excess = limit.excess(limit.objective.value(measured.row, measured.notes))
@@ -179,7 +179,7 @@ class Loop:
             try:
                 recipe = Recipe() if message["dense"] else self.space.recipe(message["point"])
                 with _without_chatter():
-                    self.setting.train(recipe, self._watching(None))
+                    self.setting.train(recipe, message["number"], self._watching(None))
             except CAUGHT as error:
                 if message["dense"]:
                     raise

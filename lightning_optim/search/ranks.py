@@ -8,7 +8,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities import rank_zero_only
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
 from lightning_optim.callbacks.windowed import mro_names
@@ -34,9 +33,17 @@ class Ranks:
         self._prefix = f"lightning_optim/search/{_count}"
         self._store: Any = None
         self._sent = 0
-        self.leads = getattr(rank_zero_only, "rank", 0) == 0
+        # The ranks as Lightning tells them: by torchrun's variable, by that of its own launcher, by SLURM's.
+        names = ("RANK", "LOCAL_RANK", "SLURM_PROCID")
+        self.leads = next((int(os.environ[name]) for name in names if name in os.environ), 0) == 0
+        self._messages: list[str] = []
         if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "MASTER_PORT" in os.environ:
             self._open()
+        elif not self.leads:
+            raise MisconfigurationException(
+                "`search` finds no address at which this rank could follow rank 0 (MASTER_ADDR and MASTER_PORT). Start "
+                "the script with torchrun."
+            )
 
     def _open(self) -> None:
         # With torchrun the agent holds the store. Without, rank 0 does, and the process group of its first run shares
@@ -74,7 +81,7 @@ class Ranks:
 
     def send(self, message: Mapping[str, Any]) -> None:
         """Tell the followers what comes next; kept until there are any."""
-        self._messages = [*getattr(self, "_messages", []), json.dumps(message)]
+        self._messages.append(json.dumps(message))
         self._sent += 1
         if self._store is not None:
             self._put(self._sent - 1)

@@ -252,9 +252,7 @@ class SearchReport:
             sentences.append(f"Budget: {' and '.join(map(str, self.limits))}.")
         ties = sum(bool(self.equals(trial)) for trial in self.front)
         if ties:
-            sentences.append(
-                f"{ties} of {len(self.front)} trials on the front are equal to another one within the noise."
-            )
+            sentences.append(f"{ties} of {len(self.front)} trials on the front equal another one within the noise.")
         counted = {state: sum(trial.state == state for trial in self.trials) for state in ("pruned", "fail", "running")}
         words = {"pruned": "stopped early", "fail": "failed", "running": "still run"}
         others = [f"{count} {words[state]}" for state, count in counted.items() if count]

@@ -138,6 +138,8 @@ def search(
         accuracy=accuracy,
         seed=seed,
     )
+    if not _is_installed("optuna"):
+        raise missing_package("optuna", "search")
     from lightning_optim.search.loop import Loop  # loads Optuna
 
     loop = Loop(

@@ -62,7 +62,7 @@ class Range:
     def samples(self) -> dict[str, float]:
         """Return both ends and the middle."""
         middle = math.sqrt(self.low * self.high) if self.log else (self.low + self.high) / 2
-        return {"low": self.low, "middle": int(middle) if self.is_whole else middle, "high": self.high}
+        return {"low": self.low, "high": self.high, "middle": int(middle) if self.is_whole else middle}
 
 
 @dataclass(frozen=True)
@@ -204,7 +204,7 @@ def _parsed(value: Any, part: str, argument: str, where: str = "") -> Any:
         if isinstance(value, Mapping) and {"low", "high"} <= set(value) <= {"low", "high", "log"}:
             return Range(**value)
         if isinstance(value, list) and _is_open_list(value, part, argument):
-            return Choice(tuple(_parsed(option, part, "", where) for option in value))
+            return Choice(tuple(_parsed(option, part, argument, where) for option in value))
     except ValueError as error:
         if str(error).startswith("`space`"):
             raise

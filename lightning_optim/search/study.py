@@ -2,21 +2,17 @@
 
 import os
 import socket
+import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from lightning_optim.search.objectives import Objective
+import optuna
+from optuna.distributions import BaseDistribution
+from optuna.trial import FrozenTrial, TrialState
 
-try:
-    import optuna
-    from optuna.distributions import BaseDistribution
-    from optuna.trial import FrozenTrial, TrialState
-except ImportError as error:
-    raise ImportError(
-        'the search runs on Optuna, which is not installed. Install it with: pip install "lightning-optim[search]"'
-    ) from error
+from lightning_optim.search.objectives import Objective
 
 __all__ = ["ABOUT", "DENSE", "Study", "counts", "open_study", "quietly", "whose"]
 
@@ -31,6 +27,9 @@ AGREE = ("space", "objectives", "budget", "seed", "comparison")
 DENSE = "dense"
 """Attribute of the trial that measures the model as it is."""
 
+ATTEMPTS = 10
+"""To open a storage while another process makes its tables."""
+
 HEARTBEAT_S, GRACE_S = 20, 120
 """How often a running trial says that it lives, and after how long a silent one counts as lost."""
 
@@ -43,7 +42,10 @@ def quietly() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            warnings.filterwarnings("ignore", message="PedAnovaImportanceEvaluator computes")  # `weighing` sees to it
+            # `weighing` sees to the direction; few trials have equal importances, which says enough
+            warnings.filterwarnings(
+                "ignore", message="PedAnovaImportanceEvaluator computes|Target and region quantiles"
+            )
             yield
     finally:
         optuna.logging.set_verbosity(before)
@@ -65,17 +67,16 @@ def open_study(
     Raises:
         ValueError: If the storage cannot be opened, or holds another study of that name.
     """
-    opened = _storage(storage)
     with quietly():
-        study = _created(opened, name, objectives)
-    known = study.user_attrs.get(ABOUT)
-    if known is None and study.get_trials(deepcopy=False):
-        raise ValueError(f"the storage holds a study {name!r} that `search` did not make. Choose another `name`.")
-    if known is None:
-        study.set_user_attr(ABOUT, dict(about))
-        study.set_metric_names([objective.name for objective in objectives])
-    else:
-        _check_same(name, known, about)
+        study = _created(_storage(storage), name, objectives)
+        known = study.user_attrs.get(ABOUT)
+        if known is None and study.get_trials(deepcopy=False):
+            raise ValueError(f"the storage holds a study {name!r} that `search` did not make. Choose another `name`.")
+        if known is None:
+            study.set_user_attr(ABOUT, dict(about))
+            study.set_metric_names([objective.name for objective in objectives])
+        else:
+            _check_same(name, known, about)
     study.sampler = _Sampler(seed, n_startup)
     _drop_lost(study)
     return study
@@ -89,14 +90,20 @@ def _storage(storage: Any) -> Any:
     from sqlalchemy.exc import SQLAlchemyError
 
     waits = {"connect_args": {"timeout": 120}} if storage.startswith("sqlite") else {}  # several processes write
-    try:
-        with quietly():
+    for place in range(ATTEMPTS):
+        try:
             return optuna.storages.RDBStorage(
                 storage, engine_kwargs=waits, heartbeat_interval=HEARTBEAT_S, grace_period=GRACE_S
             )
-    except (SQLAlchemyError, ImportError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"the storage {storage!r} cannot be opened: {reason}. Pass a URL of SQLAlchemy.") from error
+        except (SQLAlchemyError, ImportError, RuntimeError) as error:
+            reason = str(error).splitlines()[0]
+            if "already exists" in reason and place + 1 < ATTEMPTS:
+                time.sleep(1)  # another process makes the tables now
+                continue
+            raise ValueError(
+                f"the storage {storage!r} cannot be opened: {reason}. Pass a URL of SQLAlchemy."
+            ) from error
+    raise AssertionError("unreachable")
 
 
 def _created(storage: Any, name: str, objectives: tuple[Objective, ...]) -> Study:
@@ -140,7 +147,6 @@ class _Sampler(optuna.samplers.BaseSampler):
                     multivariate=True,
                     group=True,
                     constant_liar=True,
-                    warn_independent_sampling=False,
                 )
             }
         return self._of[trial.number]

@@ -3,7 +3,8 @@
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -70,12 +71,17 @@ class Setting:
     _inputs: "tuple[str, ForwardInputs] | None" = field(default=None, init=False)
 
     def train(
-        self, recipe: Recipe, watching: Sequence[pl.Callback] = (), begin: Callable[[pl.Trainer], None] | None = None
+        self,
+        recipe: Recipe,
+        number: int,
+        watching: Sequence[pl.Callback] = (),
+        begin: Callable[[pl.Trainer], None] | None = None,
     ) -> tuple[pl.LightningModule, pl.Trainer]:
         """Train a new module by a recipe; every trial begins with the same random numbers.
 
         Args:
             recipe: Empty for the dense model.
+            number: Of the trial, which has a folder of its own below the recipe's ``checkpoint: dirpath``.
             watching: More callbacks.
             begin: Called with the Trainer before it fits.
 
@@ -87,6 +93,7 @@ class Setting:
         if not isinstance(module, nn.Module):
             raise TypeError(f"`make_module` must return a LightningModule, got {type(module).__name__}.")
         wrapped = recipe.wrap(module, self.teacher) if recipe.distillation is not None else module
+        recipe = _in_own_folder(recipe, number)
         batch_size = self.options.get("batch_size", 32)
         catch = _Catch(InputSource(self.example_inputs, batch_size or 1))
         callbacks = [*recipe.callbacks(example_inputs=self.example_inputs), *watching, catch]
@@ -97,8 +104,18 @@ class Setting:
         if trainer.interrupted:
             raise KeyboardInterrupt
         self._inputs = catch.found or self._inputs
-        _take_best(trainer, wrapped)
         return wrapped, trainer
+
+    def result(self, module: pl.LightningModule, trainer: pl.Trainer, recipe: Recipe) -> pl.LightningModule:
+        """Return what a run results in: what the recipe's checkpoint kept, if it has one, else the last weights."""
+        for callback in callbacks_of(trainer):
+            path = getattr(callback, "best_model_path", "")
+            if recipe.checkpoint is not None and type(callback).__name__ == "CompressedCheckpoint" and path:
+                fresh = self.make_module()
+                wrapped = recipe.wrap(fresh, self.teacher) if recipe.distillation is not None else fresh
+                best: pl.LightningModule = load_from_checkpoint(wrapped, path)
+                return best
+        return module
 
     def _trainer(self, callbacks: list[pl.Callback]) -> pl.Trainer:
         """Make a Trainer with these callbacks: passed to ``make_trainer`` where it takes any, else added."""
@@ -207,6 +224,14 @@ class _Catch(pl.Callback):
         self._source.release()
 
 
+def _in_own_folder(recipe: Recipe, number: int) -> Recipe:
+    """Let the checkpoints of a trial not lie among those of others."""
+    arguments = recipe.checkpoint or {}
+    if arguments.get("dirpath") is None:
+        return recipe
+    return replace(recipe, checkpoint={**arguments, "dirpath": str(Path(arguments["dirpath"]) / f"trial_{number}")})
+
+
 def _takes_callbacks(make_trainer: Callable[..., Any]) -> str:
     """Return whether a function takes callbacks: by "keyword", by "position", or not ("")."""
     parameters = inspect.signature(make_trainer).parameters
@@ -214,12 +239,3 @@ def _takes_callbacks(make_trainer: Callable[..., Any]) -> str:
         return "keyword"
     needed = [each for each in parameters.values() if each.default is each.empty]
     return "position" if len(needed) == 1 and needed[0].kind is not needed[0].VAR_POSITIONAL else ""
-
-
-def _take_best(trainer: pl.Trainer, module: pl.LightningModule) -> None:
-    """Load what the recipe's checkpoint kept: that is the result of the run."""
-    for callback in callbacks_of(trainer):
-        path = getattr(callback, "best_model_path", "")
-        if type(callback).__name__ == "CompressedCheckpoint" and path:
-            load_from_checkpoint(module, path)
-            return
