@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.cli import LightningCLI
@@ -36,8 +36,9 @@ class _SearchCLI(ObjectsCLI):
         """Return a new model, with the configuration's optimizer if it has one."""
         self.config_init = self.parser.instantiate_classes(self.config)
         self.model = self._get(self.config_init, "model")
-        self._add_configure_optimizers_method_to_model(None)  # type: ignore[arg-type]  # there is no subcommand
-        return self.model
+        self._add_configure_optimizers_method_to_model(None)
+        model: pl.LightningModule = self.model
+        return model
 
     def make_trainer(self, callbacks: list[pl.Callback]) -> pl.Trainer:
         """Return a new Trainer, with the configuration's callbacks before the recipe's."""
@@ -88,4 +89,4 @@ class Searched:
         (logged,) = getattr(quiet_trainer(), on)(model, datamodule=self._cli.datamodule, verbose=False)
         if metric not in logged:
             raise UserError(f"--accuracy {metric}: {on} logged {', '.join(sorted(logged)) or 'nothing'}.")
-        return cast("float", float(logged[metric]))
+        return float(logged[metric])

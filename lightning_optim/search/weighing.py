@@ -42,7 +42,7 @@ def importances(
             sign = 1.0 if objective.mode == "min" else -1.0  # the evaluator takes low values for good ones
 
             def target(trial: FrozenTrial, place: int = place, sign: float = sign) -> float:
-                return sign * trial.values[place]
+                return sign * float(trial.values[place])
 
             shares = optuna.importance.get_param_importances(alone, target=target)
             found[objective.name] = {name: float(share) for name, share in shares.items()}
