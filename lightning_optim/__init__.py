@@ -6,6 +6,7 @@ from lightning_optim.callbacks import (
     ChannelPruning,
     CompressedCheckpoint,
     DepthPruning,
+    GradientNoiseScale,
     LowRankFactorization,
     PerformanceScore,
     QuantizationAwareTraining,
@@ -16,6 +17,7 @@ from lightning_optim.checkpoint import conform, load_from_checkpoint
 from lightning_optim.depth.prune import prune_depth
 from lightning_optim.distillation import DistillationModule, Feature, IndexedDataset, Ramp, student_only
 from lightning_optim.export import ExportReport, PretrainedReport, export_onnx, export_pretrained
+from lightning_optim.functional.noise_scale import scale_learning_rate
 from lightning_optim.low_rank import FactorizationReport, factorize
 from lightning_optim.measure import LatencyResult, measure_latency
 from lightning_optim.quantization.calibrate import quantize_post_training
@@ -35,6 +37,7 @@ __all__ = [
     "ExportReport",
     "FactorizationReport",
     "Feature",
+    "GradientNoiseScale",
     "IndexedDataset",
     "LatencyResult",
     "LowRankFactorization",
@@ -59,6 +62,7 @@ __all__ = [
     "prune_depth",
     "prune_weights",
     "quantize_post_training",
+    "scale_learning_rate",
     "search",
     "sensitivity",
     "strategies",
