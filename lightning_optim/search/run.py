@@ -197,6 +197,8 @@ def _options(given: Mapping[str, Any], measured: Sequence[Objective], engine: st
     """Return the arguments of ``compare``: nothing is exported or timed in an engine that no objective asks for."""
     needs = {objective.needs for objective in measured}
     options = {**given, "times": "time" in needs}
+    if "time" not in needs:
+        options.setdefault("batch_size", None)  # a larger call is for times: ragged inputs need not be cut
     by_score = any(objective.column.endswith("P") for objective in measured)
     if not by_score:
         options["weights"] = {"size": 1}  # P is not asked for, and must not demand an accuracy in [0, 1]

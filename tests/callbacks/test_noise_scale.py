@@ -1,5 +1,6 @@
 """GradientNoiseScale: unbiased on a problem with a known noise scale, without a trace in training, and resumable."""
 
+import csv
 import json
 from pathlib import Path
 
@@ -80,9 +81,9 @@ def test_ranks_find_it_too(tmp_path):
 class Net(Known):
     """With what could leave a trace: dropout, BatchNorm, momentum."""
 
-    def __init__(self):
+    def __init__(self, dropout):
         super().__init__()
-        self.net = nn.Sequential(nn.Linear(WIDTH, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 1))
+        self.net = nn.Sequential(nn.Linear(WIDTH, 8), nn.BatchNorm1d(8), nn.Dropout(dropout), nn.Linear(8, 1))
 
     def training_step(self, batch, batch_idx):
         loss = self.net(batch[0]).square().mean()
@@ -93,9 +94,9 @@ class Net(Known):
         return torch.optim.SGD(self.net.parameters(), 0.05, momentum=0.9)
 
 
-def trained(tmp_path, *callbacks, epochs=2, checkpoint=None, **options):
+def trained(tmp_path, *callbacks, epochs=2, checkpoint=None, dropout=0.5, **options):
     torch.manual_seed(3)
-    module = Net()
+    module = Net(dropout)
     options = {**QUIET, "max_epochs": epochs, "default_root_dir": tmp_path, **options}
     trainer = pl.Trainer(accelerator="cpu", callbacks=list(callbacks), **options)
     trainer.fit(module, DataLoader(TensorDataset(noise(80)), 8), ckpt_path=checkpoint)
@@ -114,7 +115,8 @@ def test_training_is_the_same_without_it(tmp_path, accumulated):
 
 @pytest.mark.parametrize("accumulated", [1, 2])
 def test_a_resumed_run_goes_on_bit_for_bit(tmp_path, accumulated):
-    options = {"accumulate_grad_batches": accumulated}
+    """Without dropout: Lightning's checkpoints hold no state of the random numbers."""
+    options = {"accumulate_grad_batches": accumulated, "dropout": 0.0}
     straight = GradientNoiseScale(every_n_steps=2)
     trained(tmp_path, straight, epochs=4, **options)
     begun = GradientNoiseScale(every_n_steps=2)
@@ -135,8 +137,9 @@ def test_only_every_nth_step_is_measured_and_loggers_get_it(tmp_path):
         max_epochs=1, accelerator="cpu", callbacks=[callback], **{**QUIET, "logger": logger}, log_every_n_steps=1000
     )
     trainer.fit(Known(), DataLoader(TensorDataset(noise(160)), 8))
-    lines = [row for row in logger.experiment.metrics if "batch/noise_scale" in row]
-    assert [row["step"] for row in lines] == [0, 5, 10, 15]
+    with open(f"{logger.log_dir}/metrics.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["step"]) for row in rows if row["batch/noise_scale"]] == [0, 5, 10, 15]
 
 
 def test_what_it_cannot_measure_is_refused(tmp_path):
