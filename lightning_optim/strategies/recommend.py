@@ -223,9 +223,9 @@ def recommend(
         _activation_words(activation_bytes, example_inputs),
         *([_beside_words(model)] if model.beside else []),
     )
-    notes = notes_on(rows, question)
+    notes = list(notes_on(rows, question))
     if noise_scale is not None:
-        notes = [*notes, *batch_notes(noise_scale, batch_size, devices * nodes)]
+        notes += batch_notes(noise_scale, batch_size, devices * nodes)
     return Recommendation(rows, question, assumptions, tuple(notes), left_out)
 
 
