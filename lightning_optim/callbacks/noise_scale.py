@@ -6,10 +6,12 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
+from lightning_optim._upstream import BatchNorm
 from lightning_optim.callbacks.judging import judging_copy, takes_index
 from lightning_optim.callbacks.windowed import mro_names
 from lightning_optim.checks import check_count
@@ -38,8 +40,9 @@ class GradientNoiseScale(pl.Callback):
     While the estimate of ``|G|²`` is not positive nothing is logged. The noise scale grows while the loss falls:
     judge by the later part of a run.
 
-    The loss must be a mean over the samples of the batch. BatchNorm couples the samples of a batch, so that numbers
-    with it are rough. Optimization must be automatic; strategies are one device and DDP.
+    The loss must be a mean over the samples of the batch. BatchNorm normalizes half a batch differently from the whole,
+    so a batch that is split gives too large a noise scale, or none: a warning says so. Optimization must be automatic;
+    strategies are one device and DDP.
 
     State: both means, so that a resumed run goes on bit for bit.
 
@@ -94,6 +97,15 @@ class GradientNoiseScale(pl.Callback):
             raise MisconfigurationException(
                 f"GradientNoiseScale works on one device and with DDP, not with {type(trainer.strategy).__name__}. "
                 "Measure on a few devices with DDP: the noise scale does not depend on the strategy."
+            )
+
+        if trainer.accumulate_grad_batches * trainer.world_size == 1 and any(
+            isinstance(layer, BatchNorm) for layer in pl_module.modules()
+        ):
+            rank_zero_warn(
+                "GradientNoiseScale splits batches on one device, and BatchNorm normalizes half a batch differently: "
+                "the noise scale comes out too large, or cannot be told. Accumulate gradients: "
+                "accumulate_grad_batches=2 with half of the batch."
             )
 
     # One step.

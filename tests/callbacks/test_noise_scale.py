@@ -103,6 +103,10 @@ def trained(tmp_path, *callbacks, epochs=2, checkpoint=None, dropout=0.5, **opti
     return module, trainer
 
 
+BN = pytest.mark.filterwarnings("ignore:GradientNoiseScale splits batches on one device:UserWarning")
+
+
+@BN
 @pytest.mark.parametrize("accumulated", [1, 3])
 def test_training_is_the_same_without_it(tmp_path, accumulated):
     options = {"accumulate_grad_batches": accumulated}
@@ -113,6 +117,7 @@ def test_training_is_the_same_without_it(tmp_path, accumulated):
     assert first.callback_metrics["train_loss_epoch"] == second.callback_metrics["train_loss_epoch"]
 
 
+@BN
 @pytest.mark.parametrize("accumulated", [1, 2])
 def test_a_resumed_run_goes_on_bit_for_bit(tmp_path, accumulated):
     """Without dropout: Lightning's checkpoints hold no state of the random numbers."""
@@ -140,6 +145,11 @@ def test_only_every_nth_step_is_measured_and_loggers_get_it(tmp_path):
     with open(f"{logger.log_dir}/metrics.csv") as file:
         rows = list(csv.DictReader(file))
     assert [int(row["step"]) for row in rows if row["batch/noise_scale"]] == [0, 5, 10, 15]
+
+
+def test_batch_norm_in_a_batch_that_is_split_is_warned_of(tmp_path):
+    with pytest.warns(UserWarning, match="BatchNorm normalizes half a batch differently"):
+        trained(tmp_path, GradientNoiseScale(), epochs=1)
 
 
 def test_what_it_cannot_measure_is_refused(tmp_path):
