@@ -6,6 +6,7 @@ from lightning_optim.callbacks import (
     ChannelPruning,
     CompressedCheckpoint,
     DepthPruning,
+    GradientNoiseScale,
     LowRankFactorization,
     PerformanceScore,
     QuantizationAwareTraining,
@@ -16,11 +17,13 @@ from lightning_optim.checkpoint import conform, load_from_checkpoint
 from lightning_optim.depth.prune import prune_depth
 from lightning_optim.distillation import DistillationModule, Feature, IndexedDataset, Ramp, student_only
 from lightning_optim.export import ExportReport, PretrainedReport, export_onnx, export_pretrained
+from lightning_optim.functional.noise_scale import scale_learning_rate
 from lightning_optim.low_rank import FactorizationReport, factorize
 from lightning_optim.measure import LatencyResult, measure_latency
 from lightning_optim.quantization.calibrate import quantize_post_training
 from lightning_optim.recipe import Recipe
 from lightning_optim.report import ComparisonReport, compare
+from lightning_optim.search import SearchReport, search
 from lightning_optim.sparsity.prune import SparsityReport, prune_weights
 from lightning_optim.structured.prune import prune_channels
 from lightning_optim.structured.sensitivity import sensitivity
@@ -34,6 +37,7 @@ __all__ = [
     "ExportReport",
     "FactorizationReport",
     "Feature",
+    "GradientNoiseScale",
     "IndexedDataset",
     "LatencyResult",
     "LowRankFactorization",
@@ -43,6 +47,7 @@ __all__ = [
     "Ramp",
     "Recipe",
     "ReportCallback",
+    "SearchReport",
     "SparsityReport",
     "WeightPruning",
     "__version__",
@@ -57,6 +62,8 @@ __all__ = [
     "prune_depth",
     "prune_weights",
     "quantize_post_training",
+    "scale_learning_rate",
+    "search",
     "sensitivity",
     "strategies",
     "student_only",

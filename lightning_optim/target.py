@@ -37,6 +37,7 @@ __all__ = [
     "find_target",
     "first_rows",
     "is_computed",
+    "is_redirected",
     "lightning_class",
     "matches",
     "named_layers",
@@ -325,7 +326,7 @@ class catch_forward_inputs:
         self._handles = []
 
     def _enter(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if _is_redirected(layer):
+        if is_redirected(layer):
             return
         if self._depth == 0:
             self.calls.append((layer, detached(ForwardInputs(args, kwargs))))
@@ -355,7 +356,7 @@ class catch_forward_inputs:
         )
 
 
-def _is_redirected(layer: nn.Module) -> bool:
+def is_redirected(layer: nn.Module) -> bool:
     """DDP calls a LightningModule's step through its ``forward``, which Lightning patches for that one call."""
     return getattr(layer.__dict__.get("forward"), "__qualname__", "").startswith("_ForwardRedirection")
 

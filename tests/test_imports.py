@@ -44,7 +44,7 @@ LAYERS = [
         "calls",
         "window",
     },
-    {"report", "callbacks", "strategies", "distillation", "recipe", "demo", "cli", "__main__"},
+    {"report", "callbacks", "strategies", "distillation", "recipe", "search", "metrics", "demo", "cli", "__main__"},
     {"__init__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -14,7 +14,7 @@ from lightning_optim.errors import FAILURES, first_line
 from lightning_optim.modules import copy_module
 from lightning_optim.target import lightning_class
 
-__all__ = ["judging_copy", "run_of_step"]
+__all__ = ["judging_copy", "run_of_step", "takes_index"]
 
 
 def judging_copy(trainer: pl.Trainer, pl_module: pl.LightningModule) -> pl.LightningModule:
@@ -47,7 +47,7 @@ def run_of_step(trainer: pl.Trainer, batch: Any, batch_idx: int) -> Run:
         device = trainer.strategy.root_device
         own = apply_to_collection(copy.deepcopy(batch), Tensor, lambda tensor: tensor.to(device))
         step: Any = root.training_step
-        arguments = (own, batch_idx) if _takes_index(step) else (own,)
+        arguments = (own, batch_idx) if takes_index(step) else (own,)
         try:
             with trainer.precision_plugin.train_step_context():
                 output = step(*arguments)
@@ -68,7 +68,7 @@ def run_of_step(trainer: pl.Trainer, batch: Any, batch_idx: int) -> Run:
     return run
 
 
-def _takes_index(step: Any) -> bool:
+def takes_index(step: Any) -> bool:
     """Whether Lightning would pass the batch's index: any second argument is taken for it."""
     named = inspect.signature(step).parameters.values()
     positional = [p for p in named if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]

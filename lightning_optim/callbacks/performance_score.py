@@ -11,6 +11,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torchmetrics import Metric
 
 from lightning_optim import checkpoint
 from lightning_optim.callbacks.base import callbacks_of, compressions
@@ -18,8 +19,15 @@ from lightning_optim.callbacks.inference_time import InferenceTime
 from lightning_optim.callbacks.logged import MetricsSince
 from lightning_optim.callbacks.monitors import check_score_is_known
 from lightning_optim.callbacks.score_table import MEASURED, ScoreRow, score_table
-from lightning_optim.checks import check_choice, check_count, check_fraction, check_names
-from lightning_optim.functional.score import Terms, checked_weights, guarded, performance_score
+from lightning_optim.callbacks.validation_metric import ValidationMetric, WithMetric, check_metric
+from lightning_optim.checks import check_choice, check_count, check_fraction
+from lightning_optim.functional.score import (
+    Terms,
+    checked_references,
+    checked_weights,
+    guarded,
+    performance_score,
+)
 from lightning_optim.measure.size import SIZES
 from lightning_optim.sharding import reshard
 from lightning_optim.strategies.common import check_supported
@@ -28,7 +36,7 @@ from lightning_optim.target import find_target
 __all__ = ["PerformanceScore"]
 
 
-class PerformanceScore(pl.Callback):
+class PerformanceScore(WithMetric):
     """Compute the score P at the end of every validated epoch; lower is better.
 
     ``P = wS*S/Sref + wTtrain*Ttrain/Tref + wTinfer*Tinfer/Tref + wA*(1 - A)``: size S, training time of the epoch,
@@ -38,8 +46,10 @@ class PerformanceScore(pl.Callback):
 
     Args:
         accuracy: Name of the held-out metric, as the LightningModule logs it in validation. Only the value of this
-            epoch's validation counts: an epoch whose validation does not log it has no P (NaN, infeasible).
-        mode: ``"max"``: the metric is an accuracy in [0, 1]; ``"loss"``: it stands for 1 - A.
+            epoch's validation counts: an epoch whose validation does not log it has no P (NaN, infeasible). Or a
+            ``torchmetrics.Metric``, for modules that log none: it is updated with the model's outputs in
+            validation_step and the batch's labels.
+        mode: ``"max"``: the metric is an accuracy in [0, 1]; ``"min"`` or ``"loss"``: it stands for 1 - A.
         weights: Of ``size``, ``train_time``, ``inference_time``, ``accuracy``: non-negative numbers, used as they
             are; what is missing is 0 and not measured. None is the source's example for a recommender (0.4, 0, 0.6,
             0.1).
@@ -76,9 +86,9 @@ class PerformanceScore(pl.Callback):
 
     def __init__(
         self,
-        accuracy: str = "val_acc",
+        accuracy: str | Metric = "val_acc",
         *,
-        mode: Literal["max", "loss"] = "max",
+        mode: Literal["max", "min", "loss"] = "max",
         weights: Mapping[str, float] | None = None,
         reference: Literal["baseline", "raw"] | dict[str, float] = "baseline",
         size: str = "parameters",
@@ -90,15 +100,16 @@ class PerformanceScore(pl.Callback):
         example_inputs: Any = None,
     ) -> None:
         super().__init__()
+        check_choice("mode", mode, ("max", "min", "loss"))
         if not isinstance(accuracy, str) or not accuracy:
-            raise TypeError(f"`accuracy` must be the name of a logged metric, got {accuracy!r}.")
-        check_choice("mode", mode, ("max", "loss"))
+            check_metric(accuracy, mode, "PerformanceScore")
+            self._metric = ValidationMetric(accuracy, "PerformanceScore")  # type: ignore[arg-type]
         check_choice("until_reached", until_reached, ("infeasible", "score"))
         check_fraction("max_drop", max_drop)
         check_fraction("min_accuracy", min_accuracy)
         check_count("batch_size", batch_size)
         check_count("every_n_epochs", every_n_epochs)
-        self.accuracy = accuracy
+        self.accuracy = accuracy if isinstance(accuracy, str) else type(accuracy).__name__
         self.mode = mode
         self.weights = checked_weights(weights)
         self.reference = _checked_reference(reference, self.weights)
@@ -176,6 +187,8 @@ class PerformanceScore(pl.Callback):
     def on_sanity_check_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check the accuracy's name before the first step, where the sanity check logged anything."""
         logged = trainer.callback_metrics
+        if self._metric is not None:
+            return
         if logged and self.accuracy not in logged:
             raise MisconfigurationException(self._unknown_name(logged))
         self._accuracy_logged = self._accuracy_logged or self.accuracy in logged
@@ -214,6 +227,8 @@ class PerformanceScore(pl.Callback):
         """Stop the clock; what was logged before is not of this validation."""
         self._validation_began = time.perf_counter()
         self._logged.begin(trainer)
+        if self._metric is not None:
+            self._metric.begin(pl_module)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Go on with the clock; note what this validation logged."""
@@ -221,6 +236,9 @@ class PerformanceScore(pl.Callback):
             self._not_training += time.perf_counter() - self._validation_began
             self._validated = True
             self._validation = self._logged.read(trainer)
+            value = None if self._metric is None else self._metric.value()
+            if value is not None:
+                self._validation[self.accuracy] = torch.tensor(value)
 
     # The score.
 
@@ -287,7 +305,7 @@ class PerformanceScore(pl.Callback):
             return math.nan
         self._accuracy_logged = True
         value = float(self._validation[self.accuracy])
-        if self.mode == "loss":
+        if self.mode != "max":
             return 1.0 - value
         if not math.isnan(value) and not 0.0 <= value <= 1.0:
             raise ValueError(
@@ -359,6 +377,8 @@ class PerformanceScore(pl.Callback):
         self._release()
 
     def _release(self) -> None:
+        if self._metric is not None:
+            self._metric.close()
         self._inference.release()
         self._drop_measurements()
         self._restored = False
@@ -404,11 +424,8 @@ def _checked_reference(reference: Any, weights: Mapping[str, float]) -> str | di
         return reference
     if not isinstance(reference, Mapping):
         raise TypeError(f"`reference` must be 'baseline', 'raw' or a dict of numbers, got {reference!r}.")
-    check_names("reference", reference, MEASURED)
+    found = checked_references(reference)
     missing = [name for name in MEASURED if weights[name] > 0 and name not in reference]
     if missing:
         raise ValueError(f"`reference` lacks {', '.join(missing)}, which has weight in P. Give all terms with weight.")
-    for name, value in reference.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 < value < math.inf:
-            raise ValueError(f"`reference` must hold positive numbers, got {name}={value!r}.")
-    return {name: float(value) for name, value in reference.items()}
+    return {name: found[name] for name in reference}

@@ -3,12 +3,10 @@
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
-from lightning_optim.functional.score import Terms, performance_score
+from lightning_optim.functional.score import MEASURED, Terms, performance_score
 from lightning_optim.tables import render
 
 __all__ = ["MEASURED", "ScoreRow", "score_table"]
-
-MEASURED = ("size", "train_time", "inference_time")
 
 
 @dataclass

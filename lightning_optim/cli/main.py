@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_optim._version import __version__
-from lightning_optim.cli import compare, consolidate, demo, export, recipes, recommend, show, train
+from lightning_optim.cli import compare, consolidate, demo, export, recipes, recommend, search, show, train
 from lightning_optim.cli.command import Command, UserError, is_users
 
 __all__ = ["COMMANDS", "main"]
@@ -24,6 +24,7 @@ COMMANDS: Mapping[str, Command] = {
         export.COMMAND,
         show.COMMAND,
         recipes.COMMAND,
+        search.COMMAND,
         recommend.COMMAND,
         consolidate.COMMAND,
         demo.COMMAND,

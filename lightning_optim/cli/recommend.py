@@ -54,6 +54,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--activation_bytes", type=float, help="bytes that a forward pass on one device saves for the backward pass"
     )
+    parser.add_argument(
+        "--noise_scale", type=float, help="measured gradient noise scale in samples: adds advice on the global batch"
+    )
     parser.add_argument("--bandwidth", type=float, help="bandwidth between nodes, GB/s one way; default 50")
     parser.add_argument("--node_bandwidth", type=float, help="bandwidth of one device within its node, GB/s one way")
     return parser

@@ -6,7 +6,15 @@ from dataclasses import dataclass
 
 from lightning_optim.checks import check_mapping, check_names
 
-__all__ = ["DEFAULT_WEIGHTS", "Terms", "checked_weights", "guarded", "performance_score"]
+__all__ = [
+    "DEFAULT_WEIGHTS",
+    "MEASURED",
+    "Terms",
+    "checked_references",
+    "checked_weights",
+    "guarded",
+    "performance_score",
+]
 
 DEFAULT_WEIGHTS: Mapping[str, float] = {"size": 0.4, "train_time": 0.0, "inference_time": 0.6, "accuracy": 0.1}
 """The source's example, a recommender: they sum to 1.1, and are never rescaled."""
@@ -32,6 +40,28 @@ def checked_weights(weights: Mapping[str, float] | None) -> dict[str, float]:
     if not any(weights.values()):
         raise ValueError("`weights` are all 0, so P would always be 0. Give at least one term weight.")
     return {name: float(weights.get(name, 0.0)) for name in DEFAULT_WEIGHTS}
+
+
+MEASURED = ("size", "train_time", "inference_time")
+"""Terms of P that a reference divides."""
+
+
+def checked_references(references: Mapping[str, float]) -> dict[str, float]:
+    """Return what divides each measured term of P: 1 where nothing is given.
+
+    Raises:
+        ValueError: If a name is unknown, or a number is not positive and finite.
+
+    Examples:
+        >>> checked_references({"size": 10})
+        {'size': 10.0, 'train_time': 1.0, 'inference_time': 1.0}
+    """
+    check_mapping("reference", references, "terms of P to numbers")
+    check_names("reference", references, MEASURED)
+    for name, value in references.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 < value < math.inf:
+            raise ValueError(f"`reference` must hold positive numbers, got {name}={value!r}.")
+    return {name: float(references.get(name, 1.0)) for name in MEASURED}
 
 
 @dataclass(frozen=True)

@@ -61,6 +61,7 @@ def compare(
     accuracy: str = "accuracy",
     controls: Iterable[str] = (),
     progress_bar: bool = True,
+    times: bool = True,
 ) -> ComparisonReport:
     """Measure models side by side: size, operations, latency in each engine, accuracy, and the score P.
 
@@ -88,6 +89,7 @@ def compare(
         accuracy: Name of the metric that is A in P, in [0, 1].
         controls: Names of models that the others must beat (from scratch, pruned at random); marked in figures.
         progress_bar: Whether to show a progress bar (on rank zero).
+        times: Whether calls are timed. Without times there is no P unless ``weights`` gives the inference time 0.
 
     Returns:
         A row per model; ``str(report)`` is a table.
@@ -128,7 +130,7 @@ def compare(
         for name in track(order, "comparing", disable=hidden):
             kind = "dense" if name == reference else "control" if name in controls else "compressed"
             rows[name] = {"name": name, "kind": kind, **bench.measure(name, models[name])}
-        timed = track(bench.engines, "timing", disable=hidden)
+        timed = track(bench.engines if times else [], "timing", disable=hidden)
         for name, row in bench.times_and_scores({name: rows[name].get(accuracy) for name in order}, timed).items():
             rows[name] |= row
         bench.subjects.clear()  # an open file cannot be deleted on every system

@@ -120,6 +120,7 @@ class Report:
         lines += _markdown_figures(self.figures)
         for section in self.sections:
             lines += [f"## {section.title}", "", *([section.text, ""] if section.text else [])]
+            lines += ["```yaml", section.code.rstrip(), "```", ""] if section.code else []
             lines += _markdown_figures(section.figures)
             lines += _markdown_tables(section.columns, section.rows) if section.columns else []
         return "\n".join([*lines, self.footer, ""])

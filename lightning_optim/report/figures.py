@@ -27,9 +27,12 @@ __all__ = [
     "SCORE_PANELS",
     "Panel",
     "comparison_figures",
+    "label_axes",
     "layer_figure",
     "layer_picture",
     "layer_sections",
+    "panel",
+    "panels_of",
     "pareto_front",
     "progress_figure",
     "score_figures",
@@ -48,9 +51,10 @@ FONT = 10
 LETTERS_PER_INCH = 12.5
 
 
-def _panels_of(
+def panels_of(
     count: int, *, width: float = WIDTH, height: float = 3.2, sharey: bool = False
 ) -> tuple[Figure, list[Axes]]:
+    """Return a figure with empty panels side by side, in the look of a report."""
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = list(figure.subplots(1, count, sharey=sharey, squeeze=False)[0])
     for axis in axes:
@@ -58,8 +62,9 @@ def _panels_of(
     return figure, axes
 
 
-def _panel(height: float = 3.2) -> tuple[Figure, Axes]:
-    figure, (axis,) = _panels_of(1, height=height)
+def panel(height: float = 3.2) -> tuple[Figure, Axes]:
+    """Return a figure with one empty panel."""
+    figure, (axis,) = panels_of(1, height=height)
     return figure, axis
 
 
@@ -98,7 +103,7 @@ def _named(name: str) -> str:
     return f"{NAME}{name}"
 
 
-def _label(axis: Axes, x: str, y: str) -> None:
+def label_axes(axis: Axes, x: str, y: str) -> None:
     """Name the axes; a dollar in a name begins no formula."""
     axis.set_xlabel(x, parse_math=False)
     axis.set_ylabel(y, parse_math=False)
@@ -169,13 +174,13 @@ SIZE_LABELS = {"bytes": "state_dict file, compressed", "onnx_bytes": "ONNX file"
 def _draw_size(axis: Axes, rows: Sequence[Row], metric: str, label: str, size: str) -> None:
     _scatter(axis, rows, size, metric, scale=1000.0)
     _logarithmic(axis)
-    _label(axis, f"{SIZE_LABELS[size]} (kB, logarithmic)", label)
+    label_axes(axis, f"{SIZE_LABELS[size]} (kB, logarithmic)", label)
 
 
 def _draw_time(axis: Axes, rows: Sequence[Row], metric: str, label: str, cost: str, words: str) -> None:
     axis.axvspan(1 - SAME, 1 + SAME, color=INK["grid"], alpha=0.6, linewidth=0, zorder=0)
     _scatter(axis, rows, cost, metric)
-    _label(axis, words, label)
+    label_axes(axis, words, label)
 
 
 @dataclass(frozen=True)
@@ -232,7 +237,7 @@ def _panels(report: Compared) -> list[Panel]:
 
         def draw(axis: Axes) -> None:
             _scatter(axis, rows, f"{engine}_ratio", size, higher=False)
-            _label(axis, words, label)
+            label_axes(axis, words, label)
 
         panels.append(Panel("pareto_size", f"Size of the file against the time of a call. {FRONT}", draw))
     return panels
@@ -261,9 +266,9 @@ def trade_offs(report: Compared) -> Figure:
     panels = _panels(report)
     if not panels:
         raise ValueError("there is neither an accuracy nor a time to draw. Pass `evaluate` to compare.")
-    figure, axes = _panels_of(len(panels), width=WIDTH * len(panels))
-    for panel, axis in zip(panels, axes, strict=True):
-        panel.draw(axis)
+    figure, axes = panels_of(len(panels), width=WIDTH * len(panels))
+    for each, axis in zip(panels, axes, strict=True):
+        each.draw(axis)
     _legend(figure)
     return figure
 
@@ -271,11 +276,11 @@ def trade_offs(report: Compared) -> Figure:
 def comparison_figures(report: Compared) -> list[Picture]:
     """Return the figures of a comparison: its scatters, and P and its terms over the epochs where they are known."""
     pictures = []
-    for panel in _panels(report):
-        figure, axis = _panel()
-        panel.draw(axis)
+    for each in _panels(report):
+        figure, axis = panel()
+        each.draw(axis)
         _legend(figure)
-        pictures.append((panel.name, panel.caption, figure))
+        pictures.append((each.name, each.caption, figure))
     return _renamed([*pictures, *score_figures(report.rows, report.histories)])
 
 
@@ -350,7 +355,7 @@ def progress_figure(rows: Sequence[Row], epochs: Epochs, metric: str, label: str
         label: Of the y axis.
         from_zero: Whether the y axis begins at 0.
     """
-    figure, axis = _panel(2.9)
+    figure, axis = panel(2.9)
     styles = styles_of(rows)
     for name, run in epochs.items():
         values = [_number(dict(epoch), metric) for epoch in run]
@@ -358,7 +363,7 @@ def progress_figure(rows: Sequence[Row], epochs: Epochs, metric: str, label: str
             axis.plot(
                 range(1, len(values) + 1), values, label=_named(name), markersize=4, linewidth=1.6, **styles[name]
             )
-    _label(axis, "epoch", label)
+    label_axes(axis, "epoch", label)
     if from_zero and axis.dataLim.ymax > 0:
         axis.set_ylim(0, 1.08 * axis.dataLim.ymax)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
@@ -373,7 +378,7 @@ def sparsity_figure(rows: Sequence[Row], events: Mapping[str, Sequence[tuple[int
         rows: The table's rows, for the styles.
         events: Run -> ``(step, asked, reached)`` of each event.
     """
-    figure, axis = _panel(2.9)
+    figure, axis = panel(2.9)
     for name, style in styles_of(rows).items():
         if events.get(name):
             steps, asked, reached = zip(*events[name], strict=True)
@@ -432,7 +437,7 @@ def layer_figure(layers: Sequence[Mapping[str, Any]], colour: str = KINDS["compr
     ]
     if not bars:
         return None
-    figure, axes = _panels_of(len(bars), height=0.75 + 0.21 * len(shown), sharey=True)
+    figure, axes = panels_of(len(bars), height=0.75 + 0.21 * len(shown), sharey=True)
     for place, (axis, bar) in enumerate(zip(axes, bars, strict=True)):
         _draw_bars(axis, bar, shown, colour, named=place == 0)
     return figure

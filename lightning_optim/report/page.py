@@ -163,6 +163,7 @@ def inline_svg(name: str, caption: str, figure: "Figure") -> str:
 
 def _section(section: Section) -> str:
     text = f"<p>{escape(section.text)}</p>" if section.text else ""
+    text += f"<pre>{escape(section.code)}</pre>" if section.code else ""
     table = ""
     if section.columns:
         table = f"<details><summary>All as a table</summary>{_table(section.columns, section.rows)}</details>"
@@ -229,6 +230,8 @@ figure svg {{ display: block; width: 100%; height: auto; }}
 .section figure {{ display: flex; flex-direction: column-reverse; justify-content: flex-end; }}
 .section figcaption {{ margin: 0 0 .4rem; }}
 figcaption {{ color: var(--quiet); font-size: .9rem; line-height: 1.45; margin-top: .4rem; }}
+pre {{ overflow-x: auto; padding: .8rem 1rem; background: var(--raised); border: 1px solid var(--line);
+  border-radius: .5rem; font-size: .85rem; user-select: all; }}
 details {{ margin: 1rem 0; }}
 summary {{ cursor: pointer; color: var(--quiet); font-size: .92rem; }}
 footer {{ margin-top: 3rem; padding-top: 1rem; border-top: 1px solid var(--line); color: var(--quiet);

@@ -35,6 +35,7 @@ class Section:
         figures: Name (of the file), caption, figure.
         columns: Of its table; none without one.
         rows: Of its table.
+        code: Text to copy, as it is.
     """
 
     title: str
@@ -42,3 +43,4 @@ class Section:
     figures: "list[tuple[str, str, Figure]]" = field(default_factory=list)
     columns: Sequence[Column] = ()
     rows: Sequence[Row] = ()
+    code: str = ""

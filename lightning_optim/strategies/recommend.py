@@ -10,6 +10,7 @@ from lightning.pytorch.strategies import Strategy
 from torch import nn
 from torch.optim import Optimizer
 
+from lightning_optim.strategies.batch import batch_notes
 from lightning_optim.strategies.cost import PRECISIONS, REACHED, Model
 from lightning_optim.strategies.explain import cells, columns, formulas, unit_of
 from lightning_optim.strategies.presets import PRESETS
@@ -140,6 +141,7 @@ def recommend(
     example_inputs: Any = None,
     replicate: int | None = None,
     split_share: float | None = None,
+    noise_scale: float | None = None,
 ) -> Recommendation:
     """Rank the presets for a model and a set of devices, from a cost model.
 
@@ -172,6 +174,9 @@ def recommend(
         replicate: Number of groups of ``optim_hsdp``; default one per node.
         split_share: With a parameter count: fraction that tensor parallelism splits; default 0.87.
 
+        noise_scale: Gradient noise scale in samples, as :class:`~lightning_optim.GradientNoiseScale` measured it: the
+            notes then say how large the global batch should be, and what more devices would gain.
+
     Returns:
         The ranking; ``Trainer(strategy=recommendation.strategy())`` uses its best row.
 
@@ -187,6 +192,7 @@ def recommend(
     _check(devices=devices, nodes=nodes, batch_size=batch_size, tokens_per_sample=tokens_per_sample)
     _check(memory_gb=memory_gb, bandwidth=bandwidth, node_bandwidth=node_bandwidth, step_seconds=step_seconds, mfu=mfu)
     _check(reached=reached, activation_bytes=activation_bytes, replicate=replicate, split_share=split_share)
+    _check(noise_scale=noise_scale)
     _check_arguments(module_or_parameter_count, precision, reached, mfu, split_share, activation_bytes, example_inputs)
     subject = module_or_parameter_count
     weight = PRECISIONS[precision].weight
@@ -217,7 +223,10 @@ def recommend(
         _activation_words(activation_bytes, example_inputs),
         *([_beside_words(model)] if model.beside else []),
     )
-    return Recommendation(rows, question, assumptions, tuple(notes_on(rows, question)), left_out)
+    notes = list(notes_on(rows, question))
+    if noise_scale is not None:
+        notes += batch_notes(noise_scale, batch_size, devices * nodes)
+    return Recommendation(rows, question, assumptions, tuple(notes), left_out)
 
 
 def _check(**values: float | None) -> None:

@@ -407,7 +407,7 @@ def test_a_step_that_calls_two_modules_asks_for_example_inputs(tmp_path):
         ({"weights": {"size": -1}}, ValueError, "non-negative numbers, got size=-1"),
         ({"weights": {"size": 0.0}}, ValueError, "all 0"),
         ({"weights": {"latency": 1}}, ValueError, "no 'latency'; known: size, train_time"),
-        ({"mode": "min"}, ValueError, "`mode` must be one of 'max', 'loss'"),
+        ({"mode": "best"}, ValueError, "`mode` must be one of 'max', 'min', 'loss'"),
         ({"reference": "dense"}, ValueError, "`reference` must be one of"),
         ({"reference": 1}, TypeError, "`reference` must be"),
         ({"reference": {"size": 1.0}}, ValueError, "lacks inference_time"),

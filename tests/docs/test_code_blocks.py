@@ -144,6 +144,8 @@ def namespace(page: Path) -> dict:
         "small": Classifier(8),
         "data": Rows(),
         "train_set": data(),
+        "train_loader": DataLoader(data(), 8, shuffle=True),
+        "val_loader": DataLoader(data(), 16),
         "calibration_loader": DataLoader(data(), 16),
         "example_inputs": torch.zeros(2, FEATURES),
         "held_out": rows,

@@ -529,3 +529,19 @@ def test_a_gpu_that_is_not_in_the_table(monkeypatch):
 def test_every_known_optimizer_is_taken_by_name():
     for name in OPTIMIZERS:
         assert asked(optimizer=name.lower()).question.optimizer >= 0
+
+
+def test_a_measured_noise_scale_says_the_global_batch_and_what_more_devices_gain():
+    words = {"devices": 8, "memory_gb": 80, "batch_size": 2, "tokens_per_sample": 8192}
+    plain = recommend(8_000_000_000, **words)
+    small, fair, large = (recommend(8_000_000_000, noise_scale=scale, **words) for scale in (256, 16, 4))
+    assert small.rows == plain.rows
+    assert small.notes[:-2] == plain.notes
+    assert "16 samples a step (8 x 2)" in small.notes[-2]
+    assert "use 94% of the samples well; at 256 (8 x 32)" in small.notes[-2]
+    assert "scale the learning rate" in small.notes[-2]
+    assert "a fair trade" in fair.notes[-2]
+    assert "wastes samples" in large.notes[-2]
+    assert "2x devices: 1.89x fewer steps for 1.06x the samples" in small.notes[-1]
+    with pytest.raises(ValueError, match="`noise_scale` must be a number above 0, got 0"):
+        recommend(8_000_000_000, noise_scale=0, **words)
