@@ -86,7 +86,8 @@ def export_pretrained(
         quantization: None: float, with the rounded values of quantized weights. ``"gptq"``: the Linear layers of all
             blocks, which are quantized with ``per_group:N`` and at most 4 bits, packed in the GPTQ layout with its
             ``quantization_config``, as vLLM, ONNX Runtime GenAI's builder and transformers (with gptqmodel) read it;
-            the head too if it is quantized in the same form, and the other layers in float. Activations are not rounded in such folders.
+            the head too if it is quantized in the same form, and the other layers in float. Activations are not
+            rounded in such folders.
         module: Dotted name of the model, where the module holds several.
         cls_or_module: With a checkpoint: the LightningModule class that wrote it, or an instance, as
             :func:`lightning_optim.load_from_checkpoint` takes it.
