@@ -15,9 +15,9 @@ from statistics import median
 import torch
 from torch import Tensor, nn
 
+from lightning_optim.quantization.scheme import QuantizationScheme
 from lightning_optim.quantization.prepare import prepare, quantized_layers, set_phase
 from lightning_optim.quantization.ranges import fold_ranges
-from lightning_optim.quantization.scheme import QuantizationScheme
 
 LAYERS = (5, 20, 80)
 OBSERVERS = ("moving_average", "histogram")

@@ -45,13 +45,14 @@ def write_out(model: Any) -> None:
         return model.graph.initializers[name]
 
     def as_float(value: Any, before: Any) -> Any:
-        if value.dtype == DataType.FLOAT:
+        dtype = value.dtype if value.const_value is None else value.const_value.dtype
+        if dtype == DataType.FLOAT:
             return value
         cast = Node("", "Cast", [value], [onnx_ir.AttrInt64("to", DataType.FLOAT)])
         before.graph.insert_before(before, cast)
         return cast.outputs[0]
 
-    for node in [node for node in model.graph if node.domain == _DOMAIN]:
+    for node in [node for node in model.graph.all_nodes() if node.domain == _DOMAIN]:
         integers, scale = node.inputs[0], reshaped(node.inputs[1], len(node.inputs[0].shape))
         product = Node("", "Mul", [as_float(integers, node), as_float(scale, node)])
         product.outputs[0].name, product.outputs[0].type = node.outputs[0].name, node.outputs[0].type

@@ -82,8 +82,14 @@ def _drop_defaults(model: Any) -> None:
 
 def _is_dispensable(node: Any) -> bool:
     """Whether engines do without a zero point of zeros: where it is not that of a product's weight."""
-    readers = [use.node for use in node.outputs[0].uses()]
-    return not any(reader.op_type in ("MatMul", "Gemm", "Transpose") for reader in readers)
+    return not any(_multiplies(use.node) for use in node.outputs[0].uses())
+
+
+def _multiplies(node: Any) -> bool:
+    """Whether a node is a matrix product, or turns a matrix for one."""
+    if node.op_type == "Transpose":
+        return any(_multiplies(use.node) for use in node.outputs[0].uses())
+    return node.op_type in ("MatMul", "Gemm")
 
 
 def _move_back(model: Any) -> None:
