@@ -213,7 +213,7 @@ def _described(layer: nn.Module, writer: nn.Module, copy: nn.Module) -> str:
         parts.append(f"int{layer.weight_bits}{container} weight {shared}{packed}")
         if layer.activation_bits is not None and layer.activation_ranges == "dynamic":
             parts.append(f"uint{layer.activation_bits} input, range of each call")
-        elif layer.rounds_operands:
+        elif layer.activation_bits is not None and layer.rounds_operands:
             parts.append(f"uint{layer.activation_bits} {', '.join(layer.operands)}")
     if isinstance(writer, QuantizedFunctions) and rounds_output(writer):
         parts.append(f"uint{writer.activation_bits} operands of {', '.join(writer.functions)}")
