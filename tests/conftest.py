@@ -19,12 +19,17 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 @pytest.fixture(autouse=True, scope="session")
 def _cheap_repetitions():
-    """Done once: the search for other packages' callbacks, 12 ms for each Trainer. Files are timed by few calls."""
+    """Done once: the search for other packages' callbacks, 12 ms for each Trainer. Files are timed by few calls.
+
+    The nets of the tests are so small that files would compute all of them in float: here no layer counts as small.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("lightning.fabric.utilities.registry.entry_points", cache(entry_points), raising=False)
         for name in ("export.latency.time_in_rounds", "report.comparison.latencies"):
             place = f"lightning_optim.{name}"
             patch.setattr(place, partial(_by_few_calls, resolve_name(place)))
+        for name in ("SMALL_MATRIX", "SMALL_CONVOLUTION"):
+            patch.setattr(f"lightning_optim.export.mixed.{name}", 0)
         yield
 
 

@@ -19,11 +19,12 @@ from lightning_optim.export import (
     export_pretrained,
     export_safetensors,
 )
+from lightning_optim.export.mixed import KEEP_FLOAT
 
 __all__ = ["COMMAND"]
 
 FORMATS: dict[str, tuple[str, ...]] = {
-    "onnx": ("runtime", "dynamic_dims", "prepare"),
+    "onnx": ("runtime", "dynamic_dims", "prepare", "keep_float", "batch_sizes"),
     "pretrained": ("tokenizer", "quantization", "module"),
     "safetensors": (),
 }
@@ -48,6 +49,15 @@ def run(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--runtime", help="onnxruntime (default) or openvino: the engine that verifies the ONNX file")
     parser.add_argument("--dynamic_dims", type=dims, metavar="YAML", help="free dimensions: '{text: {1: \"length\"}}'")
+    parser.add_argument(
+        "--keep_float",
+        choices=KEEP_FLOAT,
+        help="quantized layers that the ONNX file computes in float: small ones (default), none, or auto: the fastest "
+        "mix measured in the engine",
+    )
+    parser.add_argument(
+        "--batch_sizes", type=_sizes, metavar="N,N", help="rows of the calls that --keep_float auto measures"
+    )
     parser.add_argument("--prepare", metavar="FUNCTION", help=PREPARE_HELP)
     parser.add_argument("--tokenizer", metavar="FOLDER", help="pretrained: folder whose tokenizer files come along")
     parser.add_argument("--quantization", choices=("gptq",), help="pretrained: 4-bit groups packed in the GPTQ layout")
@@ -64,6 +74,16 @@ def run(arguments: Sequence[str]) -> int:
         report = write(objects, given)
     sys.stdout.write(f"{report}\n")
     return 0
+
+
+def _sizes(text: str) -> list[int]:
+    try:
+        sizes = [int(part) for part in text.split(",")]
+    except ValueError:
+        sizes = []
+    if not sizes or min(sizes) < 1:
+        raise argparse.ArgumentTypeError(f"expected whole numbers such as 1,32, got {text!r}")
+    return sizes
 
 
 def _check(given: argparse.Namespace) -> None:
@@ -105,6 +125,8 @@ def _write_file(objects: Objects, given: argparse.Namespace) -> ExportReport:
         inputs,
         runtime=given.runtime or "onnxruntime",
         dynamic_dims=given.dynamic_dims,
+        keep_float=given.keep_float or "small",
+        batch_sizes=given.batch_sizes,
         metric=_plan(given).get("provenance", {}).get("metrics"),
     )
 

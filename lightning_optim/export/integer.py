@@ -220,16 +220,30 @@ class _GatheredBag(_Integer, nn.EmbeddingBag):
                 "an EmbeddingBag with `offsets` (bags of different length in one flat tensor) cannot be exported. "
                 "Pass bags as [batch, length], padded to one length with `padding_idx`."
             )
-        rows = F.embedding(input, self.weight) if self.stored is None else self.stored.rows(input)
-        kept = None if self.padding_idx is None else (input != self.padding_idx).unsqueeze(-1)
+        kept = None if self.padding_idx is None else input != self.padding_idx
         if self.mode == "max":
-            return _largest(rows, kept)
-        if per_sample_weights is not None:
-            rows = rows * per_sample_weights.unsqueeze(-1)
-        if kept is None:
-            return rows.mean(1) if self.mode == "mean" else rows.sum(1)
-        total = torch.where(kept, rows, 0.0).sum(1)
-        return total / kept.sum(1).clamp_min(1) if self.mode == "mean" else total
+            rows = F.embedding(input, self.weight) if self.stored is None else self.stored.rows(input)
+            return _largest(rows, None if kept is None else kept.unsqueeze(-1))
+        total = self.total(input, kept, per_sample_weights)
+        if self.mode == "sum":
+            return total
+        return total / (input.shape[1] if kept is None else kept.sum(1, keepdim=True).clamp_min(1))
+
+    def total(self, input: Tensor, kept: Tensor | None, weights: Tensor | None) -> Tensor:
+        """Return the weighted sum of rows, as a product that takes in their scales: ``[bags, length] -> [bags, size]``.
+
+        Scaling whole rows first took a third of the time of an int8 recommender's call.
+        """
+        rows, scales = (F.embedding(input, self.weight), None) if self.stored is None else self.stored.unscaled(input)
+        shared = scales if scales is not None and scales.ndim == 0 else None
+        factors = [each for each in (weights, scales if shared is None else None) if each is not None]
+        if kept is not None:
+            factors.append(kept.to(rows.dtype))
+        if factors:
+            total = torch.matmul(math.prod(factors[1:], start=factors[0]).unsqueeze(1), rows).squeeze(1)
+        else:
+            total = rows.sum(1)
+        return total if shared is None else total * shared
 
 
 def _largest(rows: Tensor, kept: Tensor | None) -> Tensor:
@@ -440,7 +454,9 @@ def _folded(norm: _BatchNorm, bias: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 def _reader(layer: QuantizedLayer) -> Quantizer | DynamicQuantizer | None:
-    if layer.activation_bits is not None and layer.activation_ranges == "dynamic":
+    if layer.activation_bits is None:
+        return None
+    if layer.activation_ranges == "dynamic":
         return DynamicQuantizer()
     return _quantizer(layer, "input") if "input" in layer.watched else None
 

@@ -4,7 +4,7 @@ import importlib.util
 import json
 import zlib
 from base64 import b64encode
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,8 +18,16 @@ from lightning_optim._version import __version__
 from lightning_optim.checkpoint import plain_plan
 from lightning_optim.export.integer import convert, rounds, rounds_output
 from lightning_optim.export.latency import compare_latency
-from lightning_optim.export.program import OPSET
-from lightning_optim.export.report import ExportReport, describe_layers, notes_on
+from lightning_optim.export.mixed import (
+    KEEP_FLOAT,
+    against_rounded,
+    fastest,
+    leave_float,
+    notes_on_float,
+    small_layers,
+)
+from lightning_optim.export.program import OPSET, Program
+from lightning_optim.export.report import ExportReport, Mix, describe_layers, notes_on
 from lightning_optim.export.runtimes import RUNTIMES, Runtime, load_runtime, missing_package
 from lightning_optim.export.session import as_fed
 from lightning_optim.export.source import Flat, Source, deployed
@@ -29,7 +37,7 @@ from lightning_optim.measure.latency import LatencyResult
 from lightning_optim.modules import CONVOLVING, TRANSPOSED, without_fast_path
 from lightning_optim.quantization.graph import read_graph
 from lightning_optim.quantization.layers import QuantizedLayer
-from lightning_optim.target import ForwardInputs, as_forward_inputs, map_inputs
+from lightning_optim.target import ForwardInputs, as_forward_inputs, first_rows, map_inputs
 
 __all__ = ["export_onnx"]
 
@@ -45,6 +53,8 @@ def export_onnx(
     runtime: str = "onnxruntime",
     inputs: Any = None,
     least_agreement: float = 0.99,
+    keep_float: str = "small",
+    batch_sizes: Sequence[int] | None = None,
     input_names: Sequence[str] | None = None,
     output_names: Sequence[str] | None = None,
     metric: Mapping[str, float] | None = None,
@@ -74,6 +84,13 @@ def export_onnx(
             hundred rows of held-out data are better.
         least_agreement: Fraction of rows whose class must be the module's. Outputs without classes may differ by 0.05
             of their range.
+        keep_float: Which quantized layers the file computes in float, with their integer weights multiplied out when it
+            is loaded, and inputs that are not rounded. "small": those that are too small to gain from integers, by
+            their shapes: convolutions if all have at most 2,304 weights, and then all layers if no matrix has 16,384.
+            "none". "auto": groups of layers are measured in ``runtime``, which takes an export for each, and the
+            fastest file is kept; it may differ from one processor to the next. The file is verified against the module
+            with these inputs not rounded, and the report says how it agrees with the module itself.
+        batch_sizes: Rows of the calls that "auto" measures; default those of ``example_inputs``.
         input_names: Names in the file; default those of ``forward``'s arguments.
         output_names: Names in the file; default "output" (several: "output_0", ...), or the keys of a dict.
         metric: Numbers to write into the file, for example the validation metrics.
@@ -96,12 +113,15 @@ def export_onnx(
         raise FileNotFoundError(f"the folder of {str(path)!r} does not exist. Create it first.")
     _check_ranges(module)
     examples = map_inputs(as_fed, as_forward_inputs(example_inputs))
+    batches = _batches(examples, keep_float, batch_sizes, dynamic_batch)
     with torch.no_grad(), torch.random.fork_rng(devices=[]), without_fast_path():
         source = Source.of(module, examples, dynamic_batch, dynamic_dims or {}, input_names, output_names)
-        folded, returned = _graph_facts(source.module, source.inputs)
-        convert(source.module, folded, returned)
+        kept, mixes = _kept_float(module, source, keep_float, batches, runtime)
+        reference = deployed(module, rounded=True)
+        leave_float(reference, kept)
+        source = replace(source, module=deployed(reference, rounded=True))
         with written_aside(path) as temporary:
-            program = source.write(temporary, _metadata(module, metric))
+            folded, program = _write(source, temporary, _metadata(module, metric))
             held = program.held(source.flat())
             limits = [
                 f"{name} is at most {size} in this file, as in the module." for name, size in program.largest.items()
@@ -112,14 +132,61 @@ def export_onnx(
                 OPSET,
                 source.shapes(),
                 tuple(source.output_names),
-                describe_layers(module, source.module, folded, held),
-                [*limits, *notes_on(module, source.module, held)],
+                describe_layers(reference, source.module, folded, held),
+                [*limits, *notes_on(reference, source.module, held), *notes_on_float(kept, keep_float)],
                 temporary.stat().st_size,
+                kept_float=kept,
+                mixes=mixes,
             )
             if verify:
                 calls = source.calls_of(examples, inputs)
-                report = _verified(report, module, source, temporary, calls, runtime, least_agreement)
+                report = _verified(report, module, reference, source, temporary, calls, runtime, least_agreement)
     return report
+
+
+def _batches(
+    examples: ForwardInputs, keep_float: str, batch_sizes: Sequence[int] | None, dynamic_batch: bool
+) -> list[ForwardInputs]:
+    """Return the calls that are timed to choose what stays float."""
+    if keep_float not in KEEP_FLOAT:
+        raise ValueError(f"`keep_float` must be one of {', '.join(KEEP_FLOAT)}, got {keep_float!r}.")
+    if batch_sizes is None:
+        return [examples]
+    if keep_float != "auto":
+        raise ValueError(f'`batch_sizes` are timed with keep_float="auto"; got keep_float={keep_float!r}.')
+    if not dynamic_batch:
+        raise ValueError("`batch_sizes` need a file whose batch is free; with dynamic_batch=False leave them out.")
+    sizes = list(batch_sizes)
+    if not sizes or any(type(size) is not int or size < 1 for size in sizes):
+        raise ValueError(f"`batch_sizes` must be whole numbers >= 1, got {batch_sizes!r}.")
+    return [first_rows(examples, size) for size in sizes]
+
+
+def _kept_float(
+    module: nn.Module, source: Source, keep_float: str, batches: Sequence[ForwardInputs], runtime: str
+) -> tuple[tuple[str, ...], tuple[Mix, ...]]:
+    """Return the quantized layers that the file computes in float, and what was timed to find them."""
+    if keep_float != "auto":
+        return (small_layers(source.module) if keep_float == "small" else ()), ()
+
+    def write(layers: Collection[str], file: Path) -> None:
+        mixed = deployed(module, rounded=True)
+        leave_float(mixed, layers)
+        _write(replace(source, module=mixed), file, {})
+
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "float.onnx"
+        _write(replace(source, module=deployed(module, rounded=False)), file, {})
+        tensors = [source.flat().tensors(batch) for batch in batches]
+        best, mixes = fastest(source.module, write, file, tensors, runtime)
+    return best.layers, mixes
+
+
+def _write(source: Source, file: Path, metadata: Mapping[str, str]) -> tuple[dict[str, str], Program]:
+    """Convert a copy to integers and write it; return the BatchNorms folded into convolutions, and the graph."""
+    folded, returned = _graph_facts(source.module, source.inputs)
+    convert(source.module, folded, returned)
+    return folded, source.write(file, metadata)
 
 
 def _check_packages() -> None:
@@ -153,7 +220,7 @@ def _check_ranges(module: nn.Module) -> None:
 def _graph_facts(module: nn.Module, inputs: ForwardInputs) -> tuple[dict[str, str], frozenset[str]]:
     """Return the BatchNorms that are folded, by the layer before them, and the convolutions that are only returned."""
     layers = {name: layer for name, layer in module.named_modules() if rounds(layer)}
-    if not any(isinstance(layer, (BatchNorm, *TRANSPOSED)) for layer in module.modules()):
+    if not layers or not any(isinstance(layer, (BatchNorm, *TRANSPOSED)) for layer in module.modules()):
         return {}, frozenset()  # reading the graph of a large model takes as long as exporting it
     products = {name for name, layer in layers.items() if isinstance(layer, (*CONVOLVING, nn.Linear))}
     facts = read_graph(module, inputs, products, layers)
@@ -178,6 +245,7 @@ def _json(value: Any) -> str:
 def _verified(
     report: ExportReport,
     module: nn.Module,
+    reference: nn.Module,
     source: Source,
     path: Path,
     calls: Sequence[ForwardInputs],
@@ -186,9 +254,10 @@ def _verified(
 ) -> ExportReport:
     """Run the file, compare it with the module, and return the report with the results."""
     loaded = load_runtime(path, runtime)
-    flat = Flat(deployed(module, rounded=True), source.inputs)
+    flat = Flat(reference, source.inputs)
     tensors = [flat.tensors(call) for call in calls]
-    comparison = compare([flat(*call) for call in tensors], [loaded.run(call) for call in tensors])
+    answers = [loaded.run(call) for call in tensors]
+    comparison = compare([flat(*call) for call in tensors], answers)
     complaint = comparison.complaint(least_agreement)
     if complaint is not None:
         raise RuntimeError(
@@ -196,14 +265,17 @@ def _verified(
             "was written. Compare on more rows (`inputs=`), keep sensitive layers float (`exclude=`), or lower "
             "`least_agreement`."
         )
+    notes = [*report.notes, *filter(None, [getattr(loaded, "note", "")])]
+    if report.kept_float:
+        rounded = Flat(deployed(module, rounded=True), source.inputs)
+        notes.append(against_rounded(compare([rounded(*call) for call in tensors], answers)))
     float_bytes, latency = None, None
     if any(isinstance(layer, QuantizedLayer) for layer in module.modules()):
         float_bytes, latency = _against_float(module, source, loaded, runtime, tensors[0])
-    note = getattr(loaded, "note", "")
     return replace(
         report,
         runtime=runtime,
-        notes=[*report.notes, note] if note else report.notes,
+        notes=notes,
         float_bytes=float_bytes,
         latency=latency,
         max_difference=comparison.max_difference,
@@ -219,8 +291,6 @@ def _against_float(
 ) -> tuple[int, LatencyResult]:
     """Return the size of the float32 export of the same module, and the latency of the loaded file against it."""
     with TemporaryDirectory() as folder:
-        twin = replace(source, module=deployed(module, rounded=False))
-        convert(twin.module, {})
         file = Path(folder) / "float.onnx"
-        twin.write(file, {})
+        _write(replace(source, module=deployed(module, rounded=False)), file, {})
         return file.stat().st_size, compare_latency(loaded, load_runtime(file, runtime), tensors)

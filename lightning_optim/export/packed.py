@@ -9,6 +9,7 @@
   It is no standard operator, but ONNX Runtime and OpenVINO have it.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 from lightning_optim.export.stored import StoredWeight
 from lightning_optim.functional.fake_quantize import parse_weight_granularity
 
-__all__ = ["PACKED_BITS", "StoredBlocks", "StoredRows", "has_blocks", "pack_initializers", "translations"]
+__all__ = ["PACKED_BITS", "StoredBlocks", "StoredRows", "has_blocks", "pack_initializers", "schema", "translations"]
 
 PACKED_BITS = 4
 """Most bits of an integer in half a byte."""
@@ -100,6 +101,10 @@ class StoredRows(StoredWeight):
     def _whole(self, integers: Tensor) -> Tensor:
         return _unpacked(integers)[..., : self.size]
 
+    def _expanded(self, integers: Tensor) -> Tensor:
+        scale = self.scale.float()
+        return self._whole(integers) * scale.reshape(*scale.shape, *[1] * (integers.ndim - scale.ndim))
+
     def product(self, x: Tensor) -> Tensor:
         """Return ``x @ weight.t()``."""
         product: Tensor = packed_product(x, self.integers, self.scale, self.size)
@@ -144,20 +149,35 @@ def translations() -> dict[Any, Any]:
 
 def _schema() -> Any:
     """Return the part of the operator's definition that is used here; the ``onnx`` package has standard ones only."""
+    types = {"A": "T1", "B": "T2", "scales": "T1"}
+    constraints = [("T1", ["tensor(float)"], ""), ("T2", ["tensor(uint8)"], "")]
+    return schema(
+        "MatMulNBits", "com.microsoft", types, constraints, ("K", "N", "bits", "block_size", "accuracy_level")
+    )
+
+
+def schema(
+    name: str, domain: str, inputs: Mapping[str, str], constraints: Sequence[Any], attributes: Sequence[str] = ()
+) -> Any:
+    """Return the definition of an operator that the ``onnx`` package does not have; its result is of the first type.
+
+    Args:
+        name: The operator.
+        domain: Its domain.
+        inputs: Name -> type, a variable of ``constraints``.
+        constraints: Variables of types, what each stands for, and a description.
+        attributes: Names of attributes that are whole numbers.
+    """
     from onnx.defs import OpSchema
 
-    inputs = [OpSchema.FormalParameter(*names) for names in (("A", "T1"), ("B", "T2"), ("scales", "T1"))]
     return OpSchema(
-        "MatMulNBits",
-        "com.microsoft",
+        name,
+        domain,
         1,
-        inputs=inputs,
+        inputs=[OpSchema.FormalParameter(key, type_) for key, type_ in inputs.items()],
         outputs=[OpSchema.FormalParameter("Y", "T1")],
-        type_constraints=[("T1", ["tensor(float)"], ""), ("T2", ["tensor(uint8)"], "")],
-        attributes=[
-            OpSchema.Attribute(name, OpSchema.AttrType.INT)
-            for name in ("K", "N", "bits", "block_size", "accuracy_level")
-        ],
+        type_constraints=list(constraints),
+        attributes=[OpSchema.Attribute(key, OpSchema.AttrType.INT) for key in attributes],
     )
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_optim.errors import FAILURES
-from lightning_optim.export import packed
+from lightning_optim.export import expanding, packed
 from lightning_optim.export.simplify import simplify
 from lightning_optim.quantization.failures import export_failure, quiet_export
 
@@ -78,6 +78,7 @@ class Program:
         except FAILURES as error:
             raise ValueError(export_failure(module, error, printed.getvalue())) from error
         assert exported is not None  # noqa: S101 - with dynamo=True
+        expanding.write_out(exported.model)
         packed.pack_initializers(exported.model)
         _drop_traces(exported.model)
         _name_dimensions(exported.model, [free[name] for name in input_names])
@@ -208,6 +209,7 @@ def _translations() -> dict[Any, Callable[..., Any]]:
 
     own = torch.ops.lightning_optim
     return {
+        own.expand.default: expanding.translation(),
         own.quantize.default: quantize,
         own.dequantize.default: dequantize,
         own.quantize_dynamically.default: quantize_dynamically,

@@ -1,5 +1,6 @@
 """The report on an export: what is in the file, how far its answers are from the module's, and what it costs."""
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,7 @@ from lightning_optim.quantization.layers import QuantizedLayer
 from lightning_optim.quantization.rows import rounded_names
 from lightning_optim.tables import by_reason, render
 
-__all__ = ["ExportReport", "Kernels", "describe_layers", "notes_on"]
+__all__ = ["ExportReport", "Kernels", "Mix", "describe_layers", "notes_on"]
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,32 @@ class Kernels:
     integer_convolutions: int = 0
     matmuls: int = 0
     integer_matmuls: int = 0
+
+
+@dataclass(frozen=True)
+class Mix:
+    """A file that was timed, with some of the quantized layers computed in float.
+
+    Attributes:
+        name: What is computed in float.
+        layers: Names of these layers.
+        times: Time of a call per batch, as a ratio to the float32 export.
+        file_bytes: Size of the file.
+    """
+
+    name: str
+    layers: tuple[str, ...]
+    times: tuple[LatencyResult, ...]
+    file_bytes: int
+
+    @property
+    def ratio(self) -> float:
+        """Geometric mean over the batches of the time as a ratio to that of the float32 export."""
+        return math.exp(sum(math.log(time.ratio or 1.0) for time in self.times) / len(self.times))
+
+    def __str__(self) -> str:
+        times = "; ".join(f"batch {time.batch_size}: {time}" for time in self.times)
+        return f"{self.name}: {self.file_bytes:,} bytes, {times}"
 
 
 @dataclass(frozen=True)
@@ -63,6 +90,9 @@ class ExportReport:
         matmuls: Matrix products that the engine runs, including attention's products of activations.
         integer_matmuls: Matrix products with integers.
         latency: Time of a call in the engine, as a ratio to the float32 export.
+        kept_float: Quantized layers, and functions between them, that the file computes in float: what they read is not
+            rounded, as it is in the module.
+        mixes: With ``keep_float="auto"``, the files that were timed; the first is the float32 export.
     """
 
     path: Path
@@ -83,6 +113,8 @@ class ExportReport:
     matmuls: int | None = None
     integer_matmuls: int | None = None
     latency: LatencyResult | None = None
+    kept_float: tuple[str, ...] = ()
+    mixes: tuple[Mix, ...] = ()
 
     @property
     def size_ratio(self) -> float | None:
@@ -112,6 +144,9 @@ class ExportReport:
         )
         if self.latency is not None:
             sentences.append(f"Time of a call (batch {self.latency.batch_size}, one thread): {self.latency}.")
+        if self.mixes:
+            sentences.append("Timed in turns, as ratios to the float32 export:")
+            sentences += [f"  {mix}." for mix in self.mixes]
         return sentences
 
 
@@ -178,7 +213,7 @@ def _described(layer: nn.Module, writer: nn.Module, copy: nn.Module) -> str:
         parts.append(f"int{layer.weight_bits}{container} weight {shared}{packed}")
         if layer.activation_bits is not None and layer.activation_ranges == "dynamic":
             parts.append(f"uint{layer.activation_bits} input, range of each call")
-        elif layer.rounds_operands:
+        elif layer.activation_bits is not None and layer.rounds_operands:
             parts.append(f"uint{layer.activation_bits} {', '.join(layer.operands)}")
     if isinstance(writer, QuantizedFunctions) and rounds_output(writer):
         parts.append(f"uint{writer.activation_bits} operands of {', '.join(writer.functions)}")

@@ -65,15 +65,31 @@ _DEFAULTS = {"axis": 1, "block_size": 0, "output_dtype": 0, "saturate": 1}
 
 
 def _drop_defaults(model: Any) -> None:
-    """Drop attributes that say nothing, and the zero points of weights and biases, which are zero without any."""
+    """Drop attributes that say nothing, and the zero points of weights and biases, which are zero without any.
+
+    Those of weights of matrix products stay: without them ONNX Runtime 1.32 finds no integer kernel for a product with
+    a bias.
+    """
     for node in _nodes(model, _QUANTIZE, _DEQUANTIZE):
         scalar = node.inputs[1].shape is not None and len(node.inputs[1].shape) == 0
         for name, default in _DEFAULTS.items():
             if name in node.attributes and (node.attributes[name].value == default or (name == "axis" and scalar)):
                 del node.attributes[name]
         zero = _constant(node.inputs[2]) if len(node.inputs) > 2 else None
-        if zero is not None and zero.dtype in (np.int8, np.int32) and not zero.any():
+        if zero is not None and zero.dtype in (np.int8, np.int32) and not zero.any() and _is_dispensable(node):
             node.resize_inputs(2)
+
+
+def _is_dispensable(node: Any) -> bool:
+    """Whether engines do without a zero point of zeros: where it is not that of a product's weight."""
+    return not any(_multiplies(use.node) for use in node.outputs[0].uses())
+
+
+def _multiplies(node: Any) -> bool:
+    """Whether a node is a matrix product, or turns a matrix for one."""
+    if node.op_type == "Transpose":
+        return any(_multiplies(use.node) for use in node.outputs[0].uses())
+    return node.op_type in ("MatMul", "Gemm")
 
 
 def _move_back(model: Any) -> None:

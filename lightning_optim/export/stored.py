@@ -22,6 +22,7 @@ __all__ = [
     "StoredBias",
     "StoredWeight",
     "dequantize",
+    "expand",
     "quantize",
     "quantize_dynamically",
 ]
@@ -50,6 +51,17 @@ def dequantize(integers: Tensor, scale: Tensor, zero_point: Tensor | None, axis:
 
 @dequantize.register_fake
 def _(integers: Tensor, scale: Tensor, zero_point: Tensor | None, axis: int) -> Tensor:
+    return torch.empty_like(integers, dtype=torch.float32)
+
+
+@torch.library.custom_op("lightning_optim::expand", mutates_args=())
+def expand(integers: Tensor, scale: Tensor) -> Tensor:
+    """Return ``integers * scale`` as float32; ``scale`` has the first dimensions of ``integers``, or none."""
+    return integers.float() * scale.float().reshape(*scale.shape, *[1] * (integers.ndim - scale.ndim))
+
+
+@expand.register_fake
+def _(integers: Tensor, scale: Tensor) -> Tensor:
     return torch.empty_like(integers, dtype=torch.float32)
 
 
@@ -172,15 +184,22 @@ class StoredWeight(nn.Module):
 
     def rows(self, index: Tensor) -> Tensor:
         """Look up rows of integers, then scale them: ``[...] -> [..., size]``."""
+        rows, scales = self.unscaled(index)
+        if scales is None:
+            return rows
+        return rows * (scales if scales.ndim == 0 else scales.unsqueeze(-1))
+
+    def unscaled(self, index: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Look up rows and their scales (``[]`` or ``[...]``), which are None if several share a row: it is scaled."""
         stored = F.embedding(index, self.integers.flatten(1))
         rows = self._whole(stored.reshape(*index.shape, *self.integers.shape[1:]))
         if self.axis < 0:
-            return rows * self.scale
+            return rows, self.scale
         scale = self.scale[:, None] if self.scale.ndim == 1 else self.scale
         scales = F.embedding(index, scale).float()
         if not self.grouped:
-            return rows * scales
-        return (rows * scales.unsqueeze(-1)).flatten(-2)[..., : self.shape[1]]
+            return rows, scales.squeeze(-1)
+        return (rows * scales.unsqueeze(-1)).flatten(-2)[..., : self.shape[1]], None
 
     def _whole(self, integers: Tensor) -> Tensor:
         """Return stored integers as floats."""
@@ -194,11 +213,14 @@ class StoredWeight(nn.Module):
         convolution (2.0x the time of float).
         """
         if self.grouped:
-            whole = (self._whole(self.integers) * self.scale.float().unsqueeze(-1)).flatten(1)
+            whole: Tensor = self._expanded(self.integers).flatten(1)
             return whole[:, : self.shape[1:].numel()].reshape(self.shape)
-        if self.transposed:
-            return (self.integers.float() * self.scale).t()
-        return self._whole(self.integers) * self.scale.view(-1, *[1] * (self.integers.ndim - 1))
+        return self._expanded(self.integers.t() if self.transposed else self.integers)
+
+    def _expanded(self, integers: Tensor) -> Tensor:
+        """Scale whole rows; an operation of its own, because the exporter would compute products of constants."""
+        expanded: Tensor = expand(integers, self.scale)
+        return expanded
 
     def forward(self) -> Tensor:
         """Return the dequantized weight as stored, for an integer kernel."""

@@ -62,7 +62,7 @@ def stored(path, kind):
 PROMISES = {
     "residual": ((6, 6, 1, 1), 0.65, 0.05),
     "branches": ((4, 4, 1, 1), None, 0.02),
-    "recommender": ((0, 0, 4, 4), 0.30, 1e-3),
+    "recommender": ((0, 0, 4, 5), 0.30, 1e-3),  # the sum of a bag is a product with float weights
     "encoder": ((0, 0, 5, 13), 0.65, 0.02),  # attention's own 8 stay float
     "text convolution": ((2, 2, 1, 1), 0.45, 0.02),
     "tied": ((0, 0, 3, 3), 0.7, 0.02),  # stored twice: as a table and as a matrix

@@ -111,7 +111,7 @@ def test_the_file_computes_with_integers_what_the_module_does(tmp_path, runtime)
     # The last layer's output is the model's own: nothing rounds it, so engines compute it in float.
     assert (report.integer_convolutions, report.convolutions) == (3, 4)
     assert report.mean_difference < 1e-4
-    assert report.size_ratio < 0.9
+    assert report.size_ratio < 0.95  # the last layer's weight is turned into kernels in the file, by a few operations
     assert "int7" in report.layers["up"]
     assert report.layers["norm"] == "folded into grow"
 
