@@ -178,6 +178,7 @@ def fit(
     teacher: Path | None = None,
     callbacks: Sequence[pl.Callback] = (),
     ckpt_path: Path | None = None,
+    max_steps: int = -1,
 ) -> tuple[pl.Trainer, Assistant]:
     """Train with a plain Trainer, the recipe's callbacks and the teacher's cached answers, if the recipe distills."""
     pl.seed_everything(data.seed, verbose=False)
@@ -188,6 +189,7 @@ def fit(
         wrapped = recipe.wrap(module, live, cache=cache, cache_top_k=TOP_K)
     trainer = pl.Trainer(
         max_epochs=epochs,
+        max_steps=max_steps,
         limit_val_batches=0,  # nothing is chosen while it trains
         gradient_clip_val=1.0,
         accelerator="cpu",
@@ -195,7 +197,7 @@ def fit(
         enable_model_summary=False,
         callbacks=[*(recipe.callbacks() if recipe else ()), *callbacks],
     )
-    trainer.fit(wrapped.train(), datamodule=data, ckpt_path=ckpt_path, weights_only=True)
+    trainer.fit(wrapped, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
     return trainer, module
 
 
@@ -402,11 +404,13 @@ def main(argv: Sequence[str] | None = None) -> Report | None:
             seed=seed,
         )
         data.setup()
-        run = Run(job, data, recipe, files if arguments.prepare else files / f"seed-{seed}", arguments.resume)
+        folder = files if arguments.prepare else files / f"seed-{seed}"
+        run = Run(job, data, recipe, folder, arguments.resume)
         run.folder.mkdir(parents=True, exist_ok=True)
         run.prepare(model, tokenizer)
         if arguments.prepare:
-            fit(Assistant(str(run.teacher)), data, 0, recipe, cache=run.cache, teacher=run.teacher)
+            run.cache.unlink(missing_ok=True)
+            fit(Assistant(str(run.teacher)), data, 1, recipe, cache=run.cache, teacher=run.teacher, max_steps=1)
             print(f"{run.teacher} and {run.cache} are made")
             return None
         rows, continued = measure(run.train_all(), run, tokenizer)

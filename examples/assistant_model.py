@@ -67,6 +67,7 @@ class Assistant(pl.LightningModule):
         else:
             self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **where)
         self.model.config.use_cache = False
+        self.model.train()  # `from_pretrained` leaves it in eval mode, and a Trainer does not change that
 
     def forward(self, **batch: Tensor) -> Any:
         """Return the output of the Hugging Face model: ``logits``, and ``loss`` where there are ``labels``."""
