@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from lightning_optim.callbacks.base import CompressionCallback, builds_later, callbacks_of, ranks_per_batch
 from lightning_optim.callbacks.frozen_norms import FrozenNorms, share_statistics
+from lightning_optim.callbacks.learned_steps import LearnedSteps
 from lightning_optim.callbacks.output_ranges import OutputRanges
 from lightning_optim.change import Changed
 from lightning_optim.modules import is_compiled
@@ -64,7 +65,9 @@ class QuantizationAwareTraining(CompressionCallback):
         start: Where observing begins: a step (int) or a fraction of the planned steps (float).
         observe_steps: Steps of observing; None: 5 % of the planned steps, at least 1.
         freeze: From where on ranges and BatchNorm statistics are fixed.
-        observer: How a range is found: "moving_average", "min_max" or "histogram" (see ``functional.observers``).
+        observer: How a range is found: "moving_average", "min_max", "percentile" or "histogram" (see
+            ``functional.observers``). "learned": the steps of weights, and steps and zero points of inputs, are
+            parameters that are trained by the optimizer of their layer's weight once rounding begins (LSQ).
         example_inputs: What the target's forward receives. Needed only for convolutions, whose graph is read once:
             an output that an addition reads gets a range too, without which engines run the convolution in float.
             Default: the module's ``example_input_array``, else caught from the batch that leads to ``start``.
@@ -122,6 +125,7 @@ class QuantizationAwareTraining(CompressionCallback):
         self._phases = LayerPhases()
         self._outputs = OutputRanges(example_inputs, module)
         self._norms = FrozenNorms()
+        self._steps = LearnedSteps(self.label)
         self._reduce: Reduce | None = None
 
     # Layers.
@@ -131,6 +135,8 @@ class QuantizationAwareTraining(CompressionCallback):
         super().setup(trainer, pl_module, stage)
         if stage == "fit" and not builds_later(pl_module):
             self._prepare(trainer, pl_module)
+        elif stage == "fit" and self.scheme.learns:
+            self._steps.before_optimizers(pl_module, lambda: self._prepare(trainer, pl_module))
 
     def before_sharding(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Prepare what was built since ``setup``, and keep a whole copy if the graph is still to be read."""
@@ -190,6 +196,7 @@ class QuantizationAwareTraining(CompressionCallback):
             self._phases.rounded = [name for name, layer in self._layers.items() if rounds(layer.quantization_phase)]
         self._outputs.prepare(pl_module, self._layers, type(self).__name__)
         self._enter(trainer, pl_module, say=False)
+        self._steps.join(trainer, pl_module, self._layers)
         title = f"{self.label}: steps {self.window.start_step} to {self.window.end_step}"
         rank_zero_info(coverage_table(title, self._layers, selection.left_out))
 
@@ -198,6 +205,8 @@ class QuantizationAwareTraining(CompressionCallback):
     ) -> None:
         """Let the layers observe this batch, hold BatchNorm where it is frozen, and catch inputs where needed."""
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        if batch_idx == 0:  # weights may have been unfrozen, or have joined an optimizer
+            self._steps.join(trainer, pl_module, self._layers)
         # Weight averaging with its own momenta computes the statistics anew, in training mode.
         averages = any(getattr(callback, "momenta", None) for callback in callbacks_of(trainer))
         if self.phase != "frozen" or averages:
@@ -241,6 +250,7 @@ class QuantizationAwareTraining(CompressionCallback):
         """Remove what the fit installed, and drop what was observed since the last step."""
         self._outputs.release()
         self._norms.release()
+        self._steps.release()
         self._reduce = None
         _stop_observing(self._layers.values())
         _forget_seen(self._layers.values())
@@ -269,13 +279,16 @@ class QuantizationAwareTraining(CompressionCallback):
         if not changing:
             return
         if rounds(phase):
-            settle_ranges({name: layer for name, layer in changing.items() if name not in self._phases.unseen})
+            seen = {name: layer for name, layer in changing.items() if name not in self._phases.unseen}
+            settle_ranges(seen)
+            self._steps.begin(trainer, {n: layer for n, layer in seen.items() if not rounds(layer.quantization_phase)})
         if phase == "frozen" and changes:
             self._leave_float()
         if phase == "frozen" and trainer.world_size > 1:
             share_statistics(find_target(pl_module, self.module)[1], trainer.strategy)
         for module in (pl_module, *averaged_copies(trainer)):
             set_phases(module, wanted)
+        self._steps.train(trainer, self._layers)
         _copy_to_averaged(trainer, self._layers)
         if changes and is_compiled(pl_module):
             torch.compiler.reset()  # graphs of earlier phases count towards its limit, beyond which it runs eager
@@ -361,9 +374,11 @@ class QuantizationAwareTraining(CompressionCallback):
         self._layers = {new: self._layers[old] for old, new in now.items() if new is not None}
         self._phases.rename(now)
         self._outputs.rename(now)
+        self._steps.follow(pl_module.trainer, pl_module, changed, self._layers)
         if changed.added and pl_module.trainer.state.fn == "fit":  # layers that another technique added
             self._prepare(pl_module.trainer, pl_module)
             self._enter(pl_module.trainer, pl_module, say=False)
+            self._steps.join(pl_module.trainer, pl_module, self._layers)
         for old, layer in replaced.items():
             if names[old] is not None and not any(name.startswith(f"{names[old]}.") for name in self._layers):
                 rank_zero_info(f"{self.label}: {names[old]} is now a {type(layer).__name__}, which stays float.")

@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_optim.functional.fake_quantize import integer_range
 from lightning_optim.registry import Registry
 
-__all__ = ["OBSERVERS", "Histogram", "MinMax", "MovingAverage", "Observer", "Percentile"]
+__all__ = ["OBSERVERS", "Histogram", "Learned", "MinMax", "MovingAverage", "Observer", "Percentile"]
 
 
 class Observer:
@@ -23,11 +23,13 @@ class Observer:
         size: Number of entries in the statistic.
         reduction: How the summaries of several batches or ranks are pooled.
         settles: Whether the range is computed only when observing ends, because it costs too much for every batch.
+        learns: Whether training goes on from the range as it changes the weights.
     """
 
     size: int
     reduction: Literal["max", "sum"]
     settles = False
+    learns = False
 
     @staticmethod
     def see(x: Tensor) -> Tensor:
@@ -97,6 +99,21 @@ class MovingAverage(_Extremes):
         """Return the new average."""
         momentum = (batches / (batches + 1)).clamp_max(MovingAverage.MOMENTUM)[:, None]
         return momentum * statistic + (1 - momentum) * seen
+
+
+@OBSERVERS.register("learned")
+class Learned(MovingAverage):
+    """The moving average, from which steps and zero points are trained with the weights once rounding begins.
+
+    The steps of weights too (see :mod:`~lightning_optim.functional.learned_step`). Ranges of outputs and of operands
+    of functions are moving averages to the end.
+
+    References:
+        Esser et al. 2020, "Learned Step Size Quantization"; Bhalgat et al. 2020, "LSQ+: Improving low-bit quantization
+        through learnable offsets and better initialization".
+    """
+
+    learns = True
 
 
 @OBSERVERS.register("histogram")
