@@ -212,7 +212,7 @@ def _range_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
         for part, buffer in layer.state_of(which).items()
     }
     trained = {name: parameter.data for name, parameter in steps_of(layers).items()}
-    first = {f"{name}.{FIRST}": x._buffers[FIRST] for name, x in layers.items() if FIRST in x._buffers}
+    first = {f"{name}.{FIRST}": getattr(layer, FIRST) for name, layer in layers.items() if FIRST in layer._buffers}
     return {**observed, **trained, **first}
 
 

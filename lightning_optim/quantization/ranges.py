@@ -148,7 +148,7 @@ def copy_ranges(layers: Mapping[str, QuantizedLayer], copies: Mapping[str, Quant
         for part, tensor in layer.state_of(which).items()
     ]
     pairs += [
-        (copies[name]._buffers[FIRST], layer._buffers[FIRST])
+        (getattr(copies[name], FIRST), getattr(layer, FIRST))
         for name, layer in layers.items()
         if FIRST in layer._buffers
     ]
