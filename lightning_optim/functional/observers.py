@@ -101,21 +101,6 @@ class MovingAverage(_Extremes):
         return momentum * statistic + (1 - momentum) * seen
 
 
-@OBSERVERS.register("learned")
-class Learned(MovingAverage):
-    """The moving average, from which steps and zero points are trained with the weights once rounding begins.
-
-    The steps of weights too (see :mod:`~lightning_optim.functional.learned_step`). Ranges of outputs and of operands
-    of functions are moving averages to the end.
-
-    References:
-        Esser et al. 2020, "Learned Step Size Quantization"; Bhalgat et al. 2020, "LSQ+: Improving low-bit quantization
-        through learnable offsets and better initialization".
-    """
-
-    learns = True
-
-
 @OBSERVERS.register("histogram")
 class Histogram(Observer):
     """Counts of magnitudes in logarithmic bins; the range is the one with the least squared error.
@@ -180,6 +165,21 @@ class Percentile(Histogram):
         """Return the range in which all but ``CLIPPED`` of the counted magnitudes are."""
         ends = [_percentile(counts, Percentile.CLIPPED) for counts in statistic]
         return torch.stack([low for low, _ in ends]), torch.stack([high for _, high in ends])
+
+
+@OBSERVERS.register("learned")
+class Learned(Histogram):
+    """The range with the least squared error, from which steps and zero points are trained once rounding begins.
+
+    The steps of weights are trained too (see :mod:`~lightning_optim.functional.learned_step`). Ranges of outputs and
+    of operands of functions stay as they were observed.
+
+    References:
+        Esser et al. 2020, "Learned Step Size Quantization"; Bhalgat et al. 2020, "LSQ+: Improving low-bit quantization
+        through learnable offsets and better initialization".
+    """
+
+    learns = True
 
 
 def _percentile(counts: Tensor, clipped: float) -> tuple[Tensor, Tensor]:

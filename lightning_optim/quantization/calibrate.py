@@ -15,7 +15,7 @@ from lightning_optim.checkpoint import conform, plain_plan
 from lightning_optim.functional.observers import OBSERVERS
 from lightning_optim.functional.rounding import Rounding
 from lightning_optim.modules import evaluating, without_fast_path
-from lightning_optim.quantization.auto_bits import check_effective_bits, choose_bits
+from lightning_optim.quantization.auto_bits import check_effective_bits, choose_bits, note_bits
 from lightning_optim.quantization.coverage import coverage_table
 from lightning_optim.quantization.graph import GraphFacts
 from lightning_optim.quantization.layers import QuantizedLayer
@@ -157,6 +157,8 @@ def quantize_post_training(
         for name, buffer in _range_buffers(model).items():
             buffer.copy_(ranges[name])
         raise
+    if chosen is not None:
+        note_bits(model, chosen)
     rank_zero_info(coverage_table("post-training quantization", layers, selection.left_out))
     for line in (chosen, settled):
         if line is not None and str(line):

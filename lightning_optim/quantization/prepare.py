@@ -9,7 +9,7 @@ from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-def
 from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_optim.checkpoint import plan_of
-from lightning_optim.modules import CONVOLVING, EMBEDDINGS, RECURRENT, Conv1D, Experts
+from lightning_optim.modules import CONVOLUTIONS, CONVOLVING, EMBEDDINGS, RECURRENT, Conv1D, Experts
 from lightning_optim.patterns import NOT_INCLUDED, Pattern, Selector, shown
 from lightning_optim.quantization.attention import QuantizedMultiheadAttention
 from lightning_optim.quantization.classes import QUANTIZED

@@ -144,6 +144,10 @@ TECHNIQUES: dict[str, tuple[type, Any]] = {
     ),
     "learned": (Language, lambda: [QuantizationAwareTraining(observer="learned", **BITS)]),
     "dynamic": (Language, lambda: [QuantizationAwareTraining(activation_ranges="dynamic", **BITS)]),
+    "auto": (
+        Language,
+        lambda: [QuantizationAwareTraining(bits="auto", effective_bits=4.5, **{**BITS, "weight_bits": 8})],
+    ),
     "groups": (
         Language,
         lambda: [QuantizationAwareTraining(activation_bits=None, weight_granularity="per_group:16", **BITS)],

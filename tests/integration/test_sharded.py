@@ -100,7 +100,9 @@ def test_resumed_equals_uninterrupted(launched, name, case):
 
 
 @pytest.mark.parametrize(
-    ("name", "case"), _cases(lambda name, technique, precision: precision == "32-true" and technique not in STRUCTURAL)
+    ("name", "case"),
+    # Bits are chosen on batches of rank 0, which one process does not have.
+    _cases(lambda name, technique, precision: precision == "32-true" and technique not in (*STRUCTURAL, "auto")),
 )
 def test_equals_one_process(launched, alone, name, case):
     technique, precision = case.split("/")
