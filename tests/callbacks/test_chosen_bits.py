@@ -9,7 +9,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import WeightAveraging
 from torch import nn
 
-from helpers.models import Classifier, Files, Quiet, assert_same_state, fit, new
+from helpers.models import Classifier, Files, Quiet, Stacked, assert_same_state, fit, new
 from lightning_optim import DepthPruning, QuantizationAwareTraining, load_from_checkpoint, quantize_post_training
 from lightning_optim.quantization import auto_bits
 from lightning_optim.quantization.auto_bits import choose_bits, chosen_bits
@@ -93,8 +93,6 @@ def test_weights_alone_are_chosen_where_rounding_begins(tmp_path):
 
 
 def test_names_follow_blocks_that_are_removed_later(tmp_path):
-    from helpers.models import Stacked
-
     module = new(Stacked)
     fit(tmp_path, module, automatic(start=1, observe_steps=1), DepthPruning(0.5, start=4, end=7), Files(tmp_path / "f"))
     assert set(chosen_bits(module).bits) >= {"blocks.0.up", "blocks.1.down"}
