@@ -166,5 +166,5 @@ class AutoBits:
 
 
 def _with_bits(scheme: QuantizationScheme, bits: Mapping[str, int]) -> QuantizationScheme:
-    by_name: dict[Pattern, int] = dict(bits)
+    by_name: dict[Pattern, int] = {str(name): number for name, number in bits.items()}
     return replace(scheme, bits=by_name)
