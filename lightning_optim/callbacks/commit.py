@@ -18,7 +18,7 @@ from lightning_optim.structured.optimizers import follow_change, is_flat
 from lightning_optim.structured.removal import ChannelRemoval
 from lightning_optim.target import averaged_copies
 
-__all__ = ["commit"]
+__all__ = ["commit", "without_ddp"]
 
 
 def commit(
@@ -41,7 +41,7 @@ def commit(
     if is_sharded(pl_module):
         raise RuntimeError(f"{type(trainer.strategy).__name__} shards the parameters, so none can be replaced now.")
     follow = _projectors(pl_module, change)
-    with _without_ddp(trainer):
+    with without_ddp(trainer):
         changed = apply_change(pl_module, change)
         follow(trainer)
         rename: Any = getattr(type(pl_module), "follow_layers", None)
@@ -68,7 +68,7 @@ def _projectors(pl_module: pl.LightningModule, change: Change) -> Callable[[pl.T
 
 
 @contextmanager
-def _without_ddp(trainer: pl.Trainer) -> Iterator[None]:
+def without_ddp(trainer: pl.Trainer) -> Iterator[None]:
     """Take DDP's wrapper off and wrap the model anew.
 
     DDP keeps buckets of the parameters it was built with, and hooks on them. The old wrapper is collected first: while

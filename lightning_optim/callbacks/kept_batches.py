@@ -29,10 +29,12 @@ class KeptBatches:
 
     Args:
         inputs: Whether to keep the arguments of the forward, caught from the training step, instead of the batch.
+        user: Who uses them for what, as a warning says it.
     """
 
-    def __init__(self, *, inputs: bool) -> None:
+    def __init__(self, *, inputs: bool, user: str = "DepthPruning judges blocks") -> None:
         self.inputs = inputs
+        self._user = user
         self.items: deque[tuple[Any, Any]] = deque(maxlen=BATCHES)
         """Batches with their index; with ``inputs`` arguments of a call with the name of the module that got them."""
         self._catcher: catch_forward_inputs | None = None
@@ -86,8 +88,8 @@ class KeptBatches:
         except TypeError as error:
             if not self._warned:
                 rank_zero_warn(
-                    f"DepthPruning judges blocks on batches that hold {error}, which no checkpoint can hold: a run "
-                    "that is resumed shortly before an event judges on other batches. Let the loader return tensors, "
+                    f"{self._user} on batches that hold {error}, which no checkpoint can hold: a run "
+                    "that is resumed shortly before does so on other batches. Let the loader return tensors, "
                     "numbers and strings, in tuples, lists and dicts."
                 )
                 self._warned = True

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -10,12 +10,15 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_optim.callbacks.auto_bits import AutoBits
 from lightning_optim.callbacks.base import CompressionCallback, builds_later, callbacks_of, ranks_per_batch
 from lightning_optim.callbacks.frozen_norms import FrozenNorms, share_statistics
+from lightning_optim.callbacks.learned_steps import LearnedSteps
 from lightning_optim.callbacks.output_ranges import OutputRanges
 from lightning_optim.change import Changed
 from lightning_optim.modules import is_compiled
 from lightning_optim.provenance import as_plain
+from lightning_optim.quantization.auto_bits import check_effective_bits
 from lightning_optim.quantization.coverage import coverage_table
 from lightning_optim.quantization.layers import PHASES, QuantizedLayer
 from lightning_optim.quantization.outputs import has_convolutions
@@ -60,11 +63,17 @@ class QuantizationAwareTraining(CompressionCallback):
             than the others, which costs less with the latter, and least with ``activation_bits=None``.
         weight_granularity: What shares a scale: "per_channel" (per row of a table), "per_tensor", or "per_group:32"
             (32 inputs of a row), meant for 4 bits and below.
-        bits: Weight bits by name or glob pattern, instead of ``weight_bits``; the first that matches counts.
+        bits: Weight bits by name or glob pattern, instead of ``weight_bits``; the first that matches counts. "auto":
+            when rounding begins, each layer gets 2 to ``weight_bits`` bits so that the expected error of the model's
+            outputs on the last batches before is least (see :func:`lightning_optim.quantize_post_training`). Rank 0
+            chooses; of a model that is divided it keeps a whole copy on the way there.
+        effective_bits: Mean bits of a weight with ``bits="auto"``.
         start: Where observing begins: a step (int) or a fraction of the planned steps (float).
         observe_steps: Steps of observing; None: 5 % of the planned steps, at least 1.
         freeze: From where on ranges and BatchNorm statistics are fixed.
-        observer: How a range is found: "moving_average", "min_max" or "histogram" (see ``functional.observers``).
+        observer: How a range is found: "moving_average", "min_max", "percentile" or "histogram" (see
+            ``functional.observers``). "learned": the steps of weights, and steps and zero points of inputs, are
+            parameters that are trained by the optimizer of their layer's weight once rounding begins (LSQ).
         example_inputs: What the target's forward receives. Needed only for convolutions, whose graph is read once:
             an output that an addition reads gets a range too, without which engines run the convolution in float.
             Default: the module's ``example_input_array``, else caught from the batch that leads to ``start``.
@@ -99,7 +108,8 @@ class QuantizationAwareTraining(CompressionCallback):
         freeze: int | float = 0.9,
         observer: str = "moving_average",
         weight_granularity: str = "per_channel",
-        bits: dict[Pattern, int] | None = None,
+        bits: dict[Pattern, int] | Literal["auto"] | None = None,
+        effective_bits: float | None = None,
         example_inputs: Any = None,
         module: str | None = None,
         include: Sequence[Pattern] | None = None,
@@ -110,9 +120,11 @@ class QuantizationAwareTraining(CompressionCallback):
         if observe_steps is not None and (type(observe_steps) is not int or observe_steps < 1):
             raise ValueError(f"`observe_steps` must be a whole number >= 1 or None, got {observe_steps!r}.")
         self.observe_steps = observe_steps
+        by_pattern = {} if bits is None or isinstance(bits, str) else bits
         self.scheme = QuantizationScheme(
-            weight_bits, activation_bits, weight_granularity, observer, {} if bits is None else bits, activation_ranges
+            weight_bits, activation_bits, weight_granularity, observer, by_pattern, activation_ranges
         )
+        check_effective_bits(bits, effective_bits, weight_bits)
         if observe_steps is not None and activation_ranges == "dynamic":
             raise ValueError(
                 f'`activation_ranges="dynamic"` observes nothing, got observe_steps={observe_steps!r}. Leave it out.'
@@ -122,6 +134,8 @@ class QuantizationAwareTraining(CompressionCallback):
         self._phases = LayerPhases()
         self._outputs = OutputRanges(example_inputs, module)
         self._norms = FrozenNorms()
+        self._steps = LearnedSteps(self.label)
+        self._auto = AutoBits(effective_bits, self.label)
         self._reduce: Reduce | None = None
 
     # Layers.
@@ -131,12 +145,15 @@ class QuantizationAwareTraining(CompressionCallback):
         super().setup(trainer, pl_module, stage)
         if stage == "fit" and not builds_later(pl_module):
             self._prepare(trainer, pl_module)
+        elif stage == "fit" and self.scheme.learns:
+            self._steps.before_optimizers(pl_module, lambda: self._prepare(trainer, pl_module))
 
     def before_sharding(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Prepare what was built since ``setup``, and keep a whole copy if the graph is still to be read."""
         if trainer.state.fn != "fit":
             return
         self._prepare(trainer, pl_module)
+        self._auto.keep_whole(trainer, pl_module)
         if has_convolutions(self._layers):
             self._outputs.keep_whole(trainer, pl_module)
 
@@ -155,6 +172,7 @@ class QuantizationAwareTraining(CompressionCallback):
     def _prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> QuantizedLayers:
         prefix, target = find_target(pl_module, self.module)
         selection = select_layers(target, prefix, include=self.include, exclude=self.exclude, root=pl_module)
+        self.scheme = self._auto.scheme(self.scheme, pl_module)
         self.scheme.check_patterns(selection.chosen, prefix)
         for module in (pl_module, *averaged_copies(trainer)):
             if not self.scheme.observes:
@@ -183,6 +201,7 @@ class QuantizationAwareTraining(CompressionCallback):
         """Prepare what is not yet, and put the layers into the phase that is due."""
         if fresh:
             self._outputs.forget()
+            self._auto.forget()
         selection = self._prepare(trainer, pl_module)
         self.check_peers(trainer)
         self._reduce = _pooling(trainer) if trainer.world_size > 1 else None
@@ -190,6 +209,7 @@ class QuantizationAwareTraining(CompressionCallback):
             self._phases.rounded = [name for name, layer in self._layers.items() if rounds(layer.quantization_phase)]
         self._outputs.prepare(pl_module, self._layers, type(self).__name__)
         self._enter(trainer, pl_module, say=False)
+        self._steps.join(trainer, pl_module, self._layers)
         title = f"{self.label}: steps {self.window.start_step} to {self.window.end_step}"
         rank_zero_info(coverage_table(title, self._layers, selection.left_out))
 
@@ -198,6 +218,8 @@ class QuantizationAwareTraining(CompressionCallback):
     ) -> None:
         """Let the layers observe this batch, hold BatchNorm where it is frozen, and catch inputs where needed."""
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        if batch_idx == 0:  # weights may have been unfrozen, or have joined an optimizer
+            self._steps.join(trainer, pl_module, self._layers)
         # Weight averaging with its own momenta computes the statistics anew, in training mode.
         averages = any(getattr(callback, "momenta", None) for callback in callbacks_of(trainer))
         if self.phase != "frozen" or averages:
@@ -206,6 +228,8 @@ class QuantizationAwareTraining(CompressionCallback):
             self._norms.hold(find_target(pl_module, self.module)[1])
         for layer in self._layers.values():
             layer.observing = layer.quantization_phase in ("observe", "fake_quantize")
+        left = -1 if self._observed_until is None else self._observed_until - self.window.step
+        self._auto.begin_batch(find_target(pl_module, self.module)[1], batch, batch_idx, left)
         if self._is_open(self.window.step + 1):
             self._outputs.begin_batch(pl_module)
 
@@ -221,6 +245,7 @@ class QuantizationAwareTraining(CompressionCallback):
     def finish_batch(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """End the observing of this batch, and enter the phase that is due."""
         _stop_observing(self._layers.values())
+        self._auto.end_batch(pl_module)
         if self._stepped:  # seen after the last step: no file holds it, so a resumed run would not have it
             _forget_seen(self._layers.values())
         if self._outputs.can_be_read(self._is_open(self.window.step)):
@@ -241,6 +266,8 @@ class QuantizationAwareTraining(CompressionCallback):
         """Remove what the fit installed, and drop what was observed since the last step."""
         self._outputs.release()
         self._norms.release()
+        self._steps.release()
+        self._auto.release()
         self._reduce = None
         _stop_observing(self._layers.values())
         _forget_seen(self._layers.values())
@@ -262,6 +289,11 @@ class QuantizationAwareTraining(CompressionCallback):
 
     def _enter(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *, say: bool = True) -> None:
         phase = self._phase_due
+        if rounds(phase) and self._auto.can_choose(trainer):
+            chosen = self._auto.choose(trainer, pl_module, self._layers, self.scheme)
+            selection = self._prepare(trainer, pl_module)
+            rank_zero_info(coverage_table(f"{self.label}: bits chosen", self._layers, selection.left_out))
+            rank_zero_info(f"{self.label}: {chosen}")
         self._phases.unseen = unseen_inputs(self._layers) if rounds(phase) else set()
         wanted = self._phases.wanted(self._layers, phase)
         changing = {name: layer for name, layer in self._layers.items() if not _is_in(layer, wanted[name])}
@@ -269,13 +301,16 @@ class QuantizationAwareTraining(CompressionCallback):
         if not changing:
             return
         if rounds(phase):
-            settle_ranges({name: layer for name, layer in changing.items() if name not in self._phases.unseen})
+            seen = {name: layer for name, layer in changing.items() if name not in self._phases.unseen}
+            settle_ranges(seen)
+            self._steps.begin(trainer, {n: layer for n, layer in seen.items() if not rounds(layer.quantization_phase)})
         if phase == "frozen" and changes:
             self._leave_float()
         if phase == "frozen" and trainer.world_size > 1:
             share_statistics(find_target(pl_module, self.module)[1], trainer.strategy)
         for module in (pl_module, *averaged_copies(trainer)):
             set_phases(module, wanted)
+        self._steps.train(trainer, self._layers)
         _copy_to_averaged(trainer, self._layers)
         if changes and is_compiled(pl_module):
             torch.compiler.reset()  # graphs of earlier phases count towards its limit, beyond which it runs eager
@@ -329,6 +364,7 @@ class QuantizationAwareTraining(CompressionCallback):
             "rounded": list(self._phases.rounded),
             "outputs": list(self._outputs.names),
             "outputs_known": self._outputs.known,
+            "auto_bits": self._auto.state_dict(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -336,6 +372,8 @@ class QuantizationAwareTraining(CompressionCallback):
         super().load_state_dict(state_dict)
         self._observed_until = state_dict["observed_until"]
         self._phases.rounded = list(state_dict["rounded"])
+        if "auto_bits" in state_dict:  # files before 0.2 have none
+            self._auto.load_state_dict(state_dict["auto_bits"])
         self._outputs.names, self._outputs.known = list(state_dict["outputs"]), state_dict["outputs_known"]
 
     def plan_entry(self) -> dict[str, Any]:
@@ -361,9 +399,12 @@ class QuantizationAwareTraining(CompressionCallback):
         self._layers = {new: self._layers[old] for old, new in now.items() if new is not None}
         self._phases.rename(now)
         self._outputs.rename(now)
+        self._auto.rename(now)
+        self._steps.follow(pl_module.trainer, pl_module, changed, self._layers)
         if changed.added and pl_module.trainer.state.fn == "fit":  # layers that another technique added
             self._prepare(pl_module.trainer, pl_module)
             self._enter(pl_module.trainer, pl_module, say=False)
+            self._steps.join(pl_module.trainer, pl_module, self._layers)
         for old, layer in replaced.items():
             if names[old] is not None and not any(name.startswith(f"{names[old]}.") for name in self._layers):
                 rank_zero_info(f"{self.label}: {names[old]} is now a {type(layer).__name__}, which stays float.")
@@ -372,9 +413,10 @@ class QuantizationAwareTraining(CompressionCallback):
         """Return the sentence that says what was requested and in which phase the model is."""
         activations = "float" if self.scheme.activation_bits is None else f"uint{self.scheme.activation_bits}"
         activations = f"dynamic {activations}" if self.scheme.activation_ranges == "dynamic" else activations
-        asked = (
-            f"asked int{self.scheme.weight_bits} weights and {activations} activations in {len(self._layers)} layers"
-        )
+        weights = f"int{self.scheme.weight_bits}"
+        if self._auto.chosen is not None:
+            weights = f"{self._auto.chosen.effective_bits:.2f} bits (of {self._auto.chosen.asked:g})"
+        asked = f"asked {weights} weights and {activations} activations in {len(self._layers)} layers"
         if self._phases.unseen:
             asked += f", of which {len(self._phases.unseen)} never ran and stay float"
         if self.reached_end:

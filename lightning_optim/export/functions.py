@@ -55,8 +55,7 @@ def store_functions(module: QuantizedFunctions) -> None:
     """Give a module quantizers for the operands of its functions."""
     quantizers = {}
     for which in module.watched:
-        state = module.state_of(which)
-        quantizers[which] = Quantizer(state["scale"], state["zero_point"], module.activation_bits or 8)
+        quantizers[which] = Quantizer(*module.range_of(which), module.activation_bits or 8)
     set_class(module, _IntegerFunctions.over(module))
     module.add_module("stored_operands", nn.ModuleDict(quantizers))
     module.add_module("stored_gate", _Gate())

@@ -365,7 +365,10 @@ class _Store:
             return self._stored[key]
         matrix = _outputs_first(layer, weight)
         kind = self._kind(layer) if factor is None else None
-        stored = StoredWeight(matrix, bits, granularity, factor) if kind is None else kind(matrix, bits, granularity)
+        if kind is None:
+            stored = StoredWeight(matrix, bits, granularity, factor, layer.weight_scales())
+        else:
+            stored = kind(matrix, bits, granularity)
         if factor is None and self.shares(layer):
             self._stored[key] = stored
         return stored
@@ -462,8 +465,7 @@ def _reader(layer: QuantizedLayer) -> Quantizer | DynamicQuantizer | None:
 
 
 def _quantizer(layer: QuantizedLayer, which: str) -> Quantizer:
-    state = layer.state_of(which)
-    return Quantizer(state["scale"], state["zero_point"], layer.activation_bits or 8)
+    return Quantizer(*layer.range_of(which), layer.activation_bits or 8)
 
 
 def _integer_bias(bias: Tensor, stored: StoredWeight, reads: Quantizer) -> StoredBias | None:

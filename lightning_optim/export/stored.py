@@ -128,7 +128,14 @@ class StoredWeight(nn.Module):
     is_packed = False
     multiplies = False
 
-    def __init__(self, weight: Tensor, bits: int, granularity: str, factor: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        weight: Tensor,
+        bits: int,
+        granularity: str,
+        factor: Tensor | None = None,
+        scales: Tensor | None = None,
+    ) -> None:
         """Round a weight.
 
         Args:
@@ -136,11 +143,14 @@ class StoredWeight(nn.Module):
             bits: 2 to 8.
             granularity: What shares a scale.
             factor: ``[out]``, multiplies the rows after rounding, as a BatchNorm does.
+            scales: Trained ones, ``[out, 1, 1]`` or ``[1, 1, 1]``; default those that the weight gives.
         """
         super().__init__()
         self.transposed, self.folded = False, factor is not None
         groups = grouped(weight.detach().float(), granularity)
-        scale, (low, high) = weight_scale(weight, bits, granularity), integer_range(bits, symmetric=True)
+        scale, (low, high) = scales, integer_range(bits, symmetric=True)
+        if scale is None:
+            scale = weight_scale(weight, bits, granularity)
         integers = torch.div(groups, scale).round().clamp(low, high)
         self.grouped = granularity.startswith("per_group")
         spare = 1 if self.grouped or self.is_packed else finer_units(bits)

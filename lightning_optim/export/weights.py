@@ -14,6 +14,7 @@ from lightning_optim.files import written_aside
 from lightning_optim.modules import copy_module, without_compiler
 from lightning_optim.provenance import provenance
 from lightning_optim.quantization.layers import STATE, QuantizedLayer
+from lightning_optim.quantization.learned import FIRST, STEPS
 from lightning_optim.sharding import is_sharded
 
 __all__ = ["SafetensorsReport", "deployed_copy", "deployed_state", "export_safetensors"]
@@ -60,7 +61,8 @@ def _rounded(layer: nn.Module) -> Mapping[str, Tensor]:
 
 
 def _is_range(layer: QuantizedLayer, key: str) -> bool:
-    return any(key == f"{which}_{name}" for which in (*layer.operands, "output") for name in STATE)
+    ranges = {f"{which}_{name}" for which in (*layer.operands, "output") for name in STATE}
+    return key in {*ranges, *STEPS, FIRST}
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_optim.functional.fake_quantize import integer_range
 from lightning_optim.registry import Registry
 
-__all__ = ["OBSERVERS", "Histogram", "MinMax", "MovingAverage", "Observer", "Percentile"]
+__all__ = ["OBSERVERS", "Histogram", "Learned", "MinMax", "MovingAverage", "Observer", "Percentile"]
 
 
 class Observer:
@@ -23,11 +23,13 @@ class Observer:
         size: Number of entries in the statistic.
         reduction: How the summaries of several batches or ranks are pooled.
         settles: Whether the range is computed only when observing ends, because it costs too much for every batch.
+        learns: Whether training goes on from the range as it changes the weights.
     """
 
     size: int
     reduction: Literal["max", "sum"]
     settles = False
+    learns = False
 
     @staticmethod
     def see(x: Tensor) -> Tensor:
@@ -163,6 +165,21 @@ class Percentile(Histogram):
         """Return the range in which all but ``CLIPPED`` of the counted magnitudes are."""
         ends = [_percentile(counts, Percentile.CLIPPED) for counts in statistic]
         return torch.stack([low for low, _ in ends]), torch.stack([high for _, high in ends])
+
+
+@OBSERVERS.register("learned")
+class Learned(Histogram):
+    """The range with the least squared error, from which steps and zero points are trained once rounding begins.
+
+    The steps of weights are trained too (see :mod:`~lightning_optim.functional.learned_step`). Ranges of outputs and
+    of operands of functions stay as they were observed.
+
+    References:
+        Esser et al. 2020, "Learned Step Size Quantization"; Bhalgat et al. 2020, "LSQ+: Improving low-bit quantization
+        through learnable offsets and better initialization".
+    """
+
+    learns = True
 
 
 def _percentile(counts: Tensor, clipped: float) -> tuple[Tensor, Tensor]:

@@ -40,7 +40,8 @@ def bits(module: nn.Module) -> float:
         for name, parameter in layer.named_parameters(recurse=False):
             if id(parameter) not in counted:
                 counted.add(id(parameter))
-                total += parameter.numel() * (bits_of(name) or parameter.element_size() * 8) / 32
+                own = bits_of(name)
+                total += parameter.numel() * (parameter.element_size() * 8 if own is None else own) / 32
     return total
 
 

@@ -2,7 +2,9 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, replace
+from importlib.util import find_spec
+from os import PathLike
 from typing import Any
 
 import torch
@@ -14,9 +16,10 @@ from lightning_optim.modules import evaluating, without_fast_path
 from lightning_optim.outputs import output_fields, output_tensors
 from lightning_optim.progress import progress_bar
 from lightning_optim.quantization.rows import rounded_names, rows_of
+from lightning_optim.tables import new_figure
 from lightning_optim.target import ForwardInputs
 
-__all__ = ["ChosenBits", "check_effective_bits", "choose_bits"]
+__all__ = ["ChosenBits", "check_effective_bits", "choose_bits", "chosen_bits", "note_bits"]
 
 _SEED = 0
 
@@ -31,6 +34,7 @@ class ChosenBits:
         uniform_cost: The same if all layers had the largest whole number of bits that the budget allows.
         effective_bits: Mean bits of a weight, without scales.
         asked: The budget.
+        costs: Layer -> bits -> its part of ``cost`` with as many bits. Layers that share a weight have the same.
     """
 
     bits: dict[str, int]
@@ -38,6 +42,53 @@ class ChosenBits:
     uniform_cost: float
     effective_bits: float
     asked: float
+    costs: dict[str, dict[int, float]] = field(default_factory=dict)
+
+    def plot(self, path: str | PathLike[str]) -> None:
+        """Draw which layer got which bits, and what each layer costs at these and at all other bits.
+
+        Args:
+            path: A file whose ending matplotlib knows (``.png``, ``.svg``, ``.pdf``).
+
+        Raises:
+            ModuleNotFoundError: If matplotlib is not installed.
+        """
+        names = list(self.bits)
+        places = range(len(names))
+        figure = new_figure(9.0, 1.2 + 0.26 * len(names))
+        left, right = figure.subplots(1, 2, sharey=True)
+        left.barh(places, [self.bits[name] for name in names], height=0.66)
+        left.axvline(self.asked, color="0.4", linestyle="--", linewidth=1)
+        left.set_yticks(places, names, parse_math=False)
+        left.set_ylim(len(names) - 0.5, -0.5)
+        left.set_xlabel(f"bits of a weight: {self.effective_bits:.2f} of at most {self.asked:g} (dashed)")
+        for place, name in enumerate(names):
+            of_bits = self.costs.get(name, {})
+            drawn = {bits: cost for bits, cost in of_bits.items() if cost > 0}  # the axis is logarithmic
+            if drawn:
+                right.plot(list(drawn.values()), [place] * len(drawn), "|-", color="0.7", linewidth=1)
+            if self.bits[name] in drawn:
+                right.plot([drawn[self.bits[name]]], [place], "o", color="C0")
+        if any(cost > 0 for each in self.costs.values() for cost in each.values()):
+            right.set_xscale("log")
+        right.set_xlabel("expected squared error of the outputs, of their squares\n(right to left: 2 bits and more)")
+        figure.savefig(path)
+
+    def renamed(self, names: Mapping[str, str | None]) -> "ChosenBits":
+        """Return it with the names that layers have now, without those that were removed."""
+        now = {old: names.get(old, old) for old in self.bits}
+        bits = {new: self.bits[old] for old, new in now.items() if new is not None}
+        costs = {new: self.costs[old] for old, new in now.items() if new is not None and old in self.costs}
+        return replace(self, bits=bits, costs=costs)
+
+    def as_plain(self) -> dict[str, Any]:
+        """Return it as plain types."""
+        return asdict(self)
+
+    @classmethod
+    def of_plain(cls, plain: Mapping[str, Any]) -> "ChosenBits":
+        """Read what :meth:`as_plain` wrote."""
+        return cls(**plain)
 
     def __str__(self) -> str:
         return (
@@ -54,6 +105,8 @@ def check_effective_bits(bits: Any, effective_bits: Any, weight_bits: int) -> No
         TypeError: If ``effective_bits`` is no number.
         ValueError: If one is given without the other, or the budget is out of range.
     """
+    if bits == "auto" and find_spec("scipy") is None:
+        raise ModuleNotFoundError("bits='auto' needs scipy: pip install 'lightning-optim[bits]'.")
     if isinstance(bits, str) and bits != "auto":
         raise ValueError(f"`bits` must map patterns to bits, or be 'auto', got {bits!r}.")
     if bits != "auto":
@@ -124,7 +177,36 @@ def choose_bits(
         sum(each[int(effective_bits)] for each in costs.values()),
         sum(sizes[name] * bits for name, bits in chosen.items()) / sum(sizes.values()),
         float(effective_bits),
+        {name: costs[same[name]] for name in layers},
     )
+
+
+_CHOSEN = "_lightning_optim_bits"
+"""Attribute of a model that holds what was chosen for it."""
+
+
+def note_bits(model: nn.Module, chosen: ChosenBits) -> None:
+    """Let :func:`chosen_bits` find what was chosen for a model."""
+    vars(model)[_CHOSEN] = chosen
+
+
+def chosen_bits(model: nn.Module) -> ChosenBits:
+    """Return what ``bits="auto"`` chose for a model in this process: bits and expected errors, a table and a plot.
+
+    Args:
+        model: What :func:`lightning_optim.quantize_post_training` returned, or a LightningModule that
+            :class:`lightning_optim.QuantizationAwareTraining` quantizes, once rounding has begun.
+
+    Raises:
+        ValueError: If nothing was chosen for it.
+    """
+    chosen = vars(model).get(_CHOSEN)
+    if not isinstance(chosen, ChosenBits):
+        raise ValueError(
+            f"no bits were chosen for this {type(model).__name__} here. Quantize it with bits='auto' and "
+            "effective_bits=...; a model that was loaded has its bits, and not what they were chosen by."
+        )
+    return chosen
 
 
 def _weights_of(layer: nn.Module) -> dict[str, nn.Parameter]:

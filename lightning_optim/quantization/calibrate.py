@@ -12,12 +12,14 @@ from torch import nn
 
 from lightning_optim.calls import batch_calls, batch_count, try_batch
 from lightning_optim.checkpoint import conform, plain_plan
+from lightning_optim.functional.observers import OBSERVERS
 from lightning_optim.functional.rounding import Rounding
 from lightning_optim.modules import evaluating, without_fast_path
-from lightning_optim.quantization.auto_bits import check_effective_bits, choose_bits
+from lightning_optim.quantization.auto_bits import check_effective_bits, choose_bits, note_bits
 from lightning_optim.quantization.coverage import coverage_table
 from lightning_optim.quantization.graph import GraphFacts
 from lightning_optim.quantization.layers import QuantizedLayer
+from lightning_optim.quantization.learned import FIRST, steps_of
 from lightning_optim.quantization.outputs import find_ranges
 from lightning_optim.quantization.prepare import (
     drop_outputs,
@@ -108,6 +110,7 @@ def quantize_post_training(
         RuntimeError: If a selected layer is never called, or activations are not finite. The model is then unchanged.
     """
     alpha = _check_smooth(smooth, activation_bits)
+    _check_no_training(observer)
     by_pattern = {} if bits is None or isinstance(bits, str) else dict(bits)
     scheme = QuantizationScheme(
         weight_bits, activation_bits, weight_granularity, observer, by_pattern, activation_ranges
@@ -154,6 +157,8 @@ def quantize_post_training(
         for name, buffer in _range_buffers(model).items():
             buffer.copy_(ranges[name])
         raise
+    if chosen is not None:
+        note_bits(model, chosen)
     rank_zero_info(coverage_table("post-training quantization", layers, selection.left_out))
     for line in (chosen, settled):
         if line is not None and str(line):
@@ -161,6 +166,15 @@ def quantize_post_training(
     if alpha is not None:
         _say_moved(moved)
     return model
+
+
+def _check_no_training(observer: Any) -> None:
+    """Raise if an observer needs training."""
+    if isinstance(observer, str) and observer in OBSERVERS and OBSERVERS[observer].learns:
+        raise ValueError(
+            f"observer={observer!r} trains steps with the weights, and post-training quantization trains nothing. Take "
+            "QuantizationAwareTraining(observer='learned'), or 'moving_average', 'percentile' or 'histogram' here."
+        )
 
 
 def _check_smooth(smooth: bool | float, activation_bits: int | None) -> float | None:
@@ -191,13 +205,17 @@ def _say_moved(moved: Sequence[Smoothed]) -> None:
 
 
 def _range_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return the ranges of all quantized layers."""
-    return {
+    """Return the ranges of all quantized layers, trained steps too."""
+    layers = quantized_layers(model)
+    observed = {
         f"{name}.{which}_{part}": buffer
-        for name, layer in quantized_layers(model).items()
+        for name, layer in layers.items()
         for which in layer.watched
         for part, buffer in layer.state_of(which).items()
     }
+    trained = {name: parameter.data for name, parameter in steps_of(layers).items()}
+    first = {f"{name}.{FIRST}": getattr(layer, FIRST) for name, layer in layers.items() if FIRST in layer._buffers}
+    return {**observed, **trained, **first}
 
 
 def _graph_facts(model: nn.Module, inputs: ForwardInputs, layers: Mapping[str, QuantizedLayer]) -> GraphFacts:

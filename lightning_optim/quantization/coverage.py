@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from lightning_optim.quantization.functions import QuantizedFunctions
 from lightning_optim.quantization.layers import QuantizedLayer
+from lightning_optim.quantization.learned import learns
 from lightning_optim.sharding import own_class
 from lightning_optim.tables import by_reason, by_stack, render
 
@@ -26,7 +27,9 @@ def coverage_table(title: str, layers: Mapping[str, QuantizedLayer], left_out: M
 def words_of(layer: QuantizedLayer) -> tuple[str, str]:
     """Describe how a layer's weight, and its input and output, are quantized."""
     weight = "-" if layer.weight_bits is None else f"int{layer.weight_bits}, {layer.weight_granularity}"
-    parts = [f"uint{layer.activation_bits} {which}" for which in layer.watched]
+    weight += ", learned step" if learns(layer, "weight") else ""
+    learned = {which: ", learned step" if learns(layer, which) else "" for which in layer.watched}
+    parts = [f"uint{layer.activation_bits} {which}{learned[which]}" for which in layer.watched]
     if layer.activation_bits is not None and layer.activation_ranges == "dynamic":
         parts.append(f"uint{layer.activation_bits} input, range of each call")
     if isinstance(layer, QuantizedFunctions):

@@ -32,6 +32,15 @@ from lightning_optim.functional.fake_quantize import (
     symmetric_scale,
 )
 from lightning_optim.functional.observers import OBSERVERS
+from lightning_optim.quantization.learned import (
+    FIRST,
+    STEPS,
+    learned_range,
+    learned_weight,
+    learns,
+    rounded_input,
+    weight_step,
+)
 from lightning_optim.quantization.over import OverOwnClass
 from lightning_optim.quantization.paths import found_from
 from lightning_optim.quantization.rounded import dynamically_rounded, folded_bias, on_part, rounded_bias, rounded_weight
@@ -177,8 +186,21 @@ class QuantizedLayer(nn.Module):
         """Return the buffers of one watched tensor."""
         return {name: getattr(self, f"{which}_{name}") for name in STATE}
 
+    def range_of(self, which: str) -> tuple[Tensor, Tensor]:
+        """Return scale (float32, ``[]``) and zero point (int32, ``[]``) of a watched tensor, as a file stores them."""
+        scale, zero_point = getattr(self, f"{which}_scale"), getattr(self, f"{which}_zero_point")
+        if which == "input" and learns(self, "input"):
+            return learned_range(self, scale, zero_point, self.activation_bits or 8)
+        return scale, zero_point
+
+    def weight_scales(self) -> Tensor | None:
+        """Return the trained steps of the weight, ``[out, 1, 1]`` or ``[1, 1, 1]``; None if the weight gives them."""
+        return weight_step(self).view(-1, 1, 1) if learns(self, "weight") else None
+
     def parameter_bits(self, name: str) -> float | None:
         """Return the bits of a parameter when deployed; None if it is deployed as stored."""
+        if name in STEPS:
+            return 0.0  # a scale, which does not count
         return self.weight_bits if name == "weight" and self._rounds_weight else None
 
     def rounded_parameters(self) -> Mapping[str, Tensor]:
@@ -191,7 +213,13 @@ class QuantizedLayer(nn.Module):
         assert weight is not None  # noqa: S101 - layers without one are not asked
         if not self._rounds_weight or self.weight_bits is None:
             return weight
-        return rounded_weight(weight, self.weight_bits, self.weight_granularity)
+        return self._rounded(weight, self.weight_bits)
+
+    def _rounded(self, rows: Tensor, bits: int) -> Tensor:
+        """Round a weight ``[out, in, ...]``."""
+        if learns(self, "weight"):
+            return learned_weight(self, rows, bits, self.weight_granularity)
+        return rounded_weight(rows, bits, self.weight_granularity)
 
     def connect(self, root: nn.Module, name: str) -> None:
         """Find the BatchNorm that is folded into the layer.
@@ -225,8 +253,10 @@ class QuantizedLayer(nn.Module):
     def _product_scale(self) -> Tensor:
         """Return the scale of the products of input and weight, as the file has them: ``[]`` or ``[out]``."""
         bits = self.weight_bits or 8
-        scale = symmetric_scale(full(self._rows()), bits, self.weight_granularity).flatten() / finer_units(bits)
-        unit: Any = self.input_scale
+        scale = self.weight_scales()
+        if scale is None:
+            scale = symmetric_scale(full(self._rows()), bits, self.weight_granularity)
+        scale, unit = scale.flatten() / finer_units(bits), self.range_of("input")[0]
         product: Tensor = unit * (scale if len(scale) > 1 else scale[0])
         return product
 
@@ -249,12 +279,15 @@ class QuantizedLayer(nn.Module):
         return self._pass("output", self.output_phase, x) if self.quantizes_output else x
 
     def _pass(self, which: str, phase: str, x: Tensor) -> Tensor:
-        if self.observing and phase in ("observe", "fake_quantize") and x.numel():
+        trained = which == "input" and learns(self, "input")
+        if self.observing and x.numel() and (phase == "observe" or (phase == "fake_quantize" and not trained)):
             self._note(which, x.detach())
         if phase in ("off", "observe") or self.activation_bits is None:
             return x
         low, high = integer_range(self.activation_bits, symmetric=False)
         scale, zero_point = getattr(self, f"{which}_scale"), getattr(self, f"{which}_zero_point")
+        if trained:
+            return rounded_input(self, x, scale, zero_point, self.activation_bits)
         return on_part(lambda part: fake_quantize(part, scale, zero_point, low, high), x)
 
     def _note(self, which: str, x: Tensor) -> None:
@@ -269,6 +302,8 @@ class QuantizedLayer(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantizedLayer":
         """Move the ranges with the layer, but keep them float32 if ``fn`` changes the precision."""
         kept = {f"{which}_{part}": buffer for which in self.watched for part, buffer in self.state_of(which).items()}
+        if FIRST in self._buffers:
+            kept[FIRST] = getattr(self, FIRST)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, buffer in kept.items():
             moved = self._buffers[name]
@@ -300,7 +335,7 @@ class QuantizedConv1D(OverOwnClass, QuantizedLayer):
         assert weight is not None  # noqa: S101 - it is what a Conv1D is known by
         if not self._rounds_weight or self.weight_bits is None:
             return weight
-        return rounded_weight(weight.t(), self.weight_bits, self.weight_granularity).t()
+        return self._rounded(weight.t(), self.weight_bits).t()
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute ``[..., in] -> [..., out]`` as the layer's own class does, which reads the rounded weight."""

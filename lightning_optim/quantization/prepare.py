@@ -9,7 +9,7 @@ from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-def
 from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_optim.checkpoint import plan_of
-from lightning_optim.modules import CONVOLVING, EMBEDDINGS, RECURRENT, Conv1D, Experts
+from lightning_optim.modules import CONVOLUTIONS, CONVOLVING, EMBEDDINGS, RECURRENT, Conv1D, Experts
 from lightning_optim.patterns import NOT_INCLUDED, Pattern, Selector, shown
 from lightning_optim.quantization.attention import QuantizedMultiheadAttention
 from lightning_optim.quantization.classes import QUANTIZED
@@ -17,6 +17,14 @@ from lightning_optim.quantization.experts import QuantizedExperts
 from lightning_optim.quantization.functions import QuantizedFunctions, forget_operands
 from lightning_optim.quantization.graph import GraphFacts
 from lightning_optim.quantization.layers import ATTRIBUTES, PHASES, QuantizedConv1D, QuantizedLayer
+from lightning_optim.quantization.learned import (
+    INPUT_STEP,
+    OFFSET,
+    WEIGHT_STEP,
+    add_input_step,
+    add_weight_step,
+    remove_steps,
+)
 from lightning_optim.quantization.paths import relative_path
 from lightning_optim.quantization.ranges import write_scales
 from lightning_optim.quantization.rows import rounded_names
@@ -243,12 +251,12 @@ def prepare(
         prefix: Prefix of the target's names.
         facts: What the graph tells: which outputs are quantized too, and which functions round their operands.
     """
-    plan = plan_of(root)
+    plan, shared = plan_of(root), _shared_weights(root) if scheme.learns else set()
     for name, encoder in root.named_modules():
         for attribute in _fast_path(encoder):
             plan.track(name, attribute)
     for name in names:
-        _swap(root, name, scheme, prefix)
+        _give_steps(_swap(root, name, scheme, prefix), scheme, shared)
     if facts is None:
         return
     for name, relu in facts.outputs.items():
@@ -344,6 +352,28 @@ def _watch_anew(layer: QuantizedLayer, scheme: QuantizationScheme, has_weight: b
         for which in layer.operands:
             layer.watch(which)
         layer.quantization_phase = "off"  # until its range is known
+
+
+LEARN_WEIGHTS = (nn.Linear, *CONVOLUTIONS, QuantizedConv1D)
+"""Layers whose weights have trained steps: a table has a step for each row, few of which a batch reads."""
+
+
+def _shared_weights(root: nn.Module) -> set[int]:
+    """Return the weights that several layers share, by identity: a file holds each once, with one scale."""
+    return {key for key, held in _holders(root).items() if len({id(layer) for _, layer in held}) > 1}
+
+
+def _give_steps(layer: QuantizedLayer, scheme: QuantizationScheme, shared: Collection[int]) -> None:
+    """Give a layer the parameters of trained steps that it is to have, and remove others."""
+    weight = layer._parameters.get("weight")
+    if scheme.learns and isinstance(layer, LEARN_WEIGHTS) and id(weight) not in shared:
+        add_weight_step(layer, layer._rows(), scheme.weight_granularity)
+    else:
+        remove_steps(layer, (WEIGHT_STEP,))
+    if scheme.learns and "input" in layer.watched and weight is not None:
+        add_input_step(layer, weight)
+    else:
+        remove_steps(layer, (INPUT_STEP, OFFSET))
 
 
 def _fast_path(layer: nn.Module) -> dict[str, int | bool]:

@@ -9,6 +9,7 @@ from torch import Tensor
 from lightning_optim.functional.fake_quantize import affine_parameters
 from lightning_optim.functional.observers import OBSERVERS
 from lightning_optim.quantization.layers import QuantizedLayer
+from lightning_optim.quantization.learned import FIRST
 
 __all__ = ["copy_ranges", "fold_ranges", "observing", "settle_ranges", "unseen_inputs", "write_scales"]
 
@@ -145,6 +146,11 @@ def copy_ranges(layers: Mapping[str, QuantizedLayer], copies: Mapping[str, Quant
         for name, layer in layers.items()
         for which in layer.watched
         for part, tensor in layer.state_of(which).items()
+    ]
+    pairs += [
+        (getattr(copies[name], FIRST), getattr(layer, FIRST))
+        for name, layer in layers.items()
+        if FIRST in layer._buffers
     ]
     if pairs:
         torch._foreach_copy_([mine for mine, _ in pairs], [theirs for _, theirs in pairs])

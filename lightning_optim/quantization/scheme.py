@@ -58,6 +58,17 @@ class QuantizationScheme:
             )
         if self.activation_ranges == "dynamic":
             self._check_dynamic()
+        if self.learns and self.weight_granularity.startswith("per_group"):
+            raise ValueError(
+                f"observer='learned' trains a step per channel or per tensor, got weight_granularity="
+                f"{self.weight_granularity!r}: files hold the scales of groups as float16 numbers that the weights "
+                "give. Take 'per_channel', or another observer."
+            )
+
+    @property
+    def learns(self) -> bool:
+        """Whether steps are trained."""
+        return OBSERVERS[self.observer].learns
 
     def _check_dynamic(self) -> None:
         """Raise if an argument has no meaning where each call's own range is used."""

@@ -53,7 +53,7 @@ def _of_weights(layer: nn.Module, weights: dict[str, nn.Parameter]) -> dict[str,
 
 def _bits(layer: nn.Module, leaf: str, weight: Tensor) -> float:
     told = getattr(layer, "parameter_bits", lambda name: None)(leaf)
-    return float(told or weight.element_size() * 8)
+    return float(weight.element_size() * 8 if told is None else told)
 
 
 def _type(layer: nn.Module) -> str:

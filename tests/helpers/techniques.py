@@ -99,7 +99,7 @@ TRIED = {
     "channel_pruning": Tried(channels, half_of_the_channels, ("channels",)),
     "low_rank": Tried(low_rank, two_for_one, ("low_rank",)),
     "weight_pruning": Tried(weights, zeros, ("weights", "wanda", "columns", "both", "score", "all")),
-    "quantization": Tried(integers, rounding, ("integers", "histogram", "both", "all")),
+    "quantization": Tried(integers, rounding, ("integers", "histogram", "learned", "both", "all")),
 }
 
 

@@ -41,6 +41,7 @@ class Launch:
 
 ONE = ("weights", "wanda", "columns", "integers", "histogram", "both", "score", "distilled", "cached", "by_hand", "all")
 """Techniques as ``sharded_worker.py`` names them."""
+INTEGERS = ("learned", "dynamic", "groups", "functions")
 SOME = ("all", "cached", "by_hand", "channels", "blocks", "low_rank")
 EVERY = (*ONE, "channels", "blocks", "low_rank")
 BF16 = ("both", "all")
@@ -54,16 +55,18 @@ def _cases(full: tuple[str, ...], *precisions: str) -> tuple[str, ...]:
 
 
 LAUNCHES = {
-    "optim_ddp": Launch("optim_ddp", 2, lambda: build("optim_ddp"), _cases(("both", *SOME), "bf16-mixed")),
+    "optim_ddp": Launch(
+        "optim_ddp", 2, lambda: build("optim_ddp"), _cases(("both", "auto", *INTEGERS, *SOME), "bf16-mixed")
+    ),
     "optim_ddp_static": Launch("optim_ddp_static", 2, lambda: build("optim_ddp_static"), _cases(SOME)),
     "optim_ddp_bf16": Launch("optim_ddp_bf16", 2, lambda: build("optim_ddp_bf16"), _cases(SOME)),
-    "optim_zero2": Launch("optim_zero2", 2, lambda: build("optim_zero2"), _cases(SOME)),
+    "optim_zero2": Launch("optim_zero2", 2, lambda: build("optim_zero2"), _cases(("auto", *INTEGERS, *SOME))),
     "optim_fsdp": Launch(
         "optim_fsdp",
         2,
         lambda: build("optim_fsdp"),
-        _cases(EVERY, "bf16-mixed", "bf16-true"),
-        quick=("both/32-true", "all/bf16-mixed"),
+        _cases(("auto", *INTEGERS, *EVERY), "bf16-mixed", "bf16-true"),
+        quick=("both/32-true", "learned/32-true", "all/bf16-mixed"),
     ),
     "optim_tp": Launch("optim_tp", 2, lambda: build("optim_tp"), _cases(EVERY, "bf16-mixed"), quick=("both/32-true",)),
     "optim_hsdp": Launch("optim_hsdp", 4, lambda: OptimFSDP2(replicate=2), _cases(EVERY, "bf16-mixed")),

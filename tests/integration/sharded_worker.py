@@ -8,8 +8,10 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
+import torch.nn.functional as F
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import LearningRateFinder
+from torch import nn
 from torch.utils.data import DataLoader
 
 from helpers.gpt import Language
@@ -53,6 +55,33 @@ class ByHand(StepsTwo, Language):
             torch.optim.AdamW(net.blocks.parameters(), 1e-2),
             torch.optim.AdamW([parameter for part in others for parameter in part.parameters()], 1e-2),
         ]
+
+
+class Convolution(nn.Module):
+    """A convolution behind an activation, and what passes by is added."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(width, width, 3, padding=1)
+
+    def forward(self, x):
+        return x + self.conv(F.silu(x))
+
+
+class Convolutions(Language):
+    """Additions and activations between convolutions, whose operands have ranges; every convolution has a bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        width = self.hparams.width
+        self.net.first = nn.Conv1d(width, width, 3, padding=1)
+        self.net.blocks = nn.ModuleList(Convolution(width) for _ in range(2))
+
+    def forward(self, tokens):
+        x = self.net.first(self.net.embedding(tokens).mT)
+        for block in self.net.blocks:
+            x = block(x)
+        return self.net.head(self.net.norm(x.mT))
 
 
 class Distilled(DistillationModule):
@@ -113,6 +142,17 @@ TECHNIQUES: dict[str, tuple[type, Any]] = {
         Language,
         lambda: [QuantizationAwareTraining(observer="histogram", weight_granularity="per_tensor", **BITS)],
     ),
+    "learned": (Language, lambda: [QuantizationAwareTraining(observer="learned", **BITS)]),
+    "dynamic": (Language, lambda: [QuantizationAwareTraining(activation_ranges="dynamic", **BITS)]),
+    "auto": (
+        Language,
+        lambda: [QuantizationAwareTraining(bits="auto", effective_bits=4.5, **{**BITS, "weight_bits": 8})],
+    ),
+    "groups": (
+        Language,
+        lambda: [QuantizationAwareTraining(activation_bits=None, weight_granularity="per_group:16", **BITS)],
+    ),
+    "functions": (Convolutions, lambda: [QuantizationAwareTraining(**BITS)]),
     "both": (Language, lambda: [WeightPruning(0.8, **WEIGHTS), QuantizationAwareTraining(**BITS)]),
     "score": (Language, lambda: [PerformanceScore(size="nonzero", batch_size=2), WeightPruning(0.8, **WEIGHTS)]),
     "distilled": (Distilled, lambda: []),

@@ -10,12 +10,13 @@ import torch
 
 from helpers.models import assert_same_state
 from helpers.ranks import run_ranks
-from integration.matrix import FILES, LAUNCHES, with_table
+from integration.matrix import FILES, INTEGERS, LAUNCHES, with_table
 from integration.sharded_worker import STRUCTURAL, run
 
 WORKER = Path(__file__).with_name("sharded_worker.py")
 DIVIDED = [name for name in LAUNCHES if not name.startswith("optim_ddp")]
-TOLERANCE = {"optim_ddp_bf16": 5e-4, "32-true": 2e-6, "bits": 2e-3}
+# With dynamic ranges each rank's part of a batch is rounded with the range of that part.
+TOLERANCE = {"optim_ddp_bf16": 5e-4, "32-true": 2e-6, "bits": 2e-3, "dynamic": 2e-2}
 
 
 def _marks(name, case=None):
@@ -99,13 +100,15 @@ def test_resumed_equals_uninterrupted(launched, name, case):
 
 
 @pytest.mark.parametrize(
-    ("name", "case"), _cases(lambda name, technique, precision: precision == "32-true" and technique not in STRUCTURAL)
+    ("name", "case"),
+    # Bits are chosen on batches of rank 0, which one process does not have.
+    _cases(lambda name, technique, precision: precision == "32-true" and technique not in (*STRUCTURAL, "auto")),
 )
 def test_equals_one_process(launched, alone, name, case):
     technique, precision = case.split("/")
     ours, theirs = results(launched(name, case), case, 0)["straight"], alone(technique, precision)
-    rounds = technique in ("integers", "histogram", "both", "all")
-    tolerance = TOLERANCE["bits"] if rounds else TOLERANCE.get(name, TOLERANCE[precision])
+    rounds = technique in ("integers", "histogram", "both", "all", *INTEGERS)
+    tolerance = TOLERANCE.get(technique, TOLERANCE["bits"]) if rounds else TOLERANCE.get(name, TOLERANCE[precision])
     assert ours["losses"] == pytest.approx(theirs["losses"], abs=tolerance)
     assert ours["test"] == pytest.approx(theirs["test"], abs=10 * tolerance)
     assert ours["reached"] == theirs["reached"]

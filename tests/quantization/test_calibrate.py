@@ -23,7 +23,7 @@ def answers(module):
         return module.eval()(data().tensors[0])
 
 
-@pytest.mark.parametrize("observer", sorted(OBSERVERS))
+@pytest.mark.parametrize("observer", sorted(name for name in OBSERVERS if not OBSERVERS[name].learns))
 def test_eight_bits_answer_nearly_the_same(trained, observer):
     module = copy.deepcopy(trained)
     module.train()
