@@ -81,7 +81,7 @@ def test_the_file_is_smaller_and_gives_the_same(tmp_path, cls, runtime):
     pytest.importorskip(runtime)
     made = quantize_post_training(net(cls), None, activation_bits=None)
     report = export_onnx(made, tmp_path / "net.onnx", inputs(), inputs=inputs(9), runtime=runtime)
-    assert report.max_difference < 1e-4
+    assert report.max_difference < 5e-4  # ONNX Runtime approximates sigmoid and tanh
     assert report.size_ratio < 0.45
     assert report.layers["body"] == "int8 weight per channel"
 
