@@ -12,6 +12,7 @@ import dataclasses
 import json
 import shutil
 import statistics
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,6 +131,7 @@ class Run:
             return load_from_checkpoint(Assistant, ended, folder=folder, scratch=True).eval()
         print(f"seed {self.data.seed}, training: {name}")
         last = place / "last.ckpt"
+        warnings.filterwarnings("ignore", "Checkpoint directory")  # a run that goes on finds its own file there
         if not self.resume:
             shutil.rmtree(place, ignore_errors=True)
         trainer, module = fit(
