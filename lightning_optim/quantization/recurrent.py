@@ -9,7 +9,7 @@ from lightning_optim.checkpoint import layer_class
 from lightning_optim.quantization.layers import QuantizedLayer
 from lightning_optim.quantization.rounded import rounded_weight
 
-__all__ = ["QuantizedGRU", "QuantizedLSTM", "RecurrentWeights", "recurrent_names"]
+__all__ = ["QuantizedGRU", "QuantizedLSTM", "recurrent_names"]
 
 
 def recurrent_names(layer: nn.Module) -> tuple[str, ...]:
@@ -17,15 +17,11 @@ def recurrent_names(layer: nn.Module) -> tuple[str, ...]:
     return tuple(name for name, parameter in layer._parameters.items() if parameter is not None and parameter.ndim == 2)
 
 
-class RecurrentWeights(nn.RNNBase):
-    """A recurrent layer that computes with other weights than its parameters."""
-
-    def weights_to_read(self) -> Mapping[str, Tensor]:
-        """Return what is computed with, by the parameters' names; parameters that are missing are read as they are."""
-        raise NotImplementedError
+class _QuantizedRecurrent(QuantizedLayer, nn.RNNBase):
+    operands = ()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Compute as the layer's own class does."""
+        """Compute as the float layer does, with rounded weights in the phases that round."""
         weights, own = self.weights_to_read(), self._flat_weights
         if not weights:
             return super().forward(*args, **kwargs)
@@ -35,10 +31,6 @@ class RecurrentWeights(nn.RNNBase):
             return super().forward(*args, **kwargs)
         finally:
             self._flat_weights = own
-
-
-class _QuantizedRecurrent(QuantizedLayer, RecurrentWeights):
-    operands = ()
 
     def weights_to_read(self) -> Mapping[str, Tensor]:
         """Return the rounded weights, in the phases that round."""
