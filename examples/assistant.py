@@ -34,7 +34,6 @@ __all__ = ["FAST", "REAL", "Job", "Row", "fit", "main"]
 RECIPE = "language-model"
 TOP_K = 32  # likeliest tokens of a position that the cache holds
 PROMPT = 32  # tokens, of the times
-EVERY_N_STEPS = 50  # a checkpoint
 DENSE = "fine-tuned"
 ROUNDED = "its 4 bits, rounded by the engine's builder"
 COMPRESSED = "compressed"
@@ -56,6 +55,7 @@ class Job:
         messages: To train on.
         held_out: For the perplexity.
         batch_size: Messages in a step.
+        epoch_steps: Steps of an epoch, which is a part of the messages; a run goes on after each.
         teacher_epochs: Of fine-tuning, before anything else.
         epochs: Of each row after that.
         dense_rate: Learning rate of the whole model.
@@ -66,6 +66,7 @@ class Job:
     messages: int
     held_out: int
     batch_size: int
+    epoch_steps: int
     teacher_epochs: int
     epochs: int
     dense_rate: float
@@ -73,8 +74,8 @@ class Job:
     scratch_rate: float
 
 
-REAL = Job(1600, 256, 8, teacher_epochs=1, epochs=1, dense_rate=1e-4, rate=2e-4, scratch_rate=5e-4)
-FAST = Job(480, 64, 16, teacher_epochs=4, epochs=3, dense_rate=3e-3, rate=3e-3, scratch_rate=3e-3)
+REAL = Job(1600, 256, 8, epoch_steps=50, teacher_epochs=4, epochs=4, dense_rate=1e-4, rate=2e-4, scratch_rate=5e-4)
+FAST = Job(480, 64, 16, epoch_steps=30, teacher_epochs=4, epochs=3, dense_rate=3e-3, rate=3e-3, scratch_rate=3e-3)
 
 
 @dataclass
@@ -121,7 +122,7 @@ class Run:
             name: Of its files.
             folder: The Hugging Face folder that it begins with.
             rate: Learning rate.
-            epochs: Passes over the messages.
+            epochs: Number of epochs.
             recipe: What compresses it meanwhile.
             scratch: Begin with random weights.
         """
@@ -143,7 +144,7 @@ class Run:
             teacher=self.teacher,
             callbacks=[
                 pl.callbacks.ModelCheckpoint(
-                    dirpath=place, filename="last", every_n_train_steps=EVERY_N_STEPS, enable_version_counter=False
+                    dirpath=place, filename="last", save_on_train_epoch_end=True, enable_version_counter=False
                 )
             ],
             ckpt_path=last if last.is_file() else None,
@@ -308,7 +309,7 @@ COLUMNS = [
 def describe(rows: list[Row], prompts: list[Row], run: Run, model: str, source: str, seeds: int) -> Report:
     """Return the report."""
     job, by_name = run.job, {row["name"]: row for row in rows}
-    steps = len(run.data.texts[0]) // job.batch_size
+    steps = job.epoch_steps
     notes = [
         f"Every row saw {(job.teacher_epochs + job.epochs) * steps} steps of {job.batch_size} messages: "
         f"{job.teacher_epochs * steps} of fine-tuning the whole model, then {job.epochs * steps} of its own; from "
@@ -403,6 +404,7 @@ def main(argv: Sequence[str] | None = None) -> Report | None:
             messages=job.messages,
             held_out=job.held_out,
             batch_size=job.batch_size,
+            epoch_steps=job.epoch_steps,
             seed=seed,
         )
         data.setup()

@@ -3,7 +3,7 @@
 No labels are used: the model learns to write what customers write.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -40,21 +40,30 @@ class Texts(Dataset[list[int]]):
 
 
 class Shuffled(Sampler[int]):
-    """Another order in each epoch, which a resumed run finds again: it depends on the seed and the epoch alone."""
+    """A part of the messages in each epoch, all of them before one comes again.
 
-    def __init__(self, samples: int, seed: int) -> None:
-        self.samples, self.seed, self.epoch = samples, seed, 0
+    The order depends on the seed and the epoch alone, so a run that is resumed after an epoch finds it again.
+    """
+
+    def __init__(self, samples: int, an_epoch: int, seed: int) -> None:
+        self.samples, self.an_epoch, self.seed, self.epoch = samples, an_epoch, seed, 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Take the order of an epoch; the Trainer calls it."""
+        """Take the part of an epoch; the Trainer calls it."""
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return self.samples
+        return self.an_epoch
 
-    def __iter__(self) -> Any:
-        generator = torch.Generator().manual_seed(1000 * self.seed + self.epoch)
-        return iter(torch.randperm(self.samples, generator=generator).tolist())
+    def __iter__(self) -> Iterator[int]:
+        first = self.epoch * self.an_epoch
+        for place in range(first, first + self.an_epoch):
+            yield self._order(place // self.samples)[place % self.samples]
+
+    def _order(self, time: int) -> list[int]:
+        generator = torch.Generator().manual_seed(1000 * self.seed + time)
+        order: list[int] = torch.randperm(self.samples, generator=generator).tolist()
+        return order
 
 
 def collate(chosen: Sequence[list[int]]) -> Batch:
@@ -95,6 +104,7 @@ class AssistantData(pl.LightningDataModule):
         held_out: Number of messages that are held out.
         indexed: Add the indices of the messages to batches; only for a student that reads cached logits.
         batch_size: Messages in a batch.
+        epoch_steps: Batches in an epoch, which is a part of the messages: a run can go on after each.
         seed: Seed of the order.
     """
 
@@ -108,6 +118,7 @@ class AssistantData(pl.LightningDataModule):
         held_out: int = 256,
         indexed: bool = False,
         batch_size: int = 8,
+        epoch_steps: int = 50,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -115,7 +126,7 @@ class AssistantData(pl.LightningDataModule):
         self.path, self.synthetic = path, synthetic
         self.sizes = (messages, held_out)
         self.indexed = indexed
-        self.batch_size = batch_size
+        self.batch_size, self.epoch_steps = batch_size, epoch_steps
         self.seed = seed
         self.texts: list[Texts] = []
 
@@ -130,14 +141,13 @@ class AssistantData(pl.LightningDataModule):
         self.texts = [Texts(encode(tokenizer, texts[:size])) for texts, size in zip(found, self.sizes, strict=True)]
 
     def train_dataloader(self) -> DataLoader:
-        """Return the training messages, in another order in each epoch."""
+        """Return the training messages of an epoch."""
         texts = self.texts[0]
         return DataLoader(
             IndexedDataset(texts) if self.indexed else texts,
             batch_size=self.batch_size,
-            sampler=Shuffled(len(texts), self.seed),
+            sampler=Shuffled(len(texts), self.epoch_steps * self.batch_size, self.seed),
             collate_fn=IndexedCollate(collate) if self.indexed else collate,
-            drop_last=True,
         )
 
     def val_dataloader(self) -> DataLoader:

@@ -10,6 +10,9 @@ import yaml
 
 pytest.importorskip("transformers", reason="transformers: pip install 'transformers==5.24.*'")
 
+import functools
+import operator
+
 import assistant
 import assistant_engine
 import assistant_model
@@ -19,7 +22,9 @@ from lightning_optim import Recipe, student_only
 from lightning_optim.cli import main
 
 EXAMPLES = Path(assistant.__file__).parent
-SHORT = dataclasses.replace(assistant.FAST, messages=64, held_out=16, batch_size=8, teacher_epochs=1, epochs=2)
+SHORT = dataclasses.replace(
+    assistant.FAST, messages=64, held_out=16, batch_size=8, epoch_steps=8, teacher_epochs=1, epochs=2
+)
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +34,7 @@ def tiny(tmp_path_factory):
 
 @pytest.fixture
 def data(tiny):
-    made = AssistantData(str(tiny), synthetic=True, messages=64, held_out=16, batch_size=8)
+    made = AssistantData(str(tiny), synthetic=True, messages=64, held_out=16, batch_size=8, epoch_steps=8)
     made.setup()
     return made
 
@@ -40,14 +45,18 @@ def test_padding_is_no_label():
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
 
 
-def test_the_order_depends_on_seed_and_epoch_alone():
-    sampler = Shuffled(20, seed=1)
-    first = list(sampler)
-    sampler.set_epoch(1)
-    assert sorted(first) == list(range(20))
-    assert list(sampler) != first
-    sampler.set_epoch(0)
-    assert list(sampler) == first != list(Shuffled(20, seed=2))
+def test_all_messages_come_before_one_comes_again_and_the_order_depends_on_seed_and_epoch_alone():
+    sampler, parts = Shuffled(20, 8, seed=1), []
+    for epoch in (0, 1, 2, 3, 4, 1):
+        sampler.set_epoch(epoch)
+        parts.append(list(sampler))
+        assert len(parts[-1]) == len(sampler) == 8
+    *once, again = parts
+    assert again == once[1]
+    seen = functools.reduce(operator.iadd, once, [])
+    assert sorted(seen[:20]) == sorted(seen[20:]) == list(range(20))
+    assert seen[:20] != seen[20:]
+    assert once[0] != list(Shuffled(20, 8, seed=2))
 
 
 def test_messages_stand_between_the_tokens_that_begin_and_end_one(tiny):
@@ -97,7 +106,11 @@ def test_the_yaml_file_is_the_recipe_with_a_cache():
         "distillation": {**ours.distillation, **added},
     }
     job, data = assistant.REAL, content["data"]["init_args"]
-    assert (data["messages"], data["batch_size"]) == (job.messages, job.batch_size)
+    assert [data[key] for key in ("messages", "batch_size", "epoch_steps")] == [
+        job.messages,
+        job.batch_size,
+        job.epoch_steps,
+    ]
     assert content["trainer"]["max_epochs"] == job.epochs
     assert content["model"]["init_args"]["learning_rate"] == job.rate
 
@@ -132,7 +145,6 @@ def test_every_row_is_in_the_report(short, tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Checkpoint directory:UserWarning")
 def test_an_interrupted_row_goes_on_as_if_it_had_not(tiny, data, tmp_path, monkeypatch):
-    monkeypatch.setattr(assistant, "EVERY_N_STEPS", 5)
     recipe = Recipe.load(assistant.RECIPE)
     labels = dataclasses.replace(recipe, distillation=None)
     train = Assistant.training_step
@@ -162,7 +174,7 @@ def test_yaml_and_python_train_the_same_model(short, data, tmp_path, monkeypatch
     files = tmp_path / "checkpoints" / "assistant"
     assistant.main(["--fast", "--synthetic", "--prepare", "--files", str(files)])
     content = yaml.safe_load((EXAMPLES / "assistant.yaml").read_text(encoding="utf-8"))
-    content["data"]["init_args"] |= {"synthetic": True, "messages": 64}
+    content["data"]["init_args"] |= {"synthetic": True, "messages": 64, "epoch_steps": 8}
     content["trainer"]["max_epochs"] = 2
     (tmp_path / "short.yaml").write_text(yaml.safe_dump(content))
     assert main(["fit", "--config", "short.yaml"]) == 0
