@@ -34,14 +34,23 @@ def write_out(model: Any) -> None:
     from onnx_ir import DataType, Node
 
     def reshaped(scale: Any, dimensions: int) -> Any:
-        """Return a new constant with as many dimensions as the integers."""
+        """Return a constant with as many dimensions as the integers; one that is there already (a table's) is used."""
         array = scale.const_value.numpy()
         array = array.reshape(*array.shape, *[1] * (dimensions - array.ndim))
+        for value in model.graph.initializers.values():
+            held = value.const_value
+            alike = held is not None and held.dtype == scale.const_value.dtype and tuple(held.shape) == array.shape
+            if alike and (held.numpy() == array).all():
+                return value
         name = f"{scale.name}_of_{dimensions}"
-        if name not in model.graph.initializers:
-            model.graph.register_initializer(
-                onnx_ir.Value(name=name, const_value=onnx_ir.Tensor(array, name=name), shape=onnx_ir.Shape(array.shape))
+        model.graph.register_initializer(
+            onnx_ir.Value(
+                name=name,
+                const_value=onnx_ir.Tensor(array, name=name),
+                shape=onnx_ir.Shape(array.shape),
+                type=onnx_ir.TensorType(scale.const_value.dtype),
             )
+        )
         return model.graph.initializers[name]
 
     def as_float(value: Any, before: Any) -> Any:

@@ -326,8 +326,8 @@ def test_bad_arguments_of_the_wrong_type():
         ({"bits": {"encoder.*": 4}}, r"bits: 'encoder\.\*' matches no layer that is quantized"),
         ({"include": ["head"]}, "include: 'head' matches no layer"),
         ({"exclude": [nn.Conv2d]}, "exclude: Conv2d matches no layer"),
-        ({"exclude": ["net"]}, "no layer is selected"),
-        ({"include": ["rnn"]}, "rnn .GRU. cannot be quantized: a recurrent layer"),
+        ({"exclude": ["net", "rnn"]}, "no layer is selected"),
+        ({"include": ["cell"]}, "cell .GRUCell. cannot be quantized: "),
         ({"include": ["scaled"]}, "a subclass of Linear, whose own forward is unknown"),
     ],
 )
@@ -339,7 +339,7 @@ def test_bad_selections_raise_before_the_first_step(tmp_path, words, error):
     class More(Classifier):
         def __init__(self):
             super().__init__()
-            self.rnn, self.scaled = nn.GRU(3, 4), Scaled(3, 3)
+            self.rnn, self.cell, self.scaled = nn.GRU(3, 4), nn.GRUCell(3, 4), Scaled(3, 3)
 
         def training_step(self, batch, batch_idx):
             raise AssertionError
