@@ -57,6 +57,15 @@ def measured(way: str, layers: int) -> dict[str, float]:
 
     from lightning_optim import export_onnx, quantize_post_training
 
+    class Logits(torch.nn.Module):
+        def __init__(self, model: torch.nn.Module) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+            logits: torch.Tensor = self.model(input_ids=input_ids).logits
+            return logits
+
     warnings.simplefilter("ignore")
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -70,8 +79,7 @@ def measured(way: str, layers: int) -> dict[str, float]:
         use_cache=False,
         attn_implementation="eager",
     )
-    inner = LlamaForCausalLM(config).eval()
-    model = Logits(inner)
+    model = Logits(LlamaForCausalLM(config)).eval()
     if "8-bit" in way:
         quantize_post_training(model, activation_bits=None)
     tokens = torch.randint(0, 16_384, (2, 16))
