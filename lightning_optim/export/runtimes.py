@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from lightning_optim.export.external import data_file
+from lightning_optim.export.external import data_file, stored_bytes
 from lightning_optim.export.report import Kernels
 from lightning_optim.export.saturation import note_on, overflows, unsigned_weights
 from lightning_optim.registry import Registry
@@ -31,8 +31,9 @@ class Runtime(Protocol):
     """A file loaded in an engine, on one thread of the CPU.
 
     A class may also have a ``title`` (the engine's name in tables), an ``extra`` (of this package, that installs it;
-    both default to the registered name), and a ``note``: a sentence for the export report on how the engine runs this
-    file on this processor.
+    both default to the registered name), a ``note``: a sentence for the export report on how the engine runs this
+    file on this processor, and ``file_bytes``: the size of the file, so that of large ones few are held while they are
+    timed.
 
     Attributes:
         clock: What times a call: seconds of the calling thread, or of the process.
@@ -109,7 +110,7 @@ class OnnxRuntime:
         except ImportError as error:
             raise missing_package("onnxruntime", self.extra) from error
         self._source = _source_here(path, self.title, "a plain InferenceSession", _overflows_in_onnxruntime)
-        self.note = self._source.note
+        self.note, self.file_bytes = self._source.note, stored_bytes(path)
         with TemporaryDirectory() as folder:
             optimized = Path(folder) / "optimized.onnx"
             self._session = self._load(onnxruntime, optimized_model_filepath=str(optimized))
@@ -248,7 +249,7 @@ class OpenVINO:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._source = _source_here(path, self.title, "a plain Core.compile_model", _overflows_in_openvino)
-        self.note = self._source.note
+        self.note, self.file_bytes = self._source.note, stored_bytes(path)
         self._model = _core().compile_model(_core().read_model(self._source.model), "CPU", self.options)
         self._request = self._model.create_infer_request()
         self.names = [put.get_any_name() for put in self._model.inputs]

@@ -24,8 +24,8 @@ _ADVICE = "a tensor, a tuple of arguments or a dict of keyword arguments is expe
 
 
 def deployed(module: nn.Module, *, rounded: bool) -> nn.Module:
-    """Return a float32 copy in eval mode on the CPU."""
-    return copy_module(module, rounded=rounded).cpu().float().requires_grad_(False)
+    """Return a float32 copy in eval mode on the CPU; parameters that are so already are not copied."""
+    return copy_module(module, rounded=rounded, share_weights=True).cpu().float().requires_grad_(False)
 
 
 class Flat(nn.Module):
