@@ -1,6 +1,6 @@
 """What `export_onnx` costs beside plain `torch.onnx.export`: memory and CPU time of a fresh process for each.
 
-A Llama with random weights, of about 36 million parameters, is written by both, unquantized and with weights of
+A Llama with random weights, of about 32 million parameters, is written by both, unquantized and with weights of
 8 bits. The peak is that of the whole process less what it takes before the export (interpreter, packages, module), in
 units of the module's float32 weights; the CPU time is that of all threads. Ours without verification writes the same
 kind of file; with it, the file is run too.
