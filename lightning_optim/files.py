@@ -2,11 +2,18 @@
 
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-__all__ = ["METADATA", "folder_written_aside", "is_sharded_folder", "replace_files", "written_aside"]
+__all__ = [
+    "METADATA",
+    "folder_written_aside",
+    "is_sharded_folder",
+    "pair_written_aside",
+    "replace_files",
+    "written_aside",
+]
 
 METADATA = "meta.pt"
 """The file of a sharded checkpoint that holds everything but weights and optimizer states; Lightning's name for it."""
@@ -35,6 +42,64 @@ def written_aside(path: str | Path) -> Iterator[Path]:
         os.replace(temporary, final)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def pair_written_aside(path: str | Path, suffix: str, *, is_pair: Callable[[Path], bool]) -> Iterator[Path]:
+    """Yield a path of the same name in a temporary folder, and move that file to ``path`` when the block succeeds.
+
+    The block may write a second file, named with ``suffix``, that the first one refers to by this name; both are moved
+    then. A second file of the old pair is removed if the new file has none. A block that raises leaves the old files
+    as they were. Between the moves of two files there is none under the first name, so that nothing reads half of each
+    pair; should one fail, the old ones are moved back. Of a symbolic link the file it points to is replaced, and the
+    second file is beside that.
+
+    Args:
+        path: The file to write; its folder exists.
+        suffix: What the name of the second file ends with.
+        is_pair: Whether an old file refers to a second one.
+
+    Raises:
+        IsADirectoryError: If there is a folder of either name.
+    """
+    final = Path(os.path.realpath(path))
+    finals = final.with_name(f"{final.name}{suffix}"), final  # in the order of the moves
+    for each in finals:
+        if each.is_dir():
+            raise IsADirectoryError(f"{str(each)!r} is a folder. Give the name of a file to write.")
+    folder = final.with_name(f".{final.name}.{os.getpid()}.part")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        yield folder / final.name
+        if (folder / finals[0].name).exists():
+            _replace_pair(folder, finals)
+        else:
+            left = finals[0] if is_pair(final) else None
+            os.replace(folder / final.name, final)
+            if left is not None:
+                left.unlink()
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _replace_pair(folder: Path, finals: tuple[Path, Path]) -> None:
+    old = {each: folder / f"{each.name}.old" for each in finals}
+    moved: list[Path] = []
+    try:
+        for each in reversed(finals):
+            if each.exists():
+                os.replace(each, old[each])
+        for each in finals:
+            os.replace(folder / each.name, each)
+            moved.append(each)
+    except OSError:
+        for each in moved:
+            each.unlink()
+        for each in finals:
+            if old[each].exists():
+                os.replace(old[each], each)
+        raise
 
 
 @contextmanager

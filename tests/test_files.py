@@ -2,7 +2,7 @@ import os
 
 import pytest
 
-from lightning_optim.files import folder_written_aside, replace_files, written_aside
+from lightning_optim.files import folder_written_aside, pair_written_aside, replace_files, written_aside
 
 
 def test_a_failed_block_leaves_the_old_file(tmp_path):
@@ -75,3 +75,50 @@ def test_the_folder_behind_a_link_is_replaced(tmp_path):
         (temporary / "a").write_text("1")
     assert (tmp_path / "link").is_symlink()
     assert (tmp_path / "real" / "a").read_text() == "1"
+
+
+def written_pair(path, first, second):
+    with pair_written_aside(path, ".data", is_pair=lambda old: old.exists() and "pair" in old.read_text()) as temporary:
+        temporary.write_text(first)
+        if second is not None:
+            temporary.with_name(f"{temporary.name}.data").write_text(second)
+
+
+def contents(folder):
+    return {path.name: path.read_text() for path in folder.iterdir()}
+
+
+def test_a_pair_is_replaced_by_a_pair_or_by_one_file(tmp_path):
+    written_pair(tmp_path / "a", "pair 1", "data 1")
+    written_pair(tmp_path / "a", "pair 2", "data 2")
+    assert contents(tmp_path) == {"a": "pair 2", "a.data": "data 2"}
+    written_pair(tmp_path / "a", "one", None)
+    assert contents(tmp_path) == {"a": "one"}
+    (tmp_path / "a.data").write_text("mine")
+    written_pair(tmp_path / "a", "two", None)
+    assert contents(tmp_path) == {"a": "two", "a.data": "mine"}
+
+
+@pytest.mark.parametrize("fails", range(4))
+def test_a_failed_move_of_a_pair_leaves_the_old_one(fails, tmp_path, monkeypatch):
+    written_pair(tmp_path / "a", "pair 1", "data 1")
+    replace, calls = os.replace, []
+
+    def fail(source, target):
+        calls.append(target)
+        if len(calls) == fails + 1:
+            raise OSError("no space")
+        replace(source, target)
+
+    monkeypatch.setattr("os.replace", fail)
+    with pytest.raises(OSError, match="no space"):
+        written_pair(tmp_path / "a", "pair 2", "data 2")
+    assert contents(tmp_path) == {"a": "pair 1", "a.data": "data 1"}
+
+
+@pytest.mark.parametrize("name", ["a", "a.data"])
+def test_a_folder_is_not_replaced_by_a_pair(name, tmp_path):
+    (tmp_path / name / "inside").mkdir(parents=True)
+    with pytest.raises(IsADirectoryError, match="is a folder"):
+        written_pair(tmp_path / "a", "pair", "data")
+    assert (tmp_path / name / "inside").is_dir()

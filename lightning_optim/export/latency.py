@@ -16,15 +16,17 @@ __all__ = ["RuntimeSubject", "compare_latency", "runtime_latencies"]
 class RuntimeSubject(Subject):
     """A file that is loaded again in every round, unless its runtime has no ``again``.
 
-    The sessions of a few rounds are kept, so that the next one gets other memory.
+    The sessions of a few rounds are kept, so that the next one gets other memory. Those of large files are not: each
+    holds all weights, often twice, and a fraction of them fits into a processor's cache.
     """
 
-    KEPT = 3
+    KEPT, KEPT_BYTES = 3, 2**25
 
     def __init__(self, runtime: Runtime) -> None:
         super().__init__(lambda case: self._loaded.run(case))
         self._runtime = self._loaded = runtime
-        self._kept: deque[Runtime] = deque(maxlen=self.KEPT)
+        large = getattr(runtime, "file_bytes", 0) > self.KEPT_BYTES
+        self._kept: deque[Runtime] = deque(maxlen=0 if large else self.KEPT)
 
     def renew(self) -> None:
         """Load the file once more."""

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_optim.export.external import stored_bytes
 from lightning_optim.export.integer import rounds, rounds_output
 from lightning_optim.export.latency import runtime_latencies
 from lightning_optim.export.report import Mix
@@ -201,7 +202,7 @@ class _Timed:
         loaded = [load_runtime(path, self._runtime) for path in named.values()]
         times = runtime_latencies(loaded, self._batches)
         return [
-            Mix(name, tuple(mixes.get(name, ())), tuple(batch[place] for batch in times), _size(path))
+            Mix(name, tuple(mixes.get(name, ())), tuple(batch[place] for batch in times), stored_bytes(path))
             for place, (name, path) in enumerate(named.items())
         ]
 
@@ -233,7 +234,3 @@ def against_rounded(comparison: Comparison) -> str:
         "It was verified against the module without these roundings. Difference from the module with them: mean "
         f"{comparison.mean_difference:.3g}{same}."
     )
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size

@@ -16,6 +16,7 @@ from torch import nn
 from lightning_optim._upstream import BatchNorm
 from lightning_optim._version import __version__
 from lightning_optim.checkpoint import plain_plan
+from lightning_optim.export.external import DATA_SUFFIX, holds_data, note_on_data, stored_bytes
 from lightning_optim.export.integer import convert, rounds, rounds_output
 from lightning_optim.export.latency import compare_latency
 from lightning_optim.export.mixed import (
@@ -32,7 +33,7 @@ from lightning_optim.export.runtimes import RUNTIMES, Runtime, load_runtime, mis
 from lightning_optim.export.session import as_fed
 from lightning_optim.export.source import Flat, Source, deployed
 from lightning_optim.export.verify import compare
-from lightning_optim.files import written_aside
+from lightning_optim.files import pair_written_aside
 from lightning_optim.measure.latency import LatencyResult
 from lightning_optim.modules import CONVOLVING, TRANSPOSED, without_fast_path
 from lightning_optim.quantization.graph import read_graph
@@ -67,7 +68,9 @@ def export_onnx(
     bits and fewer two in a byte, as tables are; other weights of fewer than 8 bits are stored as int8, and other groups
     computed in float. Attention's own matrix products, norms and additions stay float.
 
-    The file replaces the one at ``path`` only after it ran in the engine and gave the module's answers.
+    The file replaces the one at ``path`` only after it ran in the engine and gave the module's answers. Weights of more
+    than 1.5 GiB are written to a second file beside it, ``model.onnx.data`` for ``model.onnx``, which it needs under
+    that name.
 
     Args:
         module: A LightningModule or any module, on any device, in any precision and mode. A float32 copy on the CPU, in
@@ -120,7 +123,7 @@ def export_onnx(
         reference = deployed(module, rounded=True)
         leave_float(reference, kept)
         source = replace(source, module=deployed(reference, rounded=True))
-        with written_aside(path) as temporary:
+        with pair_written_aside(path, DATA_SUFFIX, is_pair=holds_data) as temporary:
             folded, program = _write(source, temporary, _metadata(module, metric))
             held = program.held(source.flat())
             limits = [
@@ -133,8 +136,13 @@ def export_onnx(
                 source.shapes(),
                 tuple(source.output_names),
                 describe_layers(reference, source.module, folded, held),
-                [*limits, *notes_on(reference, source.module, held), *notes_on_float(kept, keep_float)],
-                temporary.stat().st_size,
+                [
+                    *limits,
+                    *notes_on(reference, source.module, held),
+                    *notes_on_float(kept, keep_float),
+                    *note_on_data(temporary, path),
+                ],
+                stored_bytes(temporary),
                 kept_float=kept,
                 mixes=mixes,
             )
@@ -293,4 +301,4 @@ def _against_float(
     with TemporaryDirectory() as folder:
         file = Path(folder) / "float.onnx"
         _write(replace(source, module=deployed(module, rounded=False)), file, {})
-        return file.stat().st_size, compare_latency(loaded, load_runtime(file, runtime), tensors)
+        return stored_bytes(file), compare_latency(loaded, load_runtime(file, runtime), tensors)

@@ -78,7 +78,7 @@ class ExportReport:
         outputs: Names.
         layers: Layer with parameters -> how it is stored and computed.
         notes: Sentences on anything unexpected.
-        file_bytes: Size of the file.
+        file_bytes: Size of the file, with that of its weights if they are beside it.
         float_bytes: Size of the float32 export of the same module.
         max_difference: Largest absolute difference of any output from the module's.
         mean_difference: Mean absolute difference.

@@ -1,17 +1,22 @@
 """Inference engines that run exported files. An engine is one class here, and an extra in ``pyproject.toml``."""
 
+import os
+import shutil
 import time
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
+from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, mkdtemp
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from lightning_optim.export.external import data_file, stored_bytes
 from lightning_optim.export.report import Kernels
 from lightning_optim.export.saturation import note_on, overflows, unsigned_weights
 from lightning_optim.registry import Registry
@@ -19,15 +24,16 @@ from lightning_optim.registry import Registry
 __all__ = ["RUNTIMES", "Runtime", "load_runtime", "missing_package"]
 
 MOST_BYTES = 2_000_000_000
-"""Largest file that is rewritten in memory: protocol buffers end at 2 GiB."""
+"""Most bytes of weights that are rewritten in memory: protocol buffers end at 2 GiB."""
 
 
 class Runtime(Protocol):
     """A file loaded in an engine, on one thread of the CPU.
 
     A class may also have a ``title`` (the engine's name in tables), an ``extra`` (of this package, that installs it;
-    both default to the registered name), and a ``note``: a sentence for the export report on how the engine runs this
-    file on this processor.
+    both default to the registered name), a ``note``: a sentence for the export report on how the engine runs this
+    file on this processor, and ``file_bytes``: the size of the file, so that of large ones few are held while they are
+    timed.
 
     Attributes:
         clock: What times a call: seconds of the calling thread, or of the process.
@@ -103,7 +109,8 @@ class OnnxRuntime:
             import onnxruntime  # type: ignore[import-not-found, import-untyped, unused-ignore]
         except ImportError as error:
             raise missing_package("onnxruntime", self.extra) from error
-        self._source, self.note = _source_here(path, self.title, "a plain InferenceSession", _overflows_in_onnxruntime)
+        self._source = _source_here(path, self.title, "a plain InferenceSession", _overflows_in_onnxruntime)
+        self.note, self.file_bytes = self._source.note, stored_bytes(path)
         with TemporaryDirectory() as folder:
             optimized = Path(folder) / "optimized.onnx"
             self._session = self._load(onnxruntime, optimized_model_filepath=str(optimized))
@@ -116,7 +123,9 @@ class OnnxRuntime:
         options.log_severity_level = 3
         for name, value in more.items():
             setattr(options, name, value)
-        return onnxruntime.InferenceSession(self._source, options, providers=["CPUExecutionProvider"])
+        # The optimized graph may have weights multiplied out: more than one file holds.
+        options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "optimized.data")
+        return onnxruntime.InferenceSession(self._source.model, options, providers=["CPUExecutionProvider"])
 
     def again(self) -> "OnnxRuntime":
         """Load the file once more."""
@@ -145,14 +154,38 @@ class OnnxRuntime:
         )
 
 
-def _source_here(path: Path, engine: str, plainly: str, does_overflow: Callable[[], bool]) -> tuple[str | bytes, str]:
-    """Return a path or model that gives the file's answers on this processor, and what to note about it."""
-    if find_spec("onnx") is None or path.stat().st_size > MOST_BYTES or not does_overflow():
-        return str(path), ""
+@dataclass(frozen=True)
+class _SourceHere:
+    """A path or model that gives the file's answers on this processor.
+
+    Attributes:
+        model: A path, or a model's bytes.
+        note: What to note about it.
+    """
+
+    model: str | bytes
+    note: str = ""
+
+
+def _source_here(path: Path, engine: str, plainly: str, does_overflow: Callable[[], bool]) -> _SourceHere:
+    """Return what an engine loads: on some processors with the weights as uint8."""
+    here = os.path.realpath(path)  # weights beside it are not beside a link to it
+    if find_spec("onnx") is None or not does_overflow():
+        return _SourceHere(here)
     import onnx
 
-    model = onnx.load(str(path))
-    return (model.SerializeToString(), note_on(engine, plainly)) if unsigned_weights(model) else (str(path), "")
+    model = onnx.load(here)
+    if not unsigned_weights(model):
+        return _SourceHere(here)
+    note = note_on(engine, plainly)
+    if sum(len(weight.raw_data) for weight in model.graph.initializer) <= MOST_BYTES:
+        return _SourceHere(model.SerializeToString(), note)
+    folder = mkdtemp()
+    rewritten = Path(folder) / "model.onnx"
+    source = _SourceHere(str(rewritten), note)
+    weakref.finalize(source, shutil.rmtree, folder, ignore_errors=True)
+    onnx.save(model, str(rewritten), save_as_external_data=True, location=data_file(rewritten).name)
+    return source
 
 
 @cache
@@ -215,8 +248,9 @@ class OpenVINO:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        source, self.note = _source_here(path, self.title, "a plain Core.compile_model", _overflows_in_openvino)
-        self._model = _core().compile_model(_core().read_model(source), "CPU", self.options)
+        self._source = _source_here(path, self.title, "a plain Core.compile_model", _overflows_in_openvino)
+        self.note, self.file_bytes = self._source.note, stored_bytes(path)
+        self._model = _core().compile_model(_core().read_model(self._source.model), "CPU", self.options)
         self._request = self._model.create_infer_request()
         self.names = [put.get_any_name() for put in self._model.inputs]
 

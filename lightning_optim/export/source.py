@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_optim._upstream import tree_flatten, tree_flatten_with_path, tree_leaves, tree_unflatten
 from lightning_optim.calls import describe_inputs, try_forward
+from lightning_optim.export import external
 from lightning_optim.export.program import Program, export_program
 from lightning_optim.export.session import as_fed
 from lightning_optim.modules import copy_module
@@ -19,15 +20,12 @@ from lightning_optim.target import ForwardInputs, as_forward_inputs, first_rows,
 
 __all__ = ["Flat", "Source", "deployed"]
 
-LARGEST_FILE = 2**31 - 2**20
-"""Bytes of weights that fit into one ONNX file."""
-
 _ADVICE = "a tensor, a tuple of arguments or a dict of keyword arguments is expected."
 
 
 def deployed(module: nn.Module, *, rounded: bool) -> nn.Module:
-    """Return a float32 copy in eval mode on the CPU."""
-    return copy_module(module, rounded=rounded).cpu().float().requires_grad_(False)
+    """Return a float32 copy in eval mode on the CPU; parameters that are so already are not copied."""
+    return copy_module(module, rounded=rounded, share_weights=True).cpu().float().requires_grad_(False)
 
 
 class Flat(nn.Module):
@@ -153,16 +151,9 @@ class Source:
         flat(*tensors)  # its error says more plainly what cannot be exported than that of a traced call
         program = export_program(flat, tensors, self.module, self.input_names, self.free)
         exported = program.to_onnx(self.module, self.input_names, self.output_names, self.free)
-        _check_size(exported.model)
         exported.model.metadata_props.update(metadata)
-        exported.save(path, external_data=False)
+        external.save(exported.model, path)
         return program
-
-
-def _check_size(model: Any) -> None:
-    size = sum(value.const_value.nbytes for value in model.graph.initializers.values())
-    if size > LARGEST_FILE:
-        raise ValueError(f"{size / 2**30:.1f} GiB of weights do not fit into one ONNX file, which holds 2 GiB.")
 
 
 def _at_least_two_rows(examples: ForwardInputs) -> ForwardInputs:
