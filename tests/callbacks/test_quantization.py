@@ -303,7 +303,10 @@ def test_groups(tmp_path):
         ({"weight_bits": 8.5}, r"got 8\.5"),
         ({"bits": {"net.0": 16}}, r"bits\['net.0'\]"),
         ({"start": 0.9, "freeze": 0.5}, "`start` must not be after `freeze`"),
-        ({"observer": "minmax"}, "unknown observer 'minmax'; known: histogram, learned, min_max, moving_average, percentile"),
+        (
+            {"observer": "minmax"},
+            "unknown observer 'minmax'; known: histogram, learned, min_max, moving_average, percentile",
+        ),
         ({"weight_granularity": "per_row"}, "weight granularity must be"),
         ({"observe_steps": 0}, "`observe_steps` must be a whole number >= 1"),
     ],
