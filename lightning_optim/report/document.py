@@ -7,13 +7,14 @@ import platform
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from html import escape
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lightning
 import torch
-from rich.console import Console, Group
+from rich.console import Console, ConsoleOptions, Group, RenderResult
 from rich.text import Text
 
 from lightning_optim.files import replace_files
@@ -33,7 +34,7 @@ from lightning_optim.report.parts import Card, Section
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Card", "Report", "Section", "as_json", "environment", "svg_file"]
+__all__ = ["Card", "Documented", "Report", "Section", "as_json", "environment", "svg_file"]
 
 
 def environment() -> str:
@@ -128,6 +129,43 @@ class Report:
     def to_html(self) -> str:
         """Return the report as one HTML page that needs no other file and runs no script."""
         return page_of(self)
+
+
+class Documented:
+    """A result that is shown as a report: in a terminal, as Markdown, as a page and in a notebook."""
+
+    def as_document(self, *, figures: bool = False) -> Report:
+        """Return the report, with its figures if asked for."""
+        raise NotImplementedError
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """Draw the tables as wide as the console is."""
+        yield self.as_document().as_rich(options.max_width)
+
+    def __str__(self) -> str:
+        console = Console(width=160, no_color=True)
+        with console.capture() as capture:
+            console.print(self)
+        return capture.get().rstrip()
+
+    def to_markdown(self) -> str:
+        """Return tables and notes as Markdown."""
+        return self.as_document().to_markdown()
+
+    def to_html(self, path: str | Path | None = None) -> str:
+        """Return one self-contained page with tables, notes and figures, and write it where a path is given.
+
+        Raises:
+            ImportError: If matplotlib is missing; the text names the extra.
+        """
+        page = self.as_document(figures=True).to_html()
+        if path is not None:
+            replace_files({Path(path): page})
+        return page
+
+    def _repr_html_(self) -> str:
+        """Return the page for a notebook."""
+        return f'<iframe srcdoc="{escape(self.to_html())}" style="width:100%;height:40rem;border:0"></iframe>'
 
 
 def _markdown_tables(columns: Sequence[Column], rows: Sequence[Row]) -> list[str]:

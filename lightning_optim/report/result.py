@@ -8,13 +8,13 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console, ConsoleOptions, Group, RenderResult
+from rich.console import Console, Group
 
 from lightning_optim.checks import listed
 from lightning_optim.files import replace_files
 from lightning_optim.measure.rounds import ROUNDS, SAME, LatencyResult
 from lightning_optim.report.columns import ENGINES, Column, Row, formatted
-from lightning_optim.report.document import Card, Report, as_json
+from lightning_optim.report.document import Card, Documented, Report, as_json
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -32,7 +32,7 @@ PLAIN = (str, int, float, bool, type(None))
 
 
 @dataclass
-class ComparisonReport:
+class ComparisonReport(Documented):
     """The result of :func:`~lightning_optim.compare`; ``print(report)`` shows a table.
 
     Attributes:
@@ -209,31 +209,6 @@ class ComparisonReport:
     def table(self) -> Group:
         """Return the table for rich, in parts where it is wider than the terminal, with the notes below it."""
         return self.as_document().as_rich(Console().width)
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """Draw the table as wide as the console is."""
-        yield self.as_document().as_rich(options.max_width)
-
-    def __str__(self) -> str:
-        console = Console(width=160, no_color=True)
-        with console.capture() as capture:
-            console.print(self)
-        return capture.get().rstrip()
-
-    def to_markdown(self) -> str:
-        """Return tables and notes as Markdown."""
-        return self.as_document().to_markdown()
-
-    def to_html(self, path: str | Path | None = None) -> str:
-        """Return one self-contained page with tables, notes and figures, and write it where a path is given.
-
-        Raises:
-            ImportError: If matplotlib is missing; the text names the extra.
-        """
-        page = self.as_document(figures=True).to_html()
-        if path is not None:
-            replace_files({Path(path): page})
-        return page
 
     def write(self, folder: str | Path) -> Path:
         """Write ``report.html``, ``report.md`` with its figures as files, and ``report.json`` (see :meth:`load`).

@@ -5,12 +5,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console, ConsoleOptions, RenderResult
-
-from lightning_optim.files import replace_files
 from lightning_optim.recipe import Recipe
 from lightning_optim.report.columns import Column, Row, formatted
-from lightning_optim.report.document import Card, Report, Section, as_json
+from lightning_optim.report.document import Card, Documented, Report, Section, as_json
 from lightning_optim.search.objectives import Limit, Objective, read_limit
 
 if TYPE_CHECKING:
@@ -70,7 +67,7 @@ class Trial:
 
 
 @dataclass
-class SearchReport:
+class SearchReport(Documented):
     """The result of :func:`~lightning_optim.search`; ``print(report)`` shows the front.
 
     Attributes:
@@ -296,33 +293,6 @@ class SearchReport:
             else "The best trial."
         )
         return [Section(f"The recipe of {chosen.label}", text, code=chosen.recipe.to_yaml())]
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """Draw the front as wide as the console is."""
-        yield self.as_document().as_rich(options.max_width)
-
-    def __str__(self) -> str:
-        console = Console(width=160, no_color=True)
-        with console.capture() as capture:
-            console.print(self)
-        return capture.get().rstrip()
-
-    def to_html(self, path: str | Path | None = None) -> str:
-        """Return one self-contained page, and write it where a path is given.
-
-        Raises:
-            ImportError: If matplotlib is missing; the text names the extra.
-        """
-        page = self.as_document(figures=True).to_html()
-        if path is not None:
-            replace_files({Path(path): page})
-        return page
-
-    def _repr_html_(self) -> str:
-        """Return the page for a notebook."""
-        from html import escape
-
-        return f'<iframe srcdoc="{escape(self.to_html())}" style="width:100%;height:40rem;border:0"></iframe>'
 
     def write(self, folder: str | Path) -> Path:
         """Write ``report.html``, ``report.md`` with its figures, ``report.json`` and ``best.yaml`` to a folder.
