@@ -74,7 +74,7 @@ class Job:
     scratch_rate: float
 
 
-REAL = Job(1600, 256, 8, epoch_steps=50, teacher_epochs=4, epochs=4, dense_rate=1e-4, rate=2e-4, scratch_rate=5e-4)
+REAL = Job(2400, 256, 8, epoch_steps=50, teacher_epochs=4, epochs=6, dense_rate=1e-4, rate=3e-4, scratch_rate=5e-4)
 FAST = Job(480, 64, 16, epoch_steps=30, teacher_epochs=4, epochs=3, dense_rate=3e-3, rate=3e-3, scratch_rate=3e-3)
 
 

@@ -39,30 +39,40 @@ class Texts(Dataset[list[int]]):
         return self.ids[index]
 
 
-class Shuffled(Sampler[int]):
-    """A part of the messages in each epoch, all of them before one comes again.
+class Grouped(Sampler[int]):
+    """Messages of about equal length one after the other, so that little of a batch is padding.
 
-    The order depends on the seed and the epoch alone, so a run that is resumed after an epoch finds it again.
+    An epoch is a part of the messages; all come before one comes again. The order depends on the seed and the epoch
+    alone, so a run that is resumed after an epoch finds it again.
+
+    Args:
+        lengths: Tokens of each message.
+        batch_size: Messages in a batch.
+        batches: Of an epoch.
+        seed: Seed of the order.
     """
 
-    def __init__(self, samples: int, an_epoch: int, seed: int) -> None:
-        self.samples, self.an_epoch, self.seed, self.epoch = samples, an_epoch, seed, 0
+    def __init__(self, lengths: Sequence[int], batch_size: int, batches: int, seed: int) -> None:
+        self.lengths, self.batch_size, self.batches, self.seed, self.epoch = lengths, batch_size, batches, seed, 0
 
     def set_epoch(self, epoch: int) -> None:
         """Take the part of an epoch; the Trainer calls it."""
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return self.an_epoch
+        return self.batches * self.batch_size
 
     def __iter__(self) -> Iterator[int]:
-        first = self.epoch * self.an_epoch
-        for place in range(first, first + self.an_epoch):
-            yield self._order(place // self.samples)[place % self.samples]
+        samples, size = len(self.lengths), self.batches * self.batch_size
+        places = range(self.epoch * size, (self.epoch + 1) * size)
+        chosen = [self._order(samples, place // samples)[place % samples] for place in places]
+        chosen.sort(key=self.lengths.__getitem__)
+        for batch in self._order(self.batches, self.epoch):
+            yield from chosen[batch * self.batch_size : (batch + 1) * self.batch_size]
 
-    def _order(self, time: int) -> list[int]:
+    def _order(self, count: int, time: int) -> list[int]:
         generator = torch.Generator().manual_seed(1000 * self.seed + time)
-        order: list[int] = torch.randperm(self.samples, generator=generator).tolist()
+        order: list[int] = torch.randperm(count, generator=generator).tolist()
         return order
 
 
@@ -146,7 +156,7 @@ class AssistantData(pl.LightningDataModule):
         return DataLoader(
             IndexedDataset(texts) if self.indexed else texts,
             batch_size=self.batch_size,
-            sampler=Shuffled(len(texts), self.epoch_steps * self.batch_size, self.seed),
+            sampler=Grouped(list(map(len, texts.ids)), self.batch_size, self.epoch_steps, self.seed),
             collate_fn=IndexedCollate(collate) if self.indexed else collate,
         )
 

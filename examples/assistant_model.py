@@ -82,7 +82,7 @@ class Assistant(pl.LightningModule):
         self.log("val_loss", self(**batch).loss, batch_size=int(counted(batch)))
 
     def configure_optimizers(self) -> dict[str, Any]:
-        optimizer = torch.optim.AdamW(self.parameters(), self.hparams.learning_rate, weight_decay=0.01)
+        optimizer = torch.optim.AdamW(self.parameters(), self.hparams.learning_rate, weight_decay=0.01, fused=True)
         steps = self.trainer.estimated_stepping_batches
 
         def rate(step: int) -> float:
