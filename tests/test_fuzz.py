@@ -197,7 +197,7 @@ CONSTRUCTORS = {
     QuantizationAwareTraining: {
         "weight_bits": lambda v: type(v) is int and 2 <= v <= 8,
         "activation_bits": lambda v: v is None or (type(v) is int and 2 <= v <= 8),
-        "activation_ranges": one_of("static", "dynamic"),
+        "activation_ranges": one_of("static", "symmetric", "dynamic"),
         "start": is_moment,
         "freeze": is_moment,
         "observe_steps": is_count_or_none(1),

@@ -57,10 +57,12 @@ class QuantizationAwareTraining(CompressionCallback):
     Args:
         weight_bits: 2 to 8, symmetric.
         activation_bits: 2 to 8, affine, one scale per tensor; None: weights only.
-        activation_ranges: "static": ranges are observed, and fixed from ``freeze`` on. "dynamic": inputs of Linear
-            layers are rounded to 8 bits with the range of each call (those of convolutions stay float); nothing is
-            observed, and rounding begins at ``start``. Language models have a few activations that are much larger
-            than the others, which costs less with the latter, and least with ``activation_bits=None``.
+        activation_ranges: "static": ranges are observed, and fixed from ``freeze`` on. "symmetric": the same with zero
+            in the middle, so that there is no zero point (int8), as TensorRT needs it
+            (``export_onnx(target="tensorrt")``); what is never negative has half as many steps then. "dynamic": inputs
+            of Linear layers are rounded to 8 bits with the range of each call (those of convolutions stay float);
+            nothing is observed, and rounding begins at ``start``. Language models have a few activations that are much
+            larger than the others, which costs less with the latter, and least with ``activation_bits=None``.
         weight_granularity: What shares a scale: "per_channel" (per row of a table), "per_tensor", or "per_group:32"
             (32 inputs of a row), meant for 4 bits and below.
         bits: Weight bits by name or glob pattern, instead of ``weight_bits``; the first that matches counts. "auto":
@@ -412,7 +414,9 @@ class QuantizationAwareTraining(CompressionCallback):
     def last_line(self, pl_module: pl.LightningModule) -> str:
         """Return the sentence that says what was requested and in which phase the model is."""
         activations = "float" if self.scheme.activation_bits is None else f"uint{self.scheme.activation_bits}"
-        activations = f"dynamic {activations}" if self.scheme.activation_ranges == "dynamic" else activations
+        kind = self.scheme.activation_ranges
+        activations = f"{kind} {activations}" if kind == "dynamic" else activations
+        activations = activations.removeprefix("u") if kind == "symmetric" else activations
         weights = f"int{self.scheme.weight_bits}"
         if self._auto.chosen is not None:
             weights = f"{self._auto.chosen.effective_bits:.2f} bits (of {self._auto.chosen.asked:g})"

@@ -20,11 +20,12 @@ from lightning_optim.export import (
     export_safetensors,
 )
 from lightning_optim.export.mixed import KEEP_FLOAT
+from lightning_optim.export.targets import TARGETS
 
 __all__ = ["COMMAND"]
 
 FORMATS: dict[str, tuple[str, ...]] = {
-    "onnx": ("runtime", "dynamic_dims", "prepare", "keep_float", "batch_sizes"),
+    "onnx": ("target", "runtime", "dynamic_dims", "prepare", "keep_float", "batch_sizes"),
     "pretrained": ("tokenizer", "quantization", "module"),
     "safetensors": (),
 }
@@ -47,7 +48,16 @@ def run(arguments: Sequence[str]) -> int:
         help="onnx (default); pretrained: a folder that from_pretrained reads, of a model of transformers; or "
         "safetensors (default for a FILE of that ending): the weights alone",
     )
-    parser.add_argument("--runtime", help="onnxruntime (default) or openvino: the engine that verifies the ONNX file")
+    parser.add_argument(
+        "--target",
+        choices=tuple(TARGETS),
+        help="the engine that the ONNX file is for: onnxruntime (default), openvino or tensorrt (of a model quantized "
+        "with symmetric activations)",
+    )
+    parser.add_argument(
+        "--runtime",
+        help="onnxruntime or openvino: the engine that verifies the ONNX file (default: the target, or onnxruntime)",
+    )
     parser.add_argument("--dynamic_dims", type=dims, metavar="YAML", help="free dimensions: '{text: {1: \"length\"}}'")
     parser.add_argument(
         "--keep_float",
@@ -123,7 +133,8 @@ def _write_file(objects: Objects, given: argparse.Namespace) -> ExportReport:
         deployed,
         given.file,
         inputs,
-        runtime=given.runtime or "onnxruntime",
+        target=given.target or "onnxruntime",
+        runtime=given.runtime,
         dynamic_dims=given.dynamic_dims,
         keep_float=given.keep_float or "small",
         batch_sizes=given.batch_sizes,

@@ -1,6 +1,7 @@
 """Functions between integer layers in an exported file: their operands rounded by quantizers."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_optim.export.stored import Quantizer, dequantize, quantize
@@ -42,12 +43,15 @@ class _IntegerFunctions(RoundsFunctions):
     keeps_name = True
     stored_operands: nn.ModuleDict
     stored_gate: _Gate
+    activation_ranges: str
 
     def round_operand(self, which: str, x: Tensor) -> Tensor:
         rounded: Tensor = self.stored_operands[which](x)
         return rounded
 
     def gated(self, kind: str, x: Tensor) -> Tensor:
+        if self.activation_ranges == "symmetric":  # as in the module, a float gate
+            return F.silu(x) if kind == "silu" else F.hardswish(x)
         return gated(kind, x, self.stored_gate, self.stored_gate.shifted)
 
 

@@ -27,11 +27,12 @@ from lightning_optim.export.mixed import (
     notes_on_float,
     small_layers,
 )
-from lightning_optim.export.program import OPSET, Program
+from lightning_optim.export.program import Program
 from lightning_optim.export.report import ExportReport, Mix, describe_layers, notes_on
 from lightning_optim.export.runtimes import RUNTIMES, Runtime, load_runtime, missing_package
 from lightning_optim.export.session import as_fed
 from lightning_optim.export.source import Flat, Source, deployed
+from lightning_optim.export.targets import Target, find_target_form
 from lightning_optim.export.verify import compare
 from lightning_optim.files import pair_written_aside
 from lightning_optim.measure.latency import LatencyResult
@@ -51,7 +52,8 @@ def export_onnx(
     dynamic_batch: bool = True,
     dynamic_dims: Mapping[str, Mapping[int, str]] | None = None,
     verify: bool = True,
-    runtime: str = "onnxruntime",
+    target: str = "onnxruntime",
+    runtime: str | None = None,
     inputs: Any = None,
     least_agreement: float = 0.99,
     keep_float: str = "small",
@@ -82,7 +84,13 @@ def export_onnx(
             For a text model ``{"input_ids": {1: "length"}, "attention_mask": {1: "length"}}``. Limits set by the
             module's code (a table of 512 positions) are detected and reported in the notes.
         verify: Whether the file is run and compared.
-        runtime: "onnxruntime" or "openvino": the engine that runs it, on one thread of the CPU.
+        target: The engine that the file is written for: "onnxruntime", whose form OpenVINO reads too, "openvino", or
+            "tensorrt": int8 activations without zero points, float biases, opset 19. It takes a module quantized with
+            ``activation_ranges="symmetric"``, or a float one, and computes all quantized layers with integers
+            (``keep_float="none"``). TensorRT itself is not run: the file is checked by rules, and verified in
+            ``runtime``.
+        runtime: "onnxruntime" or "openvino": the engine that runs the file, on one thread of the CPU. Default: the
+            target, or "onnxruntime" for "tensorrt".
         inputs: Inputs to compare on, like ``example_inputs``, or a list of such; default the example inputs. Some
             hundred rows of held-out data are better.
         least_agreement: Fraction of rows whose class must be the module's. Outputs without classes may differ by 0.05
@@ -111,20 +119,26 @@ def export_onnx(
     if not 0.0 <= least_agreement <= 1.0:
         raise ValueError(f"`least_agreement` must be a fraction in [0, 1], got {least_agreement!r}.")
     _check_packages()
+    form = find_target_form(target)
+    runtime = form.runtime if runtime is None else runtime
     RUNTIMES.resolve(runtime)
     if not path.absolute().parent.is_dir():
         raise FileNotFoundError(f"the folder of {str(path)!r} does not exist. Create it first.")
     _check_ranges(module)
+    kept_float = form.check(module, keep_float)
     examples = map_inputs(as_fed, as_forward_inputs(example_inputs))
     batches = _batches(examples, keep_float, batch_sizes, dynamic_batch)
     with torch.no_grad(), torch.random.fork_rng(devices=[]), without_fast_path():
         source = Source.of(module, examples, dynamic_batch, dynamic_dims or {}, input_names, output_names)
-        kept, mixes = _kept_float(module, source, keep_float, batches, runtime)
+        source = replace(source, opset=form.opset)
+        kept, mixes = _kept_float(module, source, form, kept_float, batches, runtime)
         reference = deployed(module, rounded=True)
         leave_float(reference, kept)
+        notes = form.prepare(reference)
         source = replace(source, module=deployed(reference, rounded=True))
         with pair_written_aside(path, DATA_SUFFIX, is_pair=holds_data) as temporary:
-            folded, program = _write(source, temporary, _metadata(module, metric))
+            folded, program = _write(source, form, temporary, _metadata(module, metric))
+            form.check_file(temporary)
             held = program.held(source.flat())
             limits = [
                 f"{name} is at most {size} in this file, as in the module." for name, size in program.largest.items()
@@ -132,23 +146,25 @@ def export_onnx(
             report = ExportReport(
                 path,
                 None,
-                OPSET,
+                form.opset,
                 source.shapes(),
                 tuple(source.output_names),
                 describe_layers(reference, source.module, folded, held),
                 [
                     *limits,
+                    *notes,
                     *notes_on(reference, source.module, held),
-                    *notes_on_float(kept, keep_float),
+                    *notes_on_float(kept, kept_float),
                     *note_on_data(temporary, path),
                 ],
                 stored_bytes(temporary),
                 kept_float=kept,
                 mixes=mixes,
+                target=target,
             )
             if verify:
                 calls = source.calls_of(examples, inputs)
-                report = _verified(report, module, reference, source, temporary, calls, runtime, least_agreement)
+                report = _verified(report, module, reference, source, form, temporary, calls, runtime, least_agreement)
     return report
 
 
@@ -171,7 +187,12 @@ def _batches(
 
 
 def _kept_float(
-    module: nn.Module, source: Source, keep_float: str, batches: Sequence[ForwardInputs], runtime: str
+    module: nn.Module,
+    source: Source,
+    form: Target,
+    keep_float: str,
+    batches: Sequence[ForwardInputs],
+    runtime: str,
 ) -> tuple[tuple[str, ...], tuple[Mix, ...]]:
     """Return the quantized layers that the file computes in float, and what was timed to find them."""
     if keep_float != "auto":
@@ -180,20 +201,22 @@ def _kept_float(
     def write(layers: Collection[str], file: Path) -> None:
         mixed = deployed(module, rounded=True)
         leave_float(mixed, layers)
-        _write(replace(source, module=mixed), file, {})
+        form.prepare(mixed)
+        _write(replace(source, module=mixed), form, file, {})
 
     with TemporaryDirectory() as folder:
         file = Path(folder) / "float.onnx"
-        _write(replace(source, module=deployed(module, rounded=False)), file, {})
+        _write(replace(source, module=deployed(module, rounded=False)), form, file, {})
         tensors = [source.flat().tensors(batch) for batch in batches]
         best, mixes = fastest(source.module, write, file, tensors, runtime)
     return best.layers, mixes
 
 
-def _write(source: Source, file: Path, metadata: Mapping[str, str]) -> tuple[dict[str, str], Program]:
+def _write(source: Source, form: Target, file: Path, metadata: Mapping[str, str]) -> tuple[dict[str, str], Program]:
     """Convert a copy to integers and write it; return the BatchNorms folded into convolutions, and the graph."""
     folded, returned = _graph_facts(source.module, source.inputs)
     convert(source.module, folded, returned)
+    form.finish(source.module)
     return folded, source.write(file, metadata)
 
 
@@ -255,6 +278,7 @@ def _verified(
     module: nn.Module,
     reference: nn.Module,
     source: Source,
+    form: Target,
     path: Path,
     calls: Sequence[ForwardInputs],
     runtime: str,
@@ -273,13 +297,13 @@ def _verified(
             "was written. Compare on more rows (`inputs=`), keep sensitive layers float (`exclude=`), or lower "
             "`least_agreement`."
         )
-    notes = [*report.notes, *filter(None, [getattr(loaded, "note", "")])]
+    notes = [*report.notes, *filter(None, [getattr(loaded, "note", "") if form.runs_here else ""])]
     if report.kept_float:
         rounded = Flat(deployed(module, rounded=True), source.inputs)
         notes.append(against_rounded(compare([rounded(*call) for call in tensors], answers)))
     float_bytes, latency = None, None
     if any(isinstance(layer, QuantizedLayer) for layer in module.modules()):
-        float_bytes, latency = _against_float(module, source, loaded, runtime, tensors[0])
+        float_bytes, latency = _against_float(module, source, form, loaded, runtime, tensors[0])
     return replace(
         report,
         runtime=runtime,
@@ -290,15 +314,16 @@ def _verified(
         mean_difference=comparison.mean_difference,
         agreement=comparison.agreement,
         rows=comparison.rows,
-        **vars(loaded.kernels()),
+        **vars(form.kernels(path, loaded)),
     )
 
 
 def _against_float(
-    module: nn.Module, source: Source, loaded: Runtime, runtime: str, tensors: Sequence[torch.Tensor]
-) -> tuple[int, LatencyResult]:
+    module: nn.Module, source: Source, form: Target, loaded: Runtime, runtime: str, tensors: Sequence[torch.Tensor]
+) -> tuple[int, LatencyResult | None]:
     """Return the size of the float32 export of the same module, and the latency of the loaded file against it."""
     with TemporaryDirectory() as folder:
         file = Path(folder) / "float.onnx"
-        _write(replace(source, module=deployed(module, rounded=False)), file, {})
-        return stored_bytes(file), compare_latency(loaded, load_runtime(file, runtime), tensors)
+        _write(replace(source, module=deployed(module, rounded=False)), form, file, {})
+        latency = compare_latency(loaded, load_runtime(file, runtime), tensors) if form.runs_here else None
+        return stored_bytes(file), latency

@@ -51,7 +51,12 @@ class Program:
         return {id(tensor) for name, tensor in tensors if name in read}
 
     def to_onnx(
-        self, module: nn.Module, input_names: Sequence[str], output_names: Sequence[str], free: FreeDimensions
+        self,
+        module: nn.Module,
+        input_names: Sequence[str],
+        output_names: Sequence[str],
+        free: FreeDimensions,
+        opset: int = OPSET,
     ) -> Any:
         """Return the ONNX model, with named free dimensions.
 
@@ -60,6 +65,7 @@ class Program:
             input_names: Names of all inputs.
             output_names: Names of all outputs.
             free: The free dimensions.
+            opset: Version of ONNX's operators.
 
         Raises:
             ValueError: If ONNX has no operator for a part of it.
@@ -69,10 +75,10 @@ class Program:
                 exported = torch.onnx.export(
                     self.graph,
                     dynamo=True,
-                    opset_version=OPSET,
+                    opset_version=opset,
                     input_names=list(input_names),
                     output_names=list(output_names),
-                    custom_translation_table=_translations(),
+                    custom_translation_table=_translations(opset),
                     verbose=False,
                 )
         except FAILURES as error:
@@ -194,18 +200,20 @@ def _name_dimensions(model: Any, free: Sequence[Mapping[int, str]]) -> None:
             value.shape[place] = name
 
 
-def _translations() -> dict[Any, Callable[..., Any]]:
-    from onnxscript import opset21
+def _translations(opset: int) -> dict[Any, Callable[..., Any]]:
+    import onnxscript
+
+    standard: Any = getattr(onnxscript, f"opset{opset}")
 
     def quantize(x: Any, scale: Any, zero_point: Any) -> Any:
-        return opset21.QuantizeLinear(x, scale, zero_point)
+        return standard.QuantizeLinear(x, scale, zero_point)
 
     def dequantize(integers: Any, scale: Any, zero_point: Any = None, axis: int = -1) -> Any:
         attributes = {} if axis < 0 else {"axis": axis}
-        return opset21.DequantizeLinear(integers, scale, zero_point, **attributes)
+        return standard.DequantizeLinear(integers, scale, zero_point, **attributes)
 
     def quantize_dynamically(x: Any) -> Any:
-        return opset21.DynamicQuantizeLinear(x)
+        return standard.DynamicQuantizeLinear(x)
 
     own = torch.ops.lightning_optim
     return {

@@ -93,6 +93,7 @@ class ExportReport:
         kept_float: Quantized layers, and functions between them, that the file computes in float: what they read is not
             rounded, as it is in the module.
         mixes: With ``keep_float="auto"``, the files that were timed; the first is the float32 export.
+        target: The engine that the file is written for.
     """
 
     path: Path
@@ -115,6 +116,7 @@ class ExportReport:
     latency: LatencyResult | None = None
     kept_float: tuple[str, ...] = ()
     mixes: tuple[Mix, ...] = ()
+    target: str = "onnxruntime"
 
     @property
     def size_ratio(self) -> float | None:
@@ -123,7 +125,8 @@ class ExportReport:
 
     def __str__(self) -> str:
         rows = by_reason(self.layers, shown=4)
-        table = render(f"{self.path} (ONNX, opset {self.opset})", ("layer", "in the file"), rows)
+        form = f"ONNX, opset {self.opset}" + ("" if self.target == "onnxruntime" else f", for {self.target}")
+        table = render(f"{self.path} ({form})", ("layer", "in the file"), rows)
         return "\n".join([table, *self._sentences(), *self.notes])
 
     def _sentences(self) -> list[str]:
@@ -212,13 +215,13 @@ def _described(layer: nn.Module, writer: nn.Module, copy: nn.Module) -> str:
         shared = layer.weight_granularity.replace("_", " ")
         parts.append(f"int{layer.weight_bits}{container} weight {shared}{packed}")
         if layer.activation_bits is not None and layer.activation_ranges == "dynamic":
-            parts.append(f"uint{layer.activation_bits} input, range of each call")
+            parts.append(f"{layer.integer_type} input, range of each call")
         elif layer.activation_bits is not None and layer.rounds_operands:
-            parts.append(f"uint{layer.activation_bits} {', '.join(layer.operands)}")
+            parts.append(f"{layer.integer_type} {', '.join(layer.operands)}")
     if isinstance(writer, QuantizedFunctions) and rounds_output(writer):
-        parts.append(f"uint{writer.activation_bits} operands of {', '.join(writer.functions)}")
+        parts.append(f"{writer.integer_type} operands of {', '.join(writer.functions)}")
     elif isinstance(writer, QuantizedLayer) and rounds_output(writer):
-        parts.append(f"uint{writer.activation_bits} output")
+        parts.append(f"{writer.integer_type} output")
     return ", ".join(parts) or "float"
 
 

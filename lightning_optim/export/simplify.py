@@ -81,8 +81,12 @@ def _drop_defaults(model: Any) -> None:
 
 
 def _is_dispensable(node: Any) -> bool:
-    """Whether engines do without a zero point of zeros: where it is not that of a product's weight."""
-    return not any(_multiplies(use.node) for use in node.outputs[0].uses())
+    """Whether engines do without a zero point of zeros: where it is that of a constant, but not of a product's weight.
+
+    Of an activation it says that integers are int8: without it they are uint8.
+    """
+    constant = node.op_type == _DEQUANTIZE and node.inputs[0].const_value is not None
+    return constant and not any(_multiplies(use.node) for use in node.outputs[0].uses())
 
 
 def _multiplies(node: Any) -> bool:
@@ -143,9 +147,10 @@ def _rounded(value: Any, like: Any, before: Any) -> Any:
 def _drop_idle_before(node: Any) -> None:
     """Read over clippings to a range that the rounding clips to anyway, and over a rounding that is the same."""
     scale, zero = (_constant(value) for value in node.inputs[1:3])
-    if scale is None or zero is None or scale.ndim or zero.dtype != np.uint8:
+    if scale is None or zero is None or scale.ndim or zero.dtype not in (np.uint8, np.int8):
         return
-    low, high = -float(zero) * float(scale), (255.0 - float(zero)) * float(scale)
+    ends = np.iinfo(zero.dtype)
+    low, high = ((end - float(zero)) * float(scale) for end in (ends.min, ends.max))
     while True:
         before = node.inputs[0].producer()
         if before is None or not _is_idle(before, low, high, float(scale)):

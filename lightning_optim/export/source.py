@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightning_optim._upstream import tree_flatten, tree_flatten_with_path, tree_leaves, tree_unflatten
 from lightning_optim.calls import describe_inputs, try_forward
 from lightning_optim.export import external
-from lightning_optim.export.program import Program, export_program
+from lightning_optim.export.program import OPSET, Program, export_program
 from lightning_optim.export.session import as_fed
 from lightning_optim.modules import copy_module
 from lightning_optim.outputs import output_fields, output_tensors
@@ -87,6 +87,7 @@ class Source:
         output_names: Names in the file.
         dynamic_batch: Whether dimension 0 is free.
         free: Input name -> dimension -> name, for every free dimension.
+        opset: Version of ONNX's operators.
     """
 
     module: nn.Module
@@ -95,6 +96,7 @@ class Source:
     output_names: list[str]
     dynamic_batch: bool
     free: dict[str, dict[int, str]]
+    opset: int = OPSET
 
     @classmethod
     def of(
@@ -150,7 +152,7 @@ class Source:
         tensors = flat.tensors(self.inputs)
         flat(*tensors)  # its error says more plainly what cannot be exported than that of a traced call
         program = export_program(flat, tensors, self.module, self.input_names, self.free)
-        exported = program.to_onnx(self.module, self.input_names, self.output_names, self.free)
+        exported = program.to_onnx(self.module, self.input_names, self.output_names, self.free, self.opset)
         exported.model.metadata_props.update(metadata)
         external.save(exported.model, path)
         return program

@@ -30,13 +30,14 @@ __all__ = [
 
 @torch.library.custom_op("lightning_optim::quantize", mutates_args=())
 def quantize(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
-    """Return ``clamp(round(x / scale) + zero_point, 0, 255)`` as uint8: ONNX's QuantizeLinear."""
-    return (torch.round(x / scale) + zero_point).clamp(0, 255).to(torch.uint8)
+    """Return ``round(x / scale) + zero_point``, clipped to the zero point's type: ONNX's QuantizeLinear."""
+    ends = torch.iinfo(zero_point.dtype)
+    return (torch.round(x / scale) + zero_point).clamp(ends.min, ends.max).to(zero_point.dtype)
 
 
 @quantize.register_fake
 def _(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
-    return torch.empty_like(x, dtype=torch.uint8)
+    return torch.empty_like(x, dtype=zero_point.dtype)
 
 
 @torch.library.custom_op("lightning_optim::dequantize", mutates_args=())
@@ -69,7 +70,8 @@ def _(integers: Tensor, scale: Tensor) -> Tensor:
 def quantize_dynamically(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return ``x`` as uint8, scale and zero point, by the range of ``x`` itself: ONNX's DynamicQuantizeLinear."""
     scale, zero_point = affine_parameters(*x.aminmax())
-    return quantize(x, scale, zero_point), scale, zero_point.to(torch.uint8)
+    zero_point = zero_point.to(torch.uint8)
+    return quantize(x, scale, zero_point), scale, zero_point
 
 
 @quantize_dynamically.register_fake
@@ -87,7 +89,7 @@ class DynamicQuantizer(nn.Module):
 
 
 class Quantizer(nn.Module):
-    """Rounds a tensor to uint8 and back.
+    """Rounds a tensor to uint8, or to int8 without a zero point, and back.
 
     With fewer than 8 bits it clips between two roundings: the first belongs to the layer before, the second to the
     layer after, and both still run with integers.
@@ -103,6 +105,10 @@ class Quantizer(nn.Module):
         low, high = integer_range(bits, symmetric=False)
         offset, step = int(zero_point), float(scale)
         self.bounds = None if bits == 8 else ((low - offset) * step, (high - offset) * step)
+
+    def count_from_zero(self) -> None:
+        """Round to int8 with the zero point 0 from now on; the zero point must be that of a symmetric range."""
+        self.register_buffer("zero_point", (self.zero_point.to(torch.int16) - 128).to(torch.int8))
 
     def forward(self, x: Tensor) -> Tensor:
         """Round ``x``."""

@@ -21,6 +21,7 @@ __all__ = [
     "integer_range",
     "parse_weight_granularity",
     "straight_through",
+    "symmetric_parameters",
     "symmetric_scale",
     "weight_scale",
 ]
@@ -157,6 +158,31 @@ def affine_parameters(low: Tensor, high: Tensor, bits: int = 8) -> tuple[Tensor,
     scale = ((high - low) / (top - bottom)).clamp_min(SMALLEST_SCALE)
     zero_point = (bottom - torch.round(low / scale)).clamp(bottom, top).to(torch.int32)
     return scale, zero_point
+
+
+def symmetric_parameters(low: Tensor, high: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
+    """Return scale and zero point of a range, widened to reach equally far to both sides of zero.
+
+    Args:
+        low: Smallest value, any shape.
+        high: Largest value, same shape.
+        bits: 2 to 8.
+
+    Returns:
+        float32 scale, and the int32 zero point ``2^(bits-1)``. Counted from there, integers have no zero point: with 8
+        bits they are int8, -128 to 127, of which the range takes -127 to 127.
+
+    References:
+        Wu et al. 2020, "Integer Quantization for Deep Learning Inference: Principles and Empirical Evaluation",
+        section 3.1 (scale quantization).
+
+    Examples:
+        >>> symmetric_parameters(torch.tensor(-1.0), torch.tensor(1.27), 8)
+        (tensor(0.0100), tensor(128, dtype=torch.int32))
+    """
+    _, top = integer_range(bits, symmetric=True)
+    scale = (torch.maximum(-low.float(), high.float()) / top).clamp_min(SMALLEST_SCALE)
+    return scale, torch.full_like(scale, top + 1, dtype=torch.int32)
 
 
 def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor | int, quant_min: int, quant_max: int) -> Tensor:

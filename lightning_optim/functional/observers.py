@@ -52,6 +52,11 @@ class Observer:
         """Return smallest and largest value, each ``[tensors]``, of statistics ``[tensors, size]``."""
         raise NotImplementedError
 
+    @staticmethod
+    def magnitudes(statistic: Tensor) -> Tensor:
+        """Return the statistics of the absolute values, for a symmetric range; by default those of the values."""
+        return statistic
+
 
 OBSERVERS: Registry[type[Observer]] = Registry("observer")
 """Name -> observer class."""
@@ -71,6 +76,11 @@ class _Extremes(Observer):
     @staticmethod
     def range_of(statistic: Tensor, bits: int) -> tuple[Tensor, Tensor]:
         return -statistic[:, 0], statistic[:, 1]
+
+    @staticmethod
+    def magnitudes(statistic: Tensor) -> Tensor:
+        largest = statistic.amax(1)
+        return torch.stack([torch.zeros_like(largest), largest], 1)
 
 
 @OBSERVERS.register("min_max")
@@ -143,6 +153,12 @@ class Histogram(Observer):
         """Return the ranges with the least squared error, searched alternately for each end."""
         ranges = [_least_error(counts, bits) for counts in statistic]
         return torch.stack([low for low, _ in ranges]), torch.stack([high for _, high in ranges])
+
+    @staticmethod
+    def magnitudes(statistic: Tensor) -> Tensor:
+        """Return the counts with those of negative values among the positive ones."""
+        negative, positive, zeros = statistic.tensor_split((Histogram.BINS, 2 * Histogram.BINS), 1)
+        return torch.cat([torch.zeros_like(negative), negative + positive, zeros], 1)
 
 
 @OBSERVERS.register("percentile")

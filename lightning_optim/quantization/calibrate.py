@@ -73,7 +73,9 @@ def quantize_post_training(
             many leading items as it requires.
         weight_bits: 2 to 8.
         activation_bits: 2 to 8, or None: inputs stay float.
-        activation_ranges: "static": one range per tensor, from the batches; "dynamic": each call's own range, for the
+        activation_ranges: "static": one range per tensor, from the batches; "symmetric": the same with zero in the
+            middle, so that there is no zero point (int8), as TensorRT needs it (``export_onnx(target="tensorrt")``);
+            what is never negative has half as many steps then; "dynamic": each call's own range, for the
             inputs of Linear layers (those of convolutions stay float). For a language model add ``smooth``, or
             leave activations float.
         weight_granularity: What shares a scale: "per_channel", "per_tensor", "per_group:32".

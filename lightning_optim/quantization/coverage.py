@@ -29,11 +29,11 @@ def words_of(layer: QuantizedLayer) -> tuple[str, str]:
     weight = "-" if layer.weight_bits is None else f"int{layer.weight_bits}, {layer.weight_granularity}"
     weight += ", learned step" if learns(layer, "weight") else ""
     learned = {which: ", learned step" if learns(layer, which) else "" for which in layer.watched}
-    parts = [f"uint{layer.activation_bits} {which}{learned[which]}" for which in layer.watched]
+    parts = [f"{layer.integer_type} {which}{learned[which]}" for which in layer.watched]
     if layer.activation_bits is not None and layer.activation_ranges == "dynamic":
-        parts.append(f"uint{layer.activation_bits} input, range of each call")
+        parts.append(f"{layer.integer_type} input, range of each call")
     if isinstance(layer, QuantizedFunctions):
-        parts = [f"uint{layer.activation_bits} operands of {', '.join(layer.functions)}"] if layer.functions else []
+        parts = [f"{layer.integer_type} operands of {', '.join(layer.functions)}"] if layer.functions else []
     return weight, ", ".join(parts) or "float"
 
 

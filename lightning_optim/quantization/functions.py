@@ -249,7 +249,8 @@ class QuantizedFunctions(RoundsFunctions, QuantizedLayer):
 
     def gated(self, kind: str, x: Tensor) -> Tensor:
         """Return SiLU or Hardswish of an operand, with a rounded gate in the phases that round."""
-        if self.output_phase not in ("fake_quantize", "frozen"):
+        # An integer gate lies between 0 and 1, and so takes half of a symmetric range: it stays float there.
+        if self.output_phase not in ("fake_quantize", "frozen") or self.activation_ranges == "symmetric":
             return F.silu(x) if kind == "silu" else F.hardswish(x)
         return gated(kind, x, _rounded_gate)
 

@@ -118,7 +118,8 @@ class QuantizedLayer(nn.Module):
         weight_bits: 2 to 8; None for a layer without a weight of its own to quantize (BatchNorm).
         weight_granularity: What shares a scale.
         activation_bits: Bits of input and output; None keeps them float.
-        activation_ranges: "static": observed ranges; "dynamic": the range of each call's own input.
+        activation_ranges: "static": observed ranges; "symmetric": observed, with zero in the middle; "dynamic": the
+            range of each call's own input.
         observer: Name in ``OBSERVERS``.
         quantization_phase: Phase of weight and input.
         quantizes_output: Whether the output is quantized too.
@@ -165,6 +166,11 @@ class QuantizedLayer(nn.Module):
     def rounds_operands(self) -> bool:
         """Whether there are operands, and all have ranges."""
         return bool(self.operands) and all(which in self.watched for which in self.operands)
+
+    @property
+    def integer_type(self) -> str:
+        """What activations are rounded to: "uint8", or "int8" where ranges are symmetric."""
+        return f"{'int' if self.activation_ranges == 'symmetric' else 'uint'}{self.activation_bits}"
 
     def phase_of(self, which: str) -> str:
         """Return the phase of the input or the output."""

@@ -52,11 +52,13 @@ def add_weight_step(layer: nn.Module, rows: Tensor, granularity: str) -> None:
     layer.register_buffer(FIRST, torch.ones(size, dtype=torch.float32, device=rows.device))
 
 
-def add_input_step(layer: nn.Module, like: Tensor) -> None:
-    """Give a layer the parameters of its input's step and zero point, not trained yet."""
-    for name in (INPUT_STEP, OFFSET):
+def add_input_step(layer: nn.Module, like: Tensor, *, offset: bool = True) -> None:
+    """Give a layer the parameters of its input's step and, with ``offset``, zero point, not trained yet."""
+    for name in (INPUT_STEP, OFFSET) if offset else (INPUT_STEP,):
         if name not in layer._parameters:
             layer.register_parameter(name, _parameter(1, like))
+    if not offset:
+        remove_steps(layer, (OFFSET,))
 
 
 def _parameter(size: int, like: Tensor) -> nn.Parameter:
@@ -109,9 +111,11 @@ def learned_weight(layer: nn.Module, rows: Tensor, bits: int, granularity: str) 
 
 def learned_range(layer: nn.Module, first: Tensor, zero_point: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Return the present scale ``[]`` and zero point (int32, ``[]``) of a layer's input, without gradient."""
-    log_step, offset = (full(layer._parameters[name].detach()) for name in (INPUT_STEP, OFFSET))  # type: ignore[union-attr]
-    step = learned_step(log_step, first.reshape(1))
-    zero = learned_zero_point(offset, zero_point.reshape(1), step, bits)
+    step = learned_step(full(layer._parameters[INPUT_STEP].detach()), first.reshape(1))  # type: ignore[union-attr]
+    offset = layer._parameters.get(OFFSET)
+    if offset is None:
+        return step.reshape(()), zero_point
+    zero = learned_zero_point(full(offset.detach()), zero_point.reshape(1), step, bits)
     return step.reshape(()), zero.to(torch.int32).reshape(())
 
 
@@ -126,10 +130,11 @@ def rounded_input(layer: nn.Module, x: Tensor, first: Tensor, zero_point: Tensor
         bits: Bits of the input.
     """
     low, high = integer_range(bits, symmetric=False)
-    log_step, offset = layer._parameters[INPUT_STEP], layer._parameters[OFFSET]
-    assert log_step is not None and offset is not None  # noqa: S101, PT018 - the caller asked whether it learns
-    step = learned_step(log_step, first.reshape(1))
-    zero = learned_zero_point(offset, zero_point.reshape(1), step.detach(), bits)
+    log_step, offset = layer._parameters[INPUT_STEP], layer._parameters.get(OFFSET)
+    assert log_step is not None  # noqa: S101 - the caller asked whether it learns
+    step, zero = learned_step(log_step, first.reshape(1)), zero_point
+    if offset is not None:
+        zero = learned_zero_point(offset, zero_point.reshape(1), step.detach(), bits)
     features = x.shape[1:].numel() if x.ndim > 1 else x.numel()
     return learned_fake_quantize(x, step, zero, low, high, 1 / math.sqrt(max(features, 1) * high))
 

@@ -286,7 +286,9 @@ def _hold_functions(
         module.quantization_phase = module.output_phase = "off"
         module.weight_bits, module.weight_granularity, module.output_relu = None, scheme.weight_granularity, False
         module.observer = scheme.observer
+    before = module.activation_ranges
     module.activation_bits, module.quantizes_output = scheme.activation_bits, True
+    module.activation_ranges = scheme.activation_ranges
     module.functions, module.function_calls = functions, calls
     if module.observer != scheme.observer:
         module.observer, module.output_phase = scheme.observer, "off"
@@ -296,6 +298,8 @@ def _hold_functions(
     for which in module.watched:
         if f"{which}_scale" not in module._buffers:
             module.watch(which, device)
+    if module.activation_ranges != before:
+        write_scales([module.state_of(which) for which in module.watched], module)
 
 
 def drop_outputs(root: nn.Module, chosen: Collection[str]) -> None:
@@ -326,11 +330,11 @@ def _swap(root: nn.Module, name: str, scheme: QuantizationScheme, prefix: str) -
     has_weight = not isinstance(layer, _BATCH_NORMS)
     layer.weight_bits = scheme.bits_of(name, layer, prefix) if has_weight else None
     layer.weight_granularity = scheme.weight_granularity
-    bits_before = getattr(layer, "activation_bits", scheme.activation_bits)
+    before = getattr(layer, "activation_bits", scheme.activation_bits), layer.activation_ranges
     without = (*EMBEDDINGS, *RECURRENT, Experts) + (() if scheme.observes else (*CONVOLVING, *_BATCH_NORMS))
     layer.activation_bits = None if isinstance(layer, without) else scheme.activation_bits
     layer.activation_ranges = "static" if layer.activation_bits is None else scheme.activation_ranges
-    if layer.activation_bits not in (None, bits_before):
+    if layer.activation_bits is not None and before != (layer.activation_bits, layer.activation_ranges):
         write_scales([layer.state_of(which) for which in layer.watched], layer)
     _watch_anew(layer, scheme, has_weight)
     return layer
@@ -371,7 +375,7 @@ def _give_steps(layer: QuantizedLayer, scheme: QuantizationScheme, shared: Colle
     else:
         remove_steps(layer, (WEIGHT_STEP,))
     if scheme.learns and "input" in layer.watched and weight is not None:
-        add_input_step(layer, weight)
+        add_input_step(layer, weight, offset=layer.activation_ranges != "symmetric")
     else:
         remove_steps(layer, (INPUT_STEP, OFFSET))
 

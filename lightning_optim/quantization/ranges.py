@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from lightning_optim.functional.fake_quantize import affine_parameters
+from lightning_optim.functional.fake_quantize import affine_parameters, symmetric_parameters
 from lightning_optim.functional.observers import OBSERVERS
 from lightning_optim.quantization.layers import QuantizedLayer
 from lightning_optim.quantization.learned import FIRST
@@ -86,13 +86,18 @@ def write_scales(states: list[dict[str, Tensor]], layer: QuantizedLayer) -> None
 
     Args:
         states: :meth:`QuantizedLayer.state_of` of several watched tensors.
-        layer: One of their layers; all have the same observer and bits.
+        layer: One of their layers; all have the same observer, bits and kind of range.
     """
     if not states:
         return
     bits = layer.activation_bits or 8
     statistic = torch.stack([state["statistic"] for state in states])
-    scale, zero_point = affine_parameters(*OBSERVERS[layer.observer].range_of(statistic, bits), bits)
+    observer = OBSERVERS[layer.observer]
+    if layer.activation_ranges == "symmetric":  # half of the integers are there for each sign
+        largest = observer.range_of(observer.magnitudes(statistic), bits - 1)
+        scale, zero_point = symmetric_parameters(*largest, bits)
+    else:
+        scale, zero_point = affine_parameters(*observer.range_of(statistic, bits), bits)
     _write(states, "scale", scale)
     _write(states, "zero_point", zero_point)
 

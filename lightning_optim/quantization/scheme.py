@@ -12,7 +12,7 @@ from lightning_optim.patterns import Pattern, check_pattern, first_match, matche
 
 __all__ = ["QuantizationScheme"]
 
-ACTIVATION_RANGES = ("static", "dynamic")
+ACTIVATION_RANGES = ("static", "symmetric", "dynamic")
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,8 @@ class QuantizationScheme:
         activation_bits: 2 to 8, or None: weights only.
         weight_granularity: "per_channel", "per_tensor" or "per_group:32".
         observer: Name in ``functional.observers.OBSERVERS``.
-        activation_ranges: "static": observed; "dynamic": each call's own, for Linear layers.
+        activation_ranges: "static": observed; "symmetric": observed, with zero in the middle; "dynamic": each call's
+            own, for Linear layers.
         bits: Weight bits by pattern; the first match counts.
     """
 
@@ -58,6 +59,11 @@ class QuantizationScheme:
             )
         if self.activation_ranges == "dynamic":
             self._check_dynamic()
+        if self.activation_ranges == "symmetric" and self.activation_bits != 8:
+            raise ValueError(
+                '`activation_ranges="symmetric"` rounds inputs to int8 without zero points, for engines that have only '
+                f"these, got activation_bits={self.activation_bits!r}. Take activation_bits=8, or leave the ranges out."
+            )
         if self.learns and self.weight_granularity.startswith("per_group"):
             raise ValueError(
                 f"observer='learned' trains a step per channel or per tensor, got weight_granularity="
@@ -91,7 +97,7 @@ class QuantizationScheme:
     @property
     def observes(self) -> bool:
         """Whether ranges of activations are observed."""
-        return self.activation_bits is not None and self.activation_ranges == "static"
+        return self.activation_bits is not None and self.activation_ranges != "dynamic"
 
     def bits_of(self, name: str, layer: nn.Module, prefix: str) -> int:
         """Return the weight bits of a layer."""

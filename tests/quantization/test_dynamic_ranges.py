@@ -99,7 +99,7 @@ def test_a_model_goes_from_one_kind_of_range_to_the_other(tmp_path):
 @pytest.mark.parametrize(
     ("words", "error"),
     [
-        ({"activation_ranges": "per_call"}, "must be one of 'static', 'dynamic', got 'per_call'"),
+        ({"activation_ranges": "per_call"}, "must be one of 'static', 'symmetric', 'dynamic', got 'per_call'"),
         ({"activation_bits": None}, "needs `activation_bits=8`"),
         ({"activation_bits": 4}, "rounds inputs to 8 bits, as engines do, got activation_bits=4"),
         ({"weight_granularity": "per_group:32"}, "For groups pass activation_bits=None"),
