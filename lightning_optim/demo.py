@@ -15,8 +15,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 __all__ = ["DigitsData", "DigitsNet"]
 
+TRAINING_IMAGES = 958
 TEST_IMAGES = 719
 VALIDATION_IMAGES = 120
+UNLABELED = -100
 
 
 class Residual(nn.Module):
@@ -69,9 +71,10 @@ class DigitsNet(pl.LightningModule):
         return scores
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        """Return the cross-entropy."""
+        """Return the cross-entropy of the labeled images; 0 without any."""
         images, labels = batch
-        return F.cross_entropy(self(images), labels)
+        known, logits = labels != UNLABELED, self(images)
+        return F.cross_entropy(logits[known], labels[known]) if known.any() else 0.0 * logits.sum()
 
     def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
         """Log ``val_loss`` and ``val_acc``."""
@@ -102,7 +105,9 @@ class DigitsData(pl.LightningDataModule):
 
     Args:
         batch_size: Batch size in training.
-        seed: Seed of the shuffling.
+        seed: Seed of the shuffling, and of the choice of labels.
+        labels: Number of training scans that keep their label; None: all.
+        unlabeled: Whether the other training scans are there, with the label -100. A teacher needs no label.
 
     Raises:
         ImportError: If scikit-learn is not installed; the message names the extra.
@@ -110,10 +115,11 @@ class DigitsData(pl.LightningDataModule):
 
     name = "scikit-learn's digits"
 
-    def __init__(self, batch_size: int = 64, seed: int = 0) -> None:
+    def __init__(self, batch_size: int = 64, seed: int = 0, labels: int | None = None, unlabeled: bool = True) -> None:
         super().__init__()
         self.batch_size = batch_size
         self.seed = seed
+        self.labels, self.unlabeled = labels, unlabeled
 
     @cached_property
     def splits(self) -> dict[str, TensorDataset]:
@@ -131,7 +137,23 @@ class DigitsData(pl.LightningDataModule):
         train, validation = train_test_split(rest, test_size=VALIDATION_IMAGES, random_state=0, stratify=labels[rest])
         tensors = torch.from_numpy(images / 16).float().view(-1, 1, 8, 8), torch.from_numpy(labels)
         parts = {"train": train, "validation": validation, "test": test}
-        return {name: TensorDataset(*(tensor[rows] for tensor in tensors)) for name, rows in parts.items()}
+        splits = {name: TensorDataset(*(tensor[rows] for tensor in tensors)) for name, rows in parts.items()}
+        if self.labels is not None:
+            splits["train"] = self._with_few_labels(*splits["train"].tensors, self.labels)
+        return splits
+
+    def _with_few_labels(self, images: Tensor, labels: Tensor, number: int) -> TensorDataset:
+        chosen = torch.randperm(len(labels), generator=torch.Generator().manual_seed(self.seed))[:number]
+        if not self.unlabeled:
+            return TensorDataset(images[chosen], labels[chosen])
+        hidden = torch.full_like(labels, UNLABELED)
+        hidden[chosen] = labels[chosen]
+        return TensorDataset(images, hidden)
+
+    def as_many_epochs(self, epochs: int) -> int:
+        """Return the number of epochs with at least as many steps as that many with all scans."""
+        steps = epochs * -(-TRAINING_IMAGES // self.batch_size)
+        return -(-steps // len(self.train_dataloader()))
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Return the training scans, shuffled by a generator of their own."""

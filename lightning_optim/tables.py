@@ -2,12 +2,15 @@
 
 import io
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from html import escape
+from os import PathLike
+from typing import Any, Protocol, TypeVar
 
 from rich.console import Console
 from rich.table import Table
 
-__all__ = ["by_reason", "by_stack", "new_figure", "render"]
+__all__ = ["Listed", "Listing", "by_reason", "by_stack", "new_figure", "render", "saved"]
 
 SHORTEST_RUN = 3
 """Smallest number of equal rows of a stack that are merged into one."""
@@ -29,6 +32,53 @@ def render(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) ->
     return stream.getvalue().rstrip()
 
 
+@dataclass(frozen=True)
+class Listing:
+    """A table with sentences, as text and as HTML.
+
+    Attributes:
+        columns: Column names.
+        rows: Cells of each row, one per column.
+        title: Title above the table.
+        before: Sentences above it.
+        after: Sentences below it.
+    """
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    title: str = ""
+    before: Sequence[str] = ()
+    after: Sequence[str] = ()
+
+    def __str__(self) -> str:
+        table = [render(self.title, self.columns, self.rows)] if self.columns else []
+        return "\n".join([*self.before, *table, *self.after])
+
+    def as_html(self) -> str:
+        """Return it for a notebook; whatever the names hold is text."""
+        before, after = ("".join(f"<p>{escape(line)}</p>" for line in lines) for lines in (self.before, self.after))
+        if not self.columns:
+            return before + after
+        head = "".join(f"<th>{escape(name)}</th>" for name in self.columns)
+        body = "".join(f"<tr>{''.join(f'<td>{escape(str(cell))}</td>' for cell in row)}</tr>" for row in self.rows)
+        caption = f"<caption>{escape(self.title)}</caption>" if self.title else ""
+        return f"{before}<table>{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{after}"
+
+
+class Listed:
+    """A result that is shown as a table with sentences: by ``print`` and in a notebook."""
+
+    def listing(self) -> Listing:
+        """Return the table and its sentences."""
+        raise NotImplementedError
+
+    def __str__(self) -> str:
+        return str(self.listing())
+
+    def _repr_html_(self) -> str:
+        return self.listing().as_html()
+
+
 def new_figure(width: float, height: float) -> Any:
     """Return an empty figure of matplotlib, which loads when one is drawn.
 
@@ -44,6 +94,23 @@ def new_figure(width: float, height: float) -> Any:
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError("plots are drawn by matplotlib: pip install 'lightning-optim[report]'.") from error
     return Figure(figsize=(width, height), layout="constrained")
+
+
+class Drawable(Protocol):
+    """What can be written to a file: a figure of matplotlib."""
+
+    def savefig(self, fname: Any) -> None:
+        """Write it."""
+
+
+Drawn = TypeVar("Drawn", bound=Drawable)
+
+
+def saved(figure: Drawn, path: str | PathLike[str] | None) -> Drawn:
+    """Return a figure, written to a file where a path is given."""
+    if path is not None:
+        figure.savefig(path)
+    return figure
 
 
 def by_stack(rows: Iterable[Sequence[Any]]) -> list[tuple[Any, ...]]:

@@ -16,7 +16,7 @@ from lightning_optim.change import Changed
 from lightning_optim.checks import check_count
 from lightning_optim.functional.low_rank import LowRankCriterion
 from lightning_optim.functional.statistics import needs_of
-from lightning_optim.low_rank.change import NOT_SEEN, Decided, Factorization, LayerRank, decide, rank_table
+from lightning_optim.low_rank.change import NOT_SEEN, Decided, Factorization, LayerRank, decide, rank_listing
 from lightning_optim.low_rank.factorize import check_criterion
 from lightning_optim.low_rank.layers import LowRank, numbers_of
 from lightning_optim.low_rank.selection import DEFAULT_ENERGY, IS_FACTOR, RankGoal, reasons, select_layers
@@ -308,7 +308,7 @@ class LowRankFactorization(CompressionCallback):
     def _table(self) -> str:
         title = f"{self.label}: step {self.window.end_step}, {self.goal.argument}={self.goal.asked}"
         selected = dict.fromkeys((name.rpartition(".")[0] for name in self._weights), "selected")
-        return rank_table(title, self._ranks, {**selected, **self._left_out})
+        return str(rank_listing(self._ranks, {**selected, **self._left_out}, title=title))
 
     def _say(self, trainer: pl.Trainer, pl_module: pl.LightningModule, before: int) -> None:
         left = sum(map(numbers_of, self._layers.values())) / before

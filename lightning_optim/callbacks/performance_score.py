@@ -68,7 +68,8 @@ class PerformanceScore(WithMetric):
             is. Default: its ``example_input_array``, else caught from the first training batch and cut to
             ``batch_size`` rows.
 
-    Logged: ``P`` (an infeasible model's is ``1000 * (P + 1)``), ``P/unguarded``, ``P/feasible``, the ratios
+    Logged: ``P`` (an infeasible model's is ``1000 * (P + 1)``), ``P/unguarded``, ``P/shown`` (NaN for an
+    infeasible model: a curve that its 1000s do not squash), ``P/feasible``, the ratios
     ``P/size``, ``P/train_time``, ``P/inference_time`` and ``P/error``, and ``P/raw/size``, ``P/raw/train_time_s``,
     ``P/raw/inference_time_ms``, ``P/raw/accuracy``. An epoch without validation has no P. Where P is NaN (a term with
     weight, or the accuracy, is missing or NaN) the model is infeasible.
@@ -340,6 +341,7 @@ class PerformanceScore(WithMetric):
         metrics: dict[str, float | None] = {
             "P": guarded(score, feasible),
             "P/unguarded": score,
+            "P/shown": score if feasible else math.nan,
             "P/feasible": float(feasible),
             "P/raw/size": raw["size"],
             "P/raw/train_time_s": raw["train_time"],

@@ -20,7 +20,7 @@ from lightning_optim.modules import copy_module
 from lightning_optim.progress import progress_bar
 from lightning_optim.structure import children_of
 from lightning_optim.structured.prune import PruningReport
-from lightning_optim.tables import by_reason, render
+from lightning_optim.tables import Listing, by_reason
 from lightning_optim.target import ForwardInputs, Pattern, as_forward_calls, find_target
 
 __all__ = ["DepthReport", "check_block_ratio", "prune_depth"]
@@ -48,7 +48,8 @@ class DepthReport(PruningReport):
         before, after = (sum(pair[i] for pair in self.blocks.values()) for i in (0, 1))
         return 1 - after / before
 
-    def __str__(self) -> str:
+    def listing(self) -> Listing:
+        """Return what left each stack, and why other blocks were left alone."""
         rows = [
             (
                 name,
@@ -61,7 +62,10 @@ class DepthReport(PruningReport):
         rows += [(names, "", "", reason) for names, reason in by_reason(self.left_out)]
         before, after = self.parameters
         sentence = f"{len(self.removed)} blocks removed; parameters {before:,} -> {after:,}"
-        return f"{sentence}\n{render('', ('stack', 'before', 'after', 'removed, or why not'), rows)}"
+        return Listing(("stack", "before", "after", "removed, or why not"), rows, before=[sentence])
+
+    def _counts(self) -> tuple[str, dict[str, tuple[int, int]]]:
+        return "blocks", self.blocks
 
 
 def check_block_ratio(ratio: Any) -> float | int:

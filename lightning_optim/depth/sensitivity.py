@@ -13,14 +13,14 @@ from lightning_optim.depth.stacks import find_stacks
 from lightning_optim.modules import copy_module
 from lightning_optim.progress import progress_bar
 from lightning_optim.structure import children_of
-from lightning_optim.tables import by_reason, new_figure, render
+from lightning_optim.tables import Listed, Listing, by_reason, new_figure, saved
 from lightning_optim.target import Pattern, as_forward_calls, find_target
 
 __all__ = ["BlockSensitivityReport", "block_sensitivity"]
 
 
 @dataclass(frozen=True)
-class BlockSensitivityReport:
+class BlockSensitivityReport(Listed):
     """The metric of the model without one block at a time.
 
     Attributes:
@@ -41,20 +41,24 @@ class BlockSensitivityReport:
         """Return the blocks whose removal costs least, each tried alone; together they may cost far more."""
         return sorted(self.scores, key=self.drop)[:number]
 
-    def table(self) -> str:
-        """Return the drops as a text table, in the order of the model."""
+    def listing(self) -> Listing:
+        """Return the drops, in the order of the model."""
         rows = [(name, f"{score:.4f}", f"{self.drop(name):.4f}") for name, score in self.scores.items()]
         rows += [(names, "", reason) for names, reason in by_reason(self.left_out)]
-        return render(f"metric {self.baseline:.4f}", ("without", "metric", "lost, or why not"), rows)
+        return Listing(("without", "metric", "lost, or why not"), rows, title=f"metric {self.baseline:.4f}")
 
-    def __str__(self) -> str:
-        return self.table()
+    def table(self) -> str:
+        """Return the drops as a text table."""
+        return str(self)
 
-    def plot(self, path: str | PathLike[str]) -> None:
-        """Write the drops as bars, in the order of the model.
+    def plot(self, path: str | PathLike[str] | None = None) -> Any:
+        """Draw the drops as bars, in the order of the model.
 
         Args:
-            path: A file whose ending matplotlib knows (``.png``, ``.svg``, ``.pdf``).
+            path: Where to write it, with an ending that matplotlib knows (``.png``, ``.svg``, ``.pdf``).
+
+        Returns:
+            The figure of matplotlib.
 
         Raises:
             ModuleNotFoundError: If matplotlib is not installed.
@@ -66,7 +70,7 @@ class BlockSensitivityReport:
         axes.set_yticks(range(len(names)), names)
         axes.invert_yaxis()
         axes.set_xlabel(f"metric lost without the block, of {self.baseline:.4g}")
-        figure.savefig(path)
+        return saved(figure, path)
 
 
 def block_sensitivity(

@@ -22,7 +22,10 @@ from lightning_optim.functional.rows import rows_of
 from lightning_optim.sharding import is_dtensor
 from lightning_optim.target import ForwardInputs
 
-__all__ = ["LogitComparison"]
+__all__ = ["OF_LOGITS", "LogitComparison"]
+
+OF_LOGITS = "kd/"
+"""Before the name of a loss of logits, among the parts of the whole loss."""
 
 
 @dataclass(eq=False)
@@ -55,7 +58,7 @@ class LogitComparison:
         batch_idx: int,
         loss: Tensor | None,
     ) -> dict[str, Tensor]:
-        """Return the weighted sum of the losses as ``"kd"``; of several losses each as ``"kd/<name>"`` too.
+        """Return the weighted sum of the losses as ``"kd"``, and each as ``"kd/<name>"``.
 
         Args:
             logits: The student's, at least two dimensions.
@@ -101,8 +104,7 @@ class LogitComparison:
             values = points.kd_loss(*taught.all_rows(logits), **arguments)
             total = objective.total(values)
         self.compared_by = chosen.weights
-        parts = {f"kd/{name}": value.detach() for name, value in values.items()} if len(values) > 1 else {}
-        return {"kd": total, **parts}
+        return {"kd": total, **{f"{OF_LOGITS}{name}": value.detach() for name, value in values.items()}}
 
     @property
     def _by_rows(self) -> bool:

@@ -104,8 +104,9 @@ class DistillationModule(StandsForStudent, SubclassPoints):
     :meth:`sample_index`, :meth:`kd_loss`, :meth:`task_loss`, ``configure_optimizers``; :attr:`class_dim` and
     :attr:`shift_labels`; :attr:`taught_backward` and :attr:`accumulated_batches` for manual optimization.
 
-    Logged: ``distillation/task``, ``distillation/kd`` (all losses of logits together; of several each as
-    ``distillation/kd/<name>``), ``distillation/<student layer>``: means over the epoch, not weighted by ``alpha``.
+    Logged: ``distillation/task``, ``distillation/<loss>`` for each loss of logits, ``distillation/<student layer>``:
+    means over the epoch, not weighted by ``alpha``. Until 0.4 also ``distillation/kd``, the weighted sum of the losses
+    of logits, whatever their names (of several each as ``distillation/kd/<loss>`` too).
 
     State: ``student.*`` and ``projectors.*`` in ``state_dict()``; windows of ramps. A resumed run continues bit for bit
     if the student's own would. Strategies: a single device, DDP, and all that shard the model. Inference is not faster

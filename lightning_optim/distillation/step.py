@@ -18,7 +18,7 @@ from lightning_optim.distillation.heads import Answer
 from lightning_optim.distillation.hooks import as_student, is_lightning
 from lightning_optim.distillation.indexed import without_index
 from lightning_optim.distillation.live import LiveTeacher
-from lightning_optim.distillation.logits import LogitComparison
+from lightning_optim.distillation.logits import OF_LOGITS, LogitComparison
 from lightning_optim.distillation.matching import FeatureMatching
 from lightning_optim.distillation.positions import find_loss, one_a_row
 from lightning_optim.distillation.ramp import Ramps
@@ -225,6 +225,12 @@ class Step:
         """Log the epoch's means of the parts of the loss."""
         self._unstepped = 0  # batches that an epoch leaves over are the student's matter
         if self._rows and not self.points.trainer.barebones:
-            means = {f"distillation/{name}": total / self._rows for name, total in self._sums.items()}
-            self.points.log_dict(means, sync_dist=True)
+            means = {name: total / self._rows for name, total in self._sums.items()}
+            losses = {
+                name.removeprefix(OF_LOGITS): value for name, value in means.items() if name.startswith(OF_LOGITS)
+            }
+            if len(losses) == 1:
+                means = {name: value for name, value in means.items() if not name.startswith(OF_LOGITS)}
+            means = {**losses, **means}  # "kd" is the sum of all of them, until 0.4
+            self.points.log_dict({f"distillation/{name}": value for name, value in means.items()}, sync_dist=True)
         self._sums, self._rows = {}, 0

@@ -4,13 +4,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lightning_optim.tables import render
+from lightning_optim.tables import Listed, Listing
 
 __all__ = ["PretrainedReport", "size_in_words"]
 
 
 @dataclass(frozen=True)
-class PretrainedReport:
+class PretrainedReport(Listed):
     """The result of :func:`lightning_optim.export_pretrained`; ``str(report)`` is a table.
 
     Attributes:
@@ -38,9 +38,9 @@ class PretrainedReport:
         """Size of all files."""
         return sum(self.files.values())
 
-    def __str__(self) -> str:
+    def listing(self) -> Listing:
+        """Return the files, with sentences on what follows and how far answers are from the module's."""
         rows = [(name, size_in_words(size)) for name, size in self.files.items()]
-        table = render(f"{self.path} ({self.model}, {self.parameters:,} parameters)", ("file", "size"), rows)
         sentences = [f"Size: {size_in_words(self.bytes)}."]
         changed = ", ".join(f"{name} {before} -> {after}" for name, (before, after) in self.config.items())
         if changed:
@@ -48,7 +48,8 @@ class PretrainedReport:
         if self.packed:
             sentences.append(f"{self.packed} layers are packed in the GPTQ layout.")
         sentences.append(f"Read back and compared: largest difference {self.max_difference:.3g}.")
-        return "\n".join([table, *sentences, *self.notes])
+        title = f"{self.path} ({self.model}, {self.parameters:,} parameters)"
+        return Listing(("file", "size"), rows, title=title, after=[*sentences, *self.notes])
 
 
 def size_in_words(size: int) -> str:

@@ -3,7 +3,9 @@
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from os import PathLike
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -16,7 +18,7 @@ from lightning_optim.modules import EMBEDDINGS
 from lightning_optim.quantization.functions import QuantizedFunctions
 from lightning_optim.quantization.layers import QuantizedLayer
 from lightning_optim.quantization.rows import rounded_names
-from lightning_optim.tables import by_reason, render
+from lightning_optim.tables import Listed, Listing, by_reason, new_figure, saved
 
 __all__ = ["ExportReport", "Kernels", "Mix", "describe_layers", "notes_on"]
 
@@ -65,7 +67,7 @@ class Mix:
 
 
 @dataclass(frozen=True)
-class ExportReport:
+class ExportReport(Listed):
     """The result of an export; ``str(report)`` is a table.
 
     Figures are None if nothing was verified (``verify=False``) or there was nothing to compare with.
@@ -123,11 +125,44 @@ class ExportReport:
         """``file_bytes / float_bytes``."""
         return None if not self.float_bytes else self.file_bytes / self.float_bytes
 
-    def __str__(self) -> str:
+    def listing(self) -> Listing:
+        """Return how each layer is stored, with sentences on size, answers and time."""
         rows = by_reason(self.layers, shown=4)
         form = f"ONNX, opset {self.opset}" + ("" if self.target == "onnxruntime" else f", for {self.target}")
-        table = render(f"{self.path} ({form})", ("layer", "in the file"), rows)
-        return "\n".join([table, *self._sentences(), *self.notes])
+        title = f"{self.path} ({form})"
+        return Listing(("layer", "in the file"), rows, title=title, after=[*self._sentences(), *self.notes])
+
+    def plot(self, path: str | PathLike[str] | None = None) -> Any:
+        """Draw the file's size beside that of the float32 export; with ``keep_float="auto"`` each mix and its time.
+
+        Args:
+            path: Where to write it, with an ending that matplotlib knows (``.png``, ``.svg``, ``.pdf``).
+
+        Returns:
+            The figure of matplotlib.
+
+        Raises:
+            ModuleNotFoundError: If matplotlib is not installed.
+        """
+        sizes = {mix.name: mix.file_bytes for mix in self.mixes}
+        if not sizes:
+            sizes = {self.path.name: self.file_bytes}
+            sizes = {"float32": self.float_bytes, **sizes} if self.float_bytes else sizes
+        figure = new_figure(9 if self.mixes else 6, 1.2 + 0.3 * len(sizes))
+        left, *right = figure.subplots(1, 2 if self.mixes else 1, sharey=True, squeeze=False)[0]
+        left.barh(range(len(sizes)), [size / 1e3 for size in sizes.values()], color="C0")
+        left.set_yticks(range(len(sizes)), list(sizes), parse_math=False)
+        left.invert_yaxis()
+        left.set_xlabel("file, kB")
+        for axes in right:
+            for size in dict.fromkeys(time.batch_size for mix in self.mixes for time in mix.times):
+                ratios = [next((t.ratio for t in mix.times if t.batch_size == size), None) for mix in self.mixes]
+                drawn = [(ratio, place) for place, ratio in enumerate(ratios) if ratio is not None]
+                axes.plot(*zip(*drawn, strict=True), "o", label=f"batch {size}")
+            axes.axvline(1, color="0.4", linestyle="--", linewidth=1)
+            axes.set_xlabel("time of a call / float32 export")
+            axes.legend(frameon=False)
+        return saved(figure, path)
 
     def _sentences(self) -> list[str]:
         size = f"{_kilobytes(self.file_bytes)}"

@@ -16,6 +16,7 @@ from lightning_optim.provenance import provenance
 from lightning_optim.quantization.layers import STATE, QuantizedLayer
 from lightning_optim.quantization.learned import FIRST, STEPS
 from lightning_optim.sharding import is_sharded
+from lightning_optim.tables import Listed, Listing
 
 __all__ = ["SafetensorsReport", "deployed_copy", "deployed_state", "export_safetensors"]
 
@@ -66,7 +67,7 @@ def _is_range(layer: QuantizedLayer, key: str) -> bool:
 
 
 @dataclass(frozen=True)
-class SafetensorsReport:
+class SafetensorsReport(Listed):
     """What :func:`export_safetensors` wrote.
 
     Attributes:
@@ -83,10 +84,11 @@ class SafetensorsReport:
     bytes: int
     tied: Mapping[str, str]
 
-    def __str__(self) -> str:
-        tied = "".join(f"\n{name} is {kept}, stored once" for name, kept in self.tied.items())
+    def listing(self) -> Listing:
+        """Return sentences on the file and its tied tensors."""
         size = f"{self.parameters:,} entries, {self.bytes / 1e6:,.2f} MB"
-        return f"{self.path}: {self.tensors} tensors, {size}; read back and equal.{tied}"
+        tied = [f"{name} is {kept}, stored once" for name, kept in self.tied.items()]
+        return Listing((), (), before=[f"{self.path}: {self.tensors} tensors, {size}; read back and equal.", *tied])
 
 
 def export_safetensors(

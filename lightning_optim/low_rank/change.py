@@ -1,6 +1,6 @@
 """The change of a model: some of its layers become two."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,10 +13,10 @@ from lightning_optim.functional.low_rank import LowRankCriterion, energy_kept, l
 from lightning_optim.functional.statistics import needs_of
 from lightning_optim.low_rank.layers import LowRank, make_low_rank, matrix_of
 from lightning_optim.low_rank.selection import RankGoal
-from lightning_optim.tables import by_reason, by_stack, render
+from lightning_optim.tables import Listing, by_reason, by_stack
 from lightning_optim.target import Weight
 
-__all__ = ["NOT_SEEN", "Decided", "Factorization", "Factors", "LayerRank", "decide", "rank_table"]
+__all__ = ["NOT_SEEN", "Decided", "Factorization", "Factors", "LayerRank", "decide", "rank_listing"]
 
 
 @dataclass(frozen=True)
@@ -152,11 +152,14 @@ class Factorization:
         return None
 
 
-def rank_table(title: str, ranks: Mapping[str, LayerRank], left_out: Mapping[str, str]) -> str:
+def rank_listing(
+    ranks: Mapping[str, LayerRank], left_out: Mapping[str, str], *, title: str = "", before: Sequence[str] = ()
+) -> Listing:
     """Return a table of the layers that became two, and of those that did not."""
     rows = by_stack(
         (name, f"{each.rank} of {each.full}", f"{each.energy:.1%}", f"{each.parameters[0]:,} -> {each.parameters[1]:,}")
         for name, each in ranks.items()
     )
     rows += [(names, "", "", reason) for names, reason in by_reason(left_out)]
-    return render(title, ("layer", "rank", "energy kept", "parameters, or why not"), rows)
+    columns = ("layer", "rank", "energy kept", "parameters, or why not")
+    return Listing(columns, rows, title=title, before=before)

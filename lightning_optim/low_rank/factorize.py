@@ -13,18 +13,19 @@ from lightning_optim.calls import batch_calls, batch_count, try_batch
 from lightning_optim.checkpoint import plain_plan
 from lightning_optim.functional.low_rank import LOW_RANK_CRITERIA, LowRankCriterion
 from lightning_optim.functional.statistics import STATISTICS, Collector, needs_of
-from lightning_optim.low_rank.change import NOT_SEEN, Decided, Factorization, LayerRank, decide, rank_table
+from lightning_optim.low_rank.change import NOT_SEEN, Decided, Factorization, LayerRank, decide, rank_listing
 from lightning_optim.low_rank.selection import DEFAULT_ENERGY, RankGoal, reasons, select_layers
 from lightning_optim.measure.size import SIZES
 from lightning_optim.modules import evaluating, without_fast_path
 from lightning_optim.progress import progress_bar as progress
+from lightning_optim.tables import Listed, Listing
 from lightning_optim.target import ForwardInputs, Pattern, Selection, Weight, find_target
 
 __all__ = ["FactorizationReport", "check_criterion", "factorize"]
 
 
 @dataclass(frozen=True)
-class FactorizationReport:
+class FactorizationReport(Listed):
     """What became of the layers of a model.
 
     Attributes:
@@ -39,10 +40,11 @@ class FactorizationReport:
     parameters: tuple[int, int]
     plan: dict[str, Any]
 
-    def __str__(self) -> str:
+    def listing(self) -> Listing:
+        """Return the layers that became two, and why others did not."""
         before, after = self.parameters
         sentence = f"{len(self.ranks)} layers became two of low rank; parameters {before:,} -> {after:,}"
-        return f"{sentence}\n{rank_table('', self.ranks, self.left_out)}"
+        return rank_listing(self.ranks, self.left_out, before=[sentence])
 
 
 def factorize(

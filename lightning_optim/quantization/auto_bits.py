@@ -16,7 +16,7 @@ from lightning_optim.modules import evaluating, without_fast_path
 from lightning_optim.outputs import output_fields, output_tensors
 from lightning_optim.progress import progress_bar
 from lightning_optim.quantization.rows import rounded_names, rows_of
-from lightning_optim.tables import new_figure
+from lightning_optim.tables import new_figure, saved
 from lightning_optim.target import ForwardInputs
 
 __all__ = ["ChosenBits", "check_effective_bits", "choose_bits", "chosen_bits", "note_bits"]
@@ -44,11 +44,14 @@ class ChosenBits:
     asked: float
     costs: dict[str, dict[int, float]] = field(default_factory=dict)
 
-    def plot(self, path: str | PathLike[str]) -> None:
+    def plot(self, path: str | PathLike[str] | None = None) -> Any:
         """Draw which layer got which bits, and what each layer costs at these and at all other bits.
 
         Args:
-            path: A file whose ending matplotlib knows (``.png``, ``.svg``, ``.pdf``).
+            path: Where to write it, with an ending that matplotlib knows (``.png``, ``.svg``, ``.pdf``).
+
+        Returns:
+            The figure of matplotlib.
 
         Raises:
             ModuleNotFoundError: If matplotlib is not installed.
@@ -72,7 +75,7 @@ class ChosenBits:
         if any(cost > 0 for each in self.costs.values() for cost in each.values()):
             right.set_xscale("log")
         right.set_xlabel("expected squared error of the outputs, of their squares\n(right to left: 2 bits and more)")
-        figure.savefig(path)
+        return saved(figure, path)
 
     def renamed(self, names: Mapping[str, str | None]) -> "ChosenBits":
         """Return it with the names that layers have now, without those that were removed."""

@@ -1,5 +1,6 @@
 """Columns of a report's tables, and the tables in a terminal and in Markdown."""
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -17,6 +18,7 @@ __all__ = [
     "Row",
     "formatted",
     "is_net",
+    "label_of",
     "markdown_table",
     "markdown_text",
     "parts_of",
@@ -32,6 +34,26 @@ ENGINES: Mapping[str, str] = {
 """Names of engines in tables."""
 
 Row = dict[str, Any]
+
+ACRONYMS: Mapping[str, str] = {
+    **{name: name.upper() for name in ("auc", "auroc", "bleu", "f1", "mae", "mrr", "mse", "ndcg", "rmse")},
+    **{"iou": "IoU", "miou": "mIoU", "map": "mAP", "r2": "R²"},
+}
+_AT = re.compile(r"(?P<name>\w+)_at_(?P<place>\d+)")
+
+
+def label_of(metric: str) -> str:
+    """Return a metric's name as the field writes it; other names stay.
+
+    Examples:
+        >>> label_of("val_auc"), label_of("recall_at_20"), label_of("val_acc")
+        ('val AUC', 'recall@20', 'val_acc')
+    """
+    at = _AT.fullmatch(metric)
+    if at is not None:
+        return f"{label_of(at['name'])}@{at['place']}"
+    parts = metric.split("_")
+    return " ".join(ACRONYMS.get(part, part) for part in parts) if ACRONYMS.keys() & set(parts) else metric
 
 
 def formatted(value: Any, form: str) -> str:

@@ -60,6 +60,7 @@ def compare(
     export: Mapping[str, Any] | bool | None = None,
     accuracy: str = "accuracy",
     controls: Iterable[str] = (),
+    samples: int | None = None,
     progress_bar: bool = True,
     times: bool = True,
 ) -> ComparisonReport:
@@ -88,6 +89,8 @@ def compare(
             the verification; False exports nothing.
         accuracy: Name of the metric that is A in P, in [0, 1].
         controls: Names of models that the others must beat (from scratch, pruned at random); marked in figures.
+        samples: Number of held-out samples behind each accuracy. With it the verdict says whether two accuracies in
+            [0, 1] are told apart.
         progress_bar: Whether to show a progress bar (on rank zero).
         times: Whether calls are timed. Without times there is no P unless ``weights`` gives the inference time 0.
 
@@ -109,8 +112,9 @@ def compare(
     check_mapping("models", models, "name -> nn.Module")
     models, controls = dict(models), _checked_controls(controls)
     reference = _checked_names(models, reference, controls)
-    if batch_size is not None:
-        check_count("batch_size", batch_size)
+    for name, count in (("batch_size", batch_size), ("samples", samples)):
+        if count is not None:
+            check_count(name, count)
     bench = _Bench(
         as_forward_inputs(example_inputs),
         batch_size,
@@ -145,6 +149,7 @@ def compare(
         layers={name: layer_facts(model) for name, model in models.items()},
         notes=bench.notes,
         environment=environment(),
+        samples=samples,
     )
 
 

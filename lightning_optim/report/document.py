@@ -7,6 +7,7 @@ import platform
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import date
 from html import escape
 from io import BytesIO
 from pathlib import Path
@@ -38,11 +39,18 @@ __all__ = ["Card", "Documented", "Report", "Section", "as_json", "environment", 
 
 
 def environment() -> str:
-    """Return versions and threads in one line."""
-    return (
-        f"Python {platform.python_version()}, torch {torch.__version__}, lightning {lightning.__version__}, "
-        f"{torch.get_num_threads()} of {os.cpu_count()} cores, {platform.machine()}"
-    )
+    """Return date, processor, threads and versions in one line."""
+    cores = f"{torch.get_num_threads()} of {os.cpu_count()} cores"
+    versions = f"Python {platform.python_version()}, torch {torch.__version__}, lightning {lightning.__version__}"
+    return f"{date.today()}, {_processor()}, {cores}, {platform.system()}; {versions}"
+
+
+def _processor() -> str:
+    """Return the processor's name and architecture, as far as the system says them."""
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else []
+    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return " ".join(dict.fromkeys([*named[:1], platform.machine()]))
 
 
 @dataclass
@@ -58,7 +66,8 @@ class Report:
         notes_title: Above them, on the page.
         figures: Name (of the file), caption, figure.
         sections: What follows, each under a title.
-        cards: What a page shows first.
+        verdict: Sentences that say it all in words; they come first.
+        cards: What a page shows next.
         footer: Last line; default versions and machine.
     """
 
@@ -70,6 +79,7 @@ class Report:
     figures: "list[tuple[str, str, Figure]]" = field(default_factory=list)
     sections: list[Section] = field(default_factory=list)
     notes_title: str = "How to read it"
+    verdict: list[str] = field(default_factory=list)
     cards: list[Card] = field(default_factory=list)
     footer: str = field(default_factory=environment)
 
@@ -80,7 +90,8 @@ class Report:
             for title, titled in titled_parts(self.columns)
             for place, part in enumerate(parts_of(titled, self.rows, width))
         ]
-        return Group(Text(self.title, style="italic"), *tables, *(Text(f"- {note}") for note in self.notes))
+        verdict = [Text(sentence, style="bold") for sentence in self.verdict]
+        return Group(Text(self.title, style="italic"), *verdict, *tables, *(Text(f"- {note}") for note in self.notes))
 
     def print(self) -> None:
         """Print table and notes to the terminal."""
@@ -116,6 +127,7 @@ class Report:
     def to_markdown(self) -> str:
         """Return the report as Markdown; the figures are files beside it."""
         lines = [f"# {markdown_text(self.title)}", "", *([self.summary, ""] if self.summary else [])]
+        lines += [line for sentence in self.verdict for line in (f"**{markdown_text(sentence)}**", "")]
         lines += _markdown_tables(self.columns, self.rows)
         lines += [*(f"- {note}" for note in self.notes), ""]
         lines += _markdown_figures(self.figures)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from lightning_optim.measure.rounds import SAME
-from lightning_optim.report.columns import ENGINES, Column, Row
+from lightning_optim.report.columns import ENGINES, Column, Row, label_of
 from lightning_optim.report.layers import against_reference, layer_rows
 from lightning_optim.report.parts import Section
 from lightning_optim.report.styles import INK, KINDS, styles_of
@@ -224,8 +224,8 @@ def _panels(report: Compared) -> list[Panel]:
         panels.append(
             Panel(
                 "pareto_size",
-                f"{_first_upper(metric)} against the size of the {SIZE_LABELS[size]}. {FRONT}",
-                lambda axis: _draw_size(axis, rows, metric, metric, size),
+                f"{_first_upper(label_of(metric))} against the size of the {SIZE_LABELS[size]}. {FRONT}",
+                lambda axis: _draw_size(axis, rows, metric, label_of(metric), size),
             )
         )
         for engine in report.engines:
@@ -247,9 +247,9 @@ def _time_panel(rows: Sequence[Row], metric: str, engine: str, name: str, refere
     words = f"one call in {name} / {reference}"
     return Panel(
         f"pareto_{engine}",
-        f"{_first_upper(metric)} against the time of a call in {name}, as a ratio to {reference}. {FRONT} Within the "
-        "band times are called equal.",
-        lambda axis: _draw_time(axis, rows, metric, metric, f"{engine}_ratio", words),
+        f"{_first_upper(label_of(metric))} against the time of a call in {name}, as a ratio to {reference}. {FRONT} "
+        "Within the band times are called equal.",
+        lambda axis: _draw_time(axis, rows, metric, label_of(metric), f"{engine}_ratio", words),
     )
 
 

@@ -27,6 +27,7 @@ class Content(Protocol):
     notes_title: str
     figures: "list[tuple[str, str, Figure]]"
     sections: list[Section]
+    verdict: list[str]
     cards: list[Card]
     footer: str
 
@@ -38,6 +39,7 @@ def page_of(report: Content) -> str:
         summary=f'<p class="lead">{escape(report.summary)}</p>' if report.summary else "",
         colours=_declared(),
         marks=_marks(),
+        verdict="".join(f'<p class="verdict">{escape(sentence)}</p>' for sentence in report.verdict),
         cards=_cards(report.cards, report.rows),
         tables=_tables(report.columns, report.rows),
         notes=_notes(report.notes_title, report.notes),
@@ -192,6 +194,7 @@ body {{ margin: 0 auto; max-width: 82rem; padding: 2.5rem 1.5rem 3rem; backgroun
 h1 {{ font-size: clamp(1.5rem, 1.2rem + 1.4vw, 2.1rem); line-height: 1.2; letter-spacing: -.01em; margin: 0 0 .6rem; }}
 h2 {{ font-size: 1.15rem; line-height: 1.3; margin: 2.25rem 0 .6rem; }}
 p, ul {{ max-width: 48rem; margin: 0 0 1rem; }}
+.verdict {{ font-size: 1.1rem; font-weight: 600; max-width: 60rem; }}
 .lead {{ font-size: 1.05rem; color: var(--quiet); }}
 .cards {{ display: grid; gap: .75rem; margin: 1.5rem 0 0;
   grid-template-columns: repeat(auto-fill, minmax(min(17rem, 100%), 1fr)); }}
@@ -203,7 +206,10 @@ p, ul {{ max-width: 48rem; margin: 0 0 1rem; }}
 .card div {{ display: flex; flex-direction: column-reverse; justify-content: flex-end; }}
 .card dt {{ color: var(--quiet); font-size: .8rem; line-height: 1.3; }}
 .card dd {{ margin: 0; font-size: 1.15rem; line-height: 1.25; font-weight: 600; font-variant-numeric: tabular-nums; }}
-.scroll {{ overflow-x: auto; margin: .75rem 0 1.25rem; border: 1px solid var(--line); border-radius: .5rem; }}
+.scroll {{ overflow-x: auto; scrollbar-width: thin; /* a shadow at the edge where more columns follow */
+  background: linear-gradient(to left, var(--back) 40%, transparent) right / 2.5rem 100% no-repeat local,
+    linear-gradient(to left, var(--quiet), transparent) right / .75rem 100% no-repeat scroll;
+  margin: .75rem 0 1.25rem; border: 1px solid var(--line); border-radius: .5rem; }}
 header + .scroll {{ margin-top: 1.5rem; }}
 .scroll:focus-visible {{ outline: 2px solid var(--c0072b2); outline-offset: 2px; }}
 table {{ border-collapse: separate; border-spacing: 0; width: 100%; font-size: .9rem; line-height: 1.375rem;
@@ -243,7 +249,7 @@ footer {{ margin-top: 3rem; padding-top: 1rem; border-top: 1px solid var(--line)
 </style>
 </head>
 <body>
-<header><h1>{title}</h1>{summary}{cards}</header>
+<header><h1>{title}</h1>{verdict}{summary}{cards}</header>
 {tables}
 {notes}
 {figures}

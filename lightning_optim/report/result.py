@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from math import isfinite
+from os import PathLike
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
@@ -13,8 +14,10 @@ from rich.console import Console, Group
 from lightning_optim.checks import listed
 from lightning_optim.files import replace_files
 from lightning_optim.measure.rounds import ROUNDS, SAME, LatencyResult
-from lightning_optim.report.columns import ENGINES, Column, Row, formatted
+from lightning_optim.report.columns import ENGINES, Column, Row, formatted, label_of
 from lightning_optim.report.document import Card, Documented, Report, as_json
+from lightning_optim.report.verdict import deployed_engine, verdict
+from lightning_optim.tables import saved
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -52,6 +55,7 @@ class ComparisonReport(Documented):
         histories: Model -> one dict of logged metrics per epoch, if they were given.
         environment: Versions and machine.
         seeds: Number of averaged runs.
+        samples: Number of held-out samples behind each accuracy, where it is known.
         title: Title of page and Markdown.
         summary: Below the title.
     """
@@ -68,6 +72,7 @@ class ComparisonReport(Documented):
     histories: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     environment: str = ""
     seeds: int = 1
+    samples: int | None = None
     title: str = "Models compared"
     summary: str = ""
 
@@ -109,8 +114,8 @@ class ComparisonReport(Documented):
         """Return the columns that have values, in the order of the table."""
         columns = [
             Column("name", "model"),
-            *(Column(metric, metric, _metric_form(metric)) for metric in self.metrics),
-            Column("P", "P", "{:.3f}"),
+            *(Column(metric, label_of(metric), _metric_form(metric)) for metric in self.metrics),
+            *self._score_columns(),
             Column("parameters", "parameters", "{:,.0f}", part="Size and operations"),
             Column("nonzero", "non-zero", "{:,.0f}"),
             Column("bits", "bits / 32", "{:,.0f}"),
@@ -134,7 +139,15 @@ class ComparisonReport(Documented):
                 Column(f"{key}_ms", f"{words} (ms)", "{:#.4g}", part=part),
                 Column(f"{key}_ratio", f"{words} / {self.reference}", _ratio_form(key)),
             ]
-        return [*columns, Column(f"{engine}_P", f"P by {ENGINES.get(engine, engine)}", "{:.3f}")]
+        return columns
+
+    def _score_columns(self) -> list[Column]:
+        """Return P by each engine, that of the deployed file first."""
+        deployed = deployed_engine(self.engines, self.rows)
+        order = sorted(self.engines, key=lambda engine: engine != deployed)
+        if not any(f"{engine}_P" in row for engine in order for row in self.rows):
+            return [Column("P", "P", "{:.3f}")]
+        return [Column(f"{engine}_P", f"P by {ENGINES.get(engine, engine)}", "{:.3f}") for engine in order]
 
     def reading(self) -> list[str]:
         """Return the sentences that say how the numbers are to be read, then the notes."""
@@ -175,6 +188,7 @@ class ComparisonReport(Documented):
             figures: Whether figures are drawn, which needs matplotlib (the extra ``report``).
         """
         document = Report(self.title, self.summary, self.columns(), self.rows, self.reading(), footer=self.environment)
+        document.verdict = self.verdict()
         document.cards = self._cards()
         if figures:
             from lightning_optim.report.figures import comparison_figures, layer_sections
@@ -182,6 +196,14 @@ class ComparisonReport(Documented):
             document.figures = comparison_figures(self)
             document.sections = layer_sections(self)
         return document
+
+    def verdict(self) -> list[str]:
+        """Return a sentence per compressed model: size, time in the deployed engine and accuracy beside the reference.
+
+        Two accuracies are told apart by more than two standard errors: of the runs' spread where there are several
+        ``seeds``, else of ``samples`` independent samples, where their number is known.
+        """
+        return verdict(self)
 
     def _cards(self) -> list[Card]:
         """Return what each compressed model costs beside the reference, in a few numbers."""
@@ -194,7 +216,7 @@ class ComparisonReport(Documented):
     def _headlines(self, row: Row, reference: Row) -> list[tuple[str, str]]:
         facts = []
         if _is_number(row.get(self.accuracy)) and _is_number(reference.get(self.accuracy)):
-            facts.append((f"{row[self.accuracy] - reference[self.accuracy]:+.4f}", self.accuracy))
+            facts.append((f"{row[self.accuracy] - reference[self.accuracy]:+.4f}", label_of(self.accuracy)))
         size = "onnx_bytes" if _is_known(row, reference, "onnx_bytes") else "bytes"
         if _is_known(row, reference, size):
             facts.append((f"{row[size] / reference[size]:.2f}x", "ONNX file" if size == "onnx_bytes" else "file"))
@@ -221,15 +243,18 @@ class ComparisonReport(Documented):
         """
         return self.as_document(figures=True).write(folder, {"report.json": self.to_json()})
 
-    def plot(self) -> "Figure":
+    def plot(self, path: str | PathLike[str] | None = None) -> "Figure":
         """Draw accuracy against size and against time, with the front that no other model beats in both.
+
+        Args:
+            path: Where to write it, with an ending that matplotlib knows (``.png``, ``.svg``, ``.pdf``).
 
         Raises:
             ImportError: If matplotlib is missing; the text names the extra.
         """
         from lightning_optim.report.figures import trade_offs
 
-        return trade_offs(self)
+        return saved(trade_offs(self), path)
 
     def to_dataframe(self) -> Any:
         """Return the rows as a pandas DataFrame.

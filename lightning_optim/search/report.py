@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,7 @@ from lightning_optim.recipe import Recipe
 from lightning_optim.report.columns import Column, Row, formatted
 from lightning_optim.report.document import Card, Documented, Report, Section, as_json
 from lightning_optim.search.objectives import Limit, Objective, read_limit
+from lightning_optim.tables import saved
 
 if TYPE_CHECKING:
     import optuna
@@ -304,15 +306,18 @@ class SearchReport(Documented):
         best = {} if chosen is None or chosen.dense else {"best.yaml": chosen.recipe.to_yaml()}
         return self.as_document(figures=True).write(folder, {"report.json": as_json(self.as_plain()), **best})
 
-    def plot(self) -> "Figure":
+    def plot(self, path: str | PathLike[str] | None = None) -> "Figure":
         """Draw the front: the first objective against the second, or over the trials where there is one only.
+
+        Args:
+            path: Where to write it, with an ending that matplotlib knows (``.png``, ``.svg``, ``.pdf``).
 
         Raises:
             ImportError: If matplotlib is missing; the text names the extra.
         """
         from lightning_optim.search.figures import front_figure
 
-        return front_figure(self)
+        return saved(front_figure(self), path)
 
     def as_plain(self) -> dict[str, Any]:
         """Return everything as plain types; :meth:`from_plain` reads it."""

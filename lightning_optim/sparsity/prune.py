@@ -21,14 +21,14 @@ from lightning_optim.patterns import Pattern
 from lightning_optim.sparsity.goals import checked_sparsity, make_goals
 from lightning_optim.sparsity.matrices import masks_by_matrix, scores_by_matrix
 from lightning_optim.sparsity.selection import problem_of, select, without_misfits
-from lightning_optim.tables import by_reason, by_stack, render
+from lightning_optim.tables import Listed, Listing, by_reason, by_stack
 from lightning_optim.target import ForwardInputs, Selection, Weight, find_target
 
 __all__ = ["SparsityReport", "prune_weights"]
 
 
 @dataclass(frozen=True)
-class SparsityReport:
+class SparsityReport(Listed):
     """What :func:`prune_weights` set to zero.
 
     Attributes:
@@ -52,7 +52,8 @@ class SparsityReport:
         number = sum(mask.numel() for mask in self.masks.values())
         return 1.0 - sum(int(mask.sum()) for mask in self.masks.values()) / number
 
-    def __str__(self) -> str:
+    def listing(self) -> Listing:
+        """Return the zeros of each parameter, and why others were left alone."""
         number = sum(mask.numel() for mask in self.masks.values())
         asked = sum(self.asked[name] * mask.numel() for name, mask in self.masks.items()) / number
         sentence = f"asked {asked:.2%} zeros, achieved {self.sparsity:.2%} of {number:,} weights"
@@ -64,7 +65,7 @@ class SparsityReport:
             for name, mask in self.masks.items()
         )
         rows += [(names, "", "-", reason) for names, reason in by_reason(self.left_out)]
-        return f"{sentence}\n{render('', ('parameter', 'shape', 'zeros', 'how, or why not'), rows)}"
+        return Listing(("parameter", "shape", "zeros", "how, or why not"), rows, before=[sentence])
 
 
 def prune_weights(

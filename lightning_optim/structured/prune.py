@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from os import PathLike
 from typing import Any, Literal
 
 from lightning.pytorch.utilities import rank_zero_warn
@@ -24,14 +25,14 @@ from lightning_optim.structured.groups import Removal
 from lightning_optim.structured.removal import ChannelRemoval
 from lightning_optim.structured.selection import refuse_shared, select_roots
 from lightning_optim.structured.traced import TracedModel
-from lightning_optim.tables import by_reason, by_stack, render
+from lightning_optim.tables import Listed, Listing, by_reason, by_stack, new_figure, saved
 from lightning_optim.target import ForwardInputs, Pattern, as_forward_calls, find_target
 
 __all__ = ["PruningReport", "prune_channels"]
 
 
 @dataclass(frozen=True)
-class PruningReport:
+class PruningReport(Listed):
     """What left a model.
 
     Attributes:
@@ -52,12 +53,41 @@ class PruningReport:
         before, after = (sum(pair[i] for pair in self.channels.values()) for i in (0, 1))
         return 1 - after / before
 
-    def __str__(self) -> str:
+    def listing(self) -> Listing:
+        """Return what left each group, and why others were left alone."""
         rows = by_stack((name, str(before), str(after), "") for name, (before, after) in self.channels.items())
         rows += [(names, "", "", reason) for names, reason in by_reason(self.left_out)]
         before, after = self.parameters
         sentence = f"{self.pruning_ratio:.1%} of the channels removed; parameters {before:,} -> {after:,}"
-        return f"{sentence}\n{render('', ('channels of', 'before', 'after', 'why not'), rows)}"
+        return Listing(("channels of", "before", "after", "why not"), rows, before=[sentence])
+
+    def plot(self, path: str | PathLike[str] | None = None) -> Any:
+        """Draw the units of each group before and after, the first group on top.
+
+        Args:
+            path: Where to write it, with an ending that matplotlib knows (``.png``, ``.svg``, ``.pdf``).
+
+        Returns:
+            The figure of matplotlib.
+
+        Raises:
+            ModuleNotFoundError: If matplotlib is not installed.
+        """
+        unit, counts = self._counts()
+        figure = new_figure(6, 1.2 + 0.25 * len(counts))
+        axes = figure.subplots()
+        places = range(len(counts))
+        axes.barh(places, [before for before, _ in counts.values()], color="0.85", label="before")
+        axes.barh(places, [after for _, after in counts.values()], color="C0", label="after")
+        axes.set_yticks(places, list(counts), parse_math=False)
+        axes.invert_yaxis()
+        axes.set_xlabel(f"{unit}; parameters {self.parameters[0]:,} -> {self.parameters[1]:,}")
+        axes.legend(frameon=False)
+        return saved(figure, path)
+
+    def _counts(self) -> tuple[str, dict[str, tuple[int, int]]]:
+        """Return what the plot counts, and (before, after) by name."""
+        return "channels", self.channels
 
 
 def prune_channels(

@@ -20,7 +20,7 @@ from lightning_optim.structured.allocation import Allocation
 from lightning_optim.structured.events import ChannelReport, check_ratio, find_prunable, plan_event, statistics_of
 from lightning_optim.structured.removal import apply_removal
 from lightning_optim.structured.selection import refuse_shared, select_roots
-from lightning_optim.tables import new_figure, render
+from lightning_optim.tables import Listed, Listing, new_figure, saved
 from lightning_optim.target import ForwardInputs, Pattern, as_forward_calls, find_target
 
 __all__ = ["SensitivityReport", "sensitivity"]
@@ -35,7 +35,7 @@ _ADVICE = (
 
 
 @dataclass(frozen=True)
-class SensitivityReport:
+class SensitivityReport(Listed):
     """The metric with a share of one group's channels removed, and nothing else.
 
     Attributes:
@@ -54,24 +54,27 @@ class SensitivityReport:
         """Return what a group's removal costs at each ratio: baseline minus score, negative where it gains."""
         return tuple(self.baseline - score for score in self.scores[name])
 
-    def table(self) -> str:
-        """Return the drops as a text table, the most sensitive group first."""
+    def listing(self) -> Listing:
+        """Return the drops, the most sensitive group first."""
         rows = [(name, *(f"{drop:.4f}" for drop in self.drops(name))) for name in self._by_drop()]
-        return render(
-            f"metric lost, of {self.baseline:.4f}", ("removed from", *(f"{ratio:.0%}" for ratio in self.ratios)), rows
-        )
+        columns = ("removed from", *(f"{ratio:.0%}" for ratio in self.ratios))
+        return Listing(columns, rows, title=f"metric lost, of {self.baseline:.4f}")
 
-    def __str__(self) -> str:
-        return self.table()
+    def table(self) -> str:
+        """Return the drops as a text table."""
+        return str(self)
 
     def _by_drop(self) -> list[str]:
         return sorted(self.scores, key=lambda name: -sum(self.drops(name)))
 
-    def plot(self, path: str | PathLike[str]) -> None:
-        """Write the drops as a heat map.
+    def plot(self, path: str | PathLike[str] | None = None) -> Any:
+        """Draw the drops as a heat map.
 
         Args:
-            path: A file whose ending matplotlib knows (``.png``, ``.svg``, ``.pdf``).
+            path: Where to write it, with an ending that matplotlib knows (``.png``, ``.svg``, ``.pdf``).
+
+        Returns:
+            The figure of matplotlib.
 
         Raises:
             ModuleNotFoundError: If matplotlib is not installed.
@@ -84,7 +87,7 @@ class SensitivityReport:
         axes.set_xticks(range(len(self.ratios)), [f"{ratio:.0%}" for ratio in self.ratios])
         axes.set_xlabel("channels removed")
         figure.colorbar(image, label=f"metric lost, of {self.baseline:.4g}")
-        figure.savefig(path)
+        return saved(figure, path)
 
     def targets(self, *, max_drop: float) -> dict[str, float]:
         """Return the largest ratio of each group up to which no ratio costs more than ``max_drop``.

@@ -36,7 +36,7 @@ def scored(tmp_path, *callbacks, module=None, **words):
 
 def test_every_term_and_raw_value_is_logged_under_its_name(tmp_path):
     row = scored(tmp_path, weights={"size": 1, "train_time": 2, "inference_time": 3, "accuracy": 4})[-1]
-    names = {"P", "P/unguarded", "P/feasible", "P/size", "P/train_time", "P/inference_time", "P/error"}
+    names = {"P", "P/unguarded", "P/shown", "P/feasible", "P/size", "P/train_time", "P/inference_time", "P/error"}
     names |= {"P/raw/size", "P/raw/train_time_s", "P/raw/inference_time_ms", "P/raw/accuracy"}
     assert names <= row.keys()
     terms = Terms(row["P/size"], row["P/train_time"], row["P/inference_time"], row["P/error"])
@@ -90,7 +90,8 @@ def test_a_model_is_infeasible_until_the_compression_ended(tmp_path):
     assert [row["P/feasible"] for row in rows] == [0, 0, 1, 1]
     for row in rows[:2]:
         assert row["P"] == pytest.approx(1000 * (row["P/unguarded"] + 1), rel=1e-5)
-    assert rows[2]["P"] == rows[2]["P/unguarded"]
+        assert math.isnan(row["P/shown"])
+    assert rows[2]["P"] == rows[2]["P/unguarded"] == rows[2]["P/shown"]
     rows = scored(tmp_path, WeightPruning(0.5, start=10, end=17), until_reached="score")
     assert all(row["P/feasible"] for row in rows)
 
