@@ -41,8 +41,8 @@ def run(arguments: Sequence[str]) -> int:
         "demo",
         f"Scanned digits (from scikit-learn): a large net is trained on all labels. With {LABELS} labels at hand and "
         "the other scans unlabeled, it is distilled into a small net, which is pruned and quantized to 8 bits in the "
-        "same run. Both, and the small net trained on the labels alone, are exported, verified and measured. Takes about "
-        "a minute on two cores.",
+        "same run. Both, and the small net trained on the labels alone, are exported, verified and measured. Takes "
+        "about a minute on two cores.",
     )
     parser.add_argument(
         "--report", default="reports/demo", metavar="DIR", help="folder of the pages; default %(default)s"
