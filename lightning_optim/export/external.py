@@ -27,8 +27,75 @@ def save(model: Any, path: Path) -> None:
     import onnx_ir
 
     size = sum(value.const_value.nbytes for graph in model.graphs() for value in graph.initializers.values())
-    # Scales and other small constants stay in the graph: engines read them to find integer kernels.
-    onnx_ir.save(model, path, external_data=data_file(path).name if size > LARGEST_FILE else None)
+    if size > LARGEST_FILE:
+        # Scales and other small constants stay in the graph: engines read them to find integer kernels.
+        onnx_ir.save(model, path, external_data=data_file(path).name)
+    else:
+        _save_whole(model, path)
+
+
+def _save_whole(model: Any, path: Path) -> None:
+    """Write a model to one file, its large weights one by one: ``onnx_ir.save`` copies all of them three times.
+
+    A message of protocol buffers is its fields one after the other, in any order. The graph is written as the last
+    field of the model, and the weights as the last ones of the graph.
+    """
+    import onnx_ir
+
+    graph = model.graph
+    weights = {v.name: v.const_value for v in graph.initializers.values() if v.const_value.nbytes > _SMALL}
+    held = [graph.initializers.pop(name) for name in weights]
+    try:
+        proto = onnx_ir.to_proto(model)
+    finally:
+        for value in held:
+            graph.initializers.add(value)
+    heads = [_head(name, tensor) for name, tensor in weights.items()]
+    fields = [_field(_RAW_DATA, tensor.nbytes) for tensor in weights.values()]
+    sizes = [
+        len(head) + len(field) + tensor.nbytes
+        for head, field, tensor in zip(heads, fields, weights.values(), strict=True)
+    ]
+    entries = [_field(_INITIALIZER, size) for size in sizes]
+    nodes = proto.graph.SerializeToString()
+    proto.ClearField("graph")
+    with path.open("wb") as file:
+        file.write(proto.SerializeToString())
+        file.write(_field(_GRAPH, len(nodes) + sum(sizes) + sum(map(len, entries))))
+        file.write(nodes)
+        for entry, head, field, tensor in zip(entries, heads, fields, weights.values(), strict=True):
+            file.writelines((entry, head, field, tensor.tobytes()))
+
+
+_SMALL = 2**12
+"""Bytes up to which a constant is not worth a write of its own."""
+
+_GRAPH, _INITIALIZER, _RAW_DATA = 7, 5, 9
+"""Numbers of fields in ``onnx.proto``: of a model, of a graph and of a tensor."""
+
+
+def _head(name: str, tensor: Any) -> bytes:
+    """Return all fields of a tensor but its data."""
+    import onnx
+
+    head: bytes = onnx.TensorProto(
+        name=name, data_type=tensor.dtype.value, dims=tensor.shape.numpy()
+    ).SerializeToString()
+    return head
+
+
+def _field(number: int, size: int) -> bytes:
+    """Return what precedes a field of ``size`` bytes: its number with the kind 2 (bytes follow), and the size."""
+    return _varint(number << 3 | 2) + _varint(size)
+
+
+def _varint(value: int) -> bytes:
+    parts = bytearray()
+    while value > 127:
+        parts.append(value & 127 | 128)
+        value >>= 7
+    parts.append(value)
+    return bytes(parts)
 
 
 def holds_data(path: Path) -> bool:

@@ -13,24 +13,31 @@ from lightning_optim.measure.rounds import Subject, time_in_rounds
 __all__ = ["RuntimeSubject", "compare_latency", "runtime_latencies"]
 
 
+LARGE = 2**25
+"""Bytes of a file from which on all files that are timed with it are loaded once."""
+
+
 class RuntimeSubject(Subject):
     """A file that is loaded again in every round, unless its runtime has no ``again``.
 
-    The sessions of a few rounds are kept, so that the next one gets other memory. Those of large files are not: each
-    holds all weights, often twice, and a fraction of them fits into a processor's cache.
+    The sessions of a few rounds are kept, so that the next one gets other memory.
+
+    Args:
+        runtime: The loaded file.
+        moves: Whether it is loaded again.
     """
 
-    KEPT, KEPT_BYTES = 3, 2**25
+    KEPT = 3
 
-    def __init__(self, runtime: Runtime) -> None:
+    def __init__(self, runtime: Runtime, *, moves: bool = True) -> None:
         super().__init__(lambda case: self._loaded.run(case))
         self._runtime = self._loaded = runtime
-        large = getattr(runtime, "file_bytes", 0) > self.KEPT_BYTES
-        self._kept: deque[Runtime] = deque(maxlen=0 if large else self.KEPT)
+        self._moves = moves and hasattr(runtime, "again")
+        self._kept: deque[Runtime] = deque(maxlen=self.KEPT)
 
     def renew(self) -> None:
         """Load the file once more."""
-        if hasattr(self._runtime, "again"):
+        if self._moves:
             self._loaded = self._runtime.again()
             self._kept.append(self._loaded)
 
@@ -51,9 +58,12 @@ def runtime_latencies(
         seconds: Time to spend on each file and batch.
 
     Returns:
-        ``[batch][file]``; the first file is compared with itself, loaded once more.
+        ``[batch][file]``; the first file is compared with itself.
     """
-    subjects = [RuntimeSubject(runtime) for runtime in (*runtimes, runtimes[0])]
+    # Each session holds all weights, often twice and multiplied out, also of a file that is small for its integers.
+    # Of large ones a fraction fits into a processor's cache, and their place in memory matters less.
+    large = max(getattr(runtime, "file_bytes", 0) for runtime in runtimes) > LARGE
+    subjects = [RuntimeSubject(runtime, moves=not large) for runtime in (*runtimes, runtimes[0])]
     seconds *= len(subjects)
     times, calls = time_in_rounds(subjects, batches, runtimes[0].clock, seconds=seconds, least=10, most=200)
     return [

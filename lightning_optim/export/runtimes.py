@@ -113,18 +113,27 @@ class OnnxRuntime:
         self.note, self.file_bytes = self._source.note, stored_bytes(path)
         with TemporaryDirectory() as folder:
             optimized = Path(folder) / "optimized.onnx"
-            self._session = self._load(onnxruntime, optimized_model_filepath=str(optimized))
+            # This session is never run: without packed weights, and gone before the next, it costs little memory.
+            self._load(onnxruntime, {"session.disable_prepacking": "1"}, optimized_model_filepath=str(optimized))
             self._operators = _operators(optimized)
+        self._session = self._load(onnxruntime)
         self.names = [put.name for put in self._session.get_inputs()]
 
-    def _load(self, onnxruntime: Any, **more: str) -> Any:
+    def _load(self, onnxruntime: Any, entries: Mapping[str, str] | None = None, **more: str) -> Any:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = options.inter_op_num_threads = 1
         options.log_severity_level = 3
         for name, value in more.items():
             setattr(options, name, value)
-        # The optimized graph may have weights multiplied out: more than one file holds.
-        options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "optimized.data")
+        # The optimized graph may have weights multiplied out: more than one file holds. And from the arena, which grows
+        # by doubling, weights take up to twice their memory.
+        entries = {
+            "session.optimized_model_external_initializers_file_name": "optimized.data",
+            "session.use_device_allocator_for_initializers": "1",
+            **(entries or {}),
+        }
+        for name, value in entries.items():
+            options.add_session_config_entry(name, value)
         return onnxruntime.InferenceSession(self._source.model, options, providers=["CPUExecutionProvider"])
 
     def again(self) -> "OnnxRuntime":
@@ -170,7 +179,7 @@ class _SourceHere:
 def _source_here(path: Path, engine: str, plainly: str, does_overflow: Callable[[], bool]) -> _SourceHere:
     """Return what an engine loads: on some processors with the weights as uint8."""
     here = os.path.realpath(path)  # weights beside it are not beside a link to it
-    if find_spec("onnx") is None or not does_overflow():
+    if find_spec("onnx") is None or not does_overflow() or not _mentions(path, b"DequantizeLinear"):
         return _SourceHere(here)
     import onnx
 
@@ -186,6 +195,17 @@ def _source_here(path: Path, engine: str, plainly: str, does_overflow: Callable[
     weakref.finalize(source, shutil.rmtree, folder, ignore_errors=True)
     onnx.save(model, str(rewritten), save_as_external_data=True, location=data_file(rewritten).name)
     return source
+
+
+def _mentions(path: Path, name: bytes, block: int = 2**20) -> bool:
+    """Whether a name is in a file, which is read block by block: parsing it takes twice its size in memory."""
+    last = b""
+    with path.open("rb") as file:
+        while part := file.read(block):
+            if name in last + part:
+                return True
+            last = part[-len(name) :]
+    return False
 
 
 @cache

@@ -134,3 +134,39 @@ def test_large_files_are_rewritten_beside_on_processors_without_vnni(tmp_path, s
     del rewritten, again
     gc.collect()
     assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    "name", ["4-bit groups", *(pytest.param(n, marks=pytest.mark.slow) for n in ("float", "int8"))]
+)
+def test_weights_are_written_one_by_one_into_the_same_model(name, tmp_path, monkeypatch):
+    """As fields of a message of protocol buffers, which everything that reads those reads."""
+    module, inputs = small(name)
+    models = []
+    for most in (0, 2**40):
+        monkeypatch.setattr(external, "_SMALL", most)
+        path = tmp_path / f"{most}.onnx"
+        export_onnx(module, path, inputs, verify=False)
+        onnx.checker.check_model(str(path), full_check=True)
+        models.append(onnx.load(path))
+    weights = [{weight.name: weight.SerializeToString() for weight in model.graph.initializer} for model in models]
+    assert weights[0] == weights[1]
+    assert len(weights[0]) >= 4
+    for model in models:
+        del model.graph.initializer[:], model.graph.value_info[:]
+    assert models[0] == models[1]
+
+
+@pytest.mark.parametrize(
+    ("number", "encoded"), [(0, "00"), (127, "7f"), (128, "8001"), (300, "ac02"), (2**31, "8080808008")]
+)
+def test_sizes_are_written_as_protocol_buffers_write_them(number, encoded):
+    """Numbers by hand: seven bits in a byte, lowest first, the eighth says that more follow."""
+    assert external._varint(number).hex() == encoded
+
+
+def test_a_name_is_found_across_blocks(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"." * 13 + b"Dequantize" + b"." * 9)
+    assert all(runtimes._mentions(path, b"Dequantize", block=block) for block in range(10, 40))
+    assert not runtimes._mentions(path, b"Quantize", block=16)
