@@ -165,6 +165,8 @@ def test_export(runs, tmp_path, capsys):
     arguments = ["export", str(runs / "student" / "student.ckpt"), str(tmp_path / "net.onnx")]
     assert main([*arguments, "--config", str(runs / "student.yaml")]) == 0
     assert "Verified in onnxruntime" in capsys.readouterr().out
+    assert main([*arguments, "--config", str(runs / "student.yaml"), "--target", "tensorrt"]) == 1
+    assert 'Quantize with activation_ranges="symmetric"' in capsys.readouterr().err
     images = DigitsData().splits["test"][:50][0]
     model = load_from_checkpoint(DigitsNet, student_only(runs / "student" / "student.ckpt", tmp_path / "alone.ckpt"))
     answer = ExportedModel(tmp_path / "net.onnx")(images)  # a plain session errs on processors without VNNI
