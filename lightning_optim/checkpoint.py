@@ -223,6 +223,11 @@ def conform(module: nn.Module, plan: Mapping[str, Any]) -> None:
 
     Raises:
         ValueError: If the plan is of a newer version, or does not fit the module. The module is then unchanged.
+
+    Examples:
+        >>> checkpoint = torch.load("pruned.ckpt", weights_only=True)  # doctest: +SKIP
+        >>> conform(module, checkpoint)  # now its shapes are those of the file  # doctest: +SKIP
+        >>> module.load_state_dict(checkpoint["state_dict"])  # doctest: +SKIP
     """
     plan_of(module).conform(plan)
     detach(module)
@@ -249,6 +254,22 @@ def load_from_checkpoint(
         TypeError: If ``cls_or_module`` is no LightningModule, or init arguments come with an instance.
         ValueError: If the file is not a complete checkpoint, holds objects that ``weights_only=True`` does not read, is
             of a newer plan version, of a DistillationModule (see :func:`student_only`), or does not fit the class.
+
+    Examples:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> import lightning.pytorch as pl
+        >>> from lightning_optim import prune_channels
+        >>> from lightning_optim.demo import DigitsNet
+        >>> net = DigitsNet(8)
+        >>> report = prune_channels(net, torch.zeros(1, 1, 8, 8), pruning_ratio=0.5)
+        >>> trainer = pl.Trainer(accelerator="cpu", logger=False)
+        >>> trainer.strategy.connect(net)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     trainer.save_checkpoint(Path(folder, "pruned.ckpt"))
+        ...     again = load_from_checkpoint(DigitsNet, Path(folder, "pruned.ckpt"))
+        >>> again.net[0].out_channels == net.net[0].out_channels < 8
+        True
     """
     cls = cls_or_module if isinstance(cls_or_module, type) else type(cls_or_module)
     if not any(base.__name__ == "LightningModule" for base in cls.__mro__):  # of lightning or of pytorch_lightning

@@ -14,6 +14,7 @@ from pathlib import Path
 import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
+from nbconvert.filters import strip_ansi
 
 FOLDER = Path(__file__).parent
 NAMES = [path.stem for path in sorted(FOLDER.glob("*.ipynb"))]
@@ -37,13 +38,24 @@ def execute(path: Path, *, fast: bool) -> nbformat.NotebookNode:
 
 
 def stored(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """Remove what differs from one machine and run to the next: times of cells, versions of the kernel, paths."""
+    """Keep what is read everywhere: no times of cells and versions of the kernel, and tables as plain text."""
     notebook.metadata = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
     for cell in notebook.cells:
         cell.metadata = {}
         if cell.cell_type == "code":
-            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+            cell.outputs = [plain for output in cell.outputs if (plain := _plain(output)) is not None]
     return notebook
+
+
+def _plain(output: nbformat.NotebookNode) -> nbformat.NotebookNode | None:
+    """Return an output without colors; None if nothing is left of it, as of a progress bar."""
+    if output.output_type == "stream":
+        output.text = strip_ansi(output.text)
+        return output if output.name == "stdout" else None
+    if "text/html" in output.get("data", {}) and output.data["text/html"].startswith("<pre"):  # a table of rich
+        text = strip_ansi("".join(output.data.get("text/plain", "")))
+        return nbformat.v4.new_output("stream", text=text) if text.strip() else None
+    return output
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -64,8 +64,7 @@ class ChannelPruning(CompressionCallback):
         round_to: Keep multiples of this; the groups make up for what rounding keeps. None: 8 on CUDA, no rounding on
             a CPU.
         example_inputs: What the target's forward receives. Default: the module's ``example_input_array``, else caught
-            from the first training batch. A list holds the inputs of several calls, where one does not reach every
-            layer.
+            from the first training batch. A list holds several calls, where one does not reach every layer.
         optimizer_state: ``"slice"`` keeps the state of the surviving weights, ``"reset"`` forgets it.
         recalibrate_batches: After an event BatchNorm's running statistics become the plain mean over this many training
             batches, instead of trailing behind by their momentum; 0: they are left to it.
@@ -101,9 +100,15 @@ class ChannelPruning(CompressionCallback):
     What cannot be treated (``nn.MultiheadAttention``, recurrent layers, the outputs, whatever fails the check) is left
     alone, with its reason in the table.
 
+    Raises:
+        TypeError, ValueError: If an argument does not fit, or, at fit start, no channel can be removed.
+
     References:
         Fang et al. 2023, "DepGraph: Towards Any Structural Pruning"; Wang et al. 2021, "Neural Pruning via Growing
         Regularization"; Wen et al. 2016, "Learning Structured Sparsity in Deep Neural Networks".
+
+    Examples:
+        >>> pruning = ChannelPruning(0.5, start=0.1, end=0.7, events=8, scope="layer")
     """
 
     instead = (
@@ -484,12 +489,7 @@ class ChannelPruning(CompressionCallback):
         super().release(pl_module)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {
-            **super().__getstate__(),
-            "_target": None,
-            "_live": None,
-            "_whole": None,
-        }
+        return {**super().__getstate__(), "_target": None, "_live": None, "_whole": None}
 
     def _table(self, live: LiveChannels) -> str:
         ratios = live.ratios(self.pruning_ratio)

@@ -143,8 +143,17 @@ class DepthPruning(CompressionCallback):
     is wrapped anew after each event). Those that divide the model go on with one whose window is over, and refuse any
     other before the first step.
 
+    Raises:
+        TypeError: If an argument is of the wrong type.
+        ValueError: If a number is out of range, a name is unknown, or, at fit start, the model has no stack of blocks.
+        RuntimeError: If an event cannot remove what it has to.
+
     References:
         Song et al. 2024, "SLEB"; Men et al. 2024, "ShortGPT"; Kim et al. 2024, "Shortened LLaMA".
+
+    Examples:
+        >>> pruning = DepthPruning(0.33, criterion="influence", start=0.1, end=0.4)
+        >>> pruning = DepthPruning(2, include=["model.layers"], exclude=["model.layers.0"])  # two blocks of one stack
     """
 
     instead = (

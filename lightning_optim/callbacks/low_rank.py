@@ -67,9 +67,18 @@ class LowRankFactorization(CompressionCallback):
     It acts after channels are removed and before weights are pruned and rounded; both select the factors like any other
     layer. A weight that several layers share, and one that a parametrization computes, stays whole.
 
+    Raises:
+        TypeError: If an argument is of the wrong type.
+        ValueError: If a number is out of range, a name is unknown, ``energy`` and ``rank`` are both given, or, at fit
+            start, no layer can be factorized.
+
     References:
         Wang et al. 2024, "SVD-LLM: Truncation-aware Singular Value Decomposition for Large Language Model
         Compression".
+
+    Examples:
+        >>> factorization = LowRankFactorization(rank=0.25, start=0.1, end=0.2)  # a quarter of each layer's full rank
+        >>> factorization = LowRankFactorization(energy={"encoder.*": 0.99, "*": 0.95})  # energies by layer
     """
 
     instead = (

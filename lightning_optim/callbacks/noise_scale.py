@@ -51,6 +51,13 @@ class GradientNoiseScale(pl.Callback):
 
     References:
         McCandlish et al. 2018, "An Empirical Model of Large-Batch Training".
+
+    Examples:
+        >>> import lightning.pytorch as pl
+        >>> callback = GradientNoiseScale(every_n_steps=50)
+        >>> trainer = pl.Trainer(callbacks=[callback], accelerator="cpu", logger=False, enable_checkpointing=False)
+        >>> trainer.fit(module, datamodule=data)  # doctest: +SKIP
+        >>> trainer.callback_metrics["batch/critical_size"]  # doctest: +SKIP
     """
 
     def __init__(self, *, every_n_steps: int = 50, smoothing: float = 0.9) -> None:

@@ -83,6 +83,18 @@ class PerformanceScore(WithMetric):
     State: references, best accuracy and the rows of the final table, so a resumed run keeps its baseline. The copy
     costs the model's memory once more. Where the strategy divides the model, rank 0 keeps two whole copies on its CPU
     and measures one of them with the gathered weights; where they do not fit, P is NaN and a warning says so.
+
+    Raises:
+        TypeError: If an argument is of the wrong type.
+        ValueError: If a name is unknown, a number is out of range, or ``reference`` lacks a term that has weight.
+
+    Examples:
+        >>> from lightning_optim import CompressedCheckpoint, WeightPruning
+        >>> callbacks = [
+        ...     WeightPruning(0.8),
+        ...     PerformanceScore("val_acc", size="nonzero", max_drop=0.01),
+        ...     CompressedCheckpoint(monitor="P"),
+        ... ]
     """
 
     def __init__(

@@ -94,9 +94,21 @@ class QuantizationAwareTraining(CompressionCallback):
     ``optim_tp``, ``optim_2d``); ranges are pooled over ranks by one all-reduce per optimizer step. Layers that share
     features (``optim_tp``) gather what they observe, and the weights whose rows are cut.
 
+    Raises:
+        TypeError: If an argument is of the wrong type.
+        ValueError: If a number is out of range, a name is unknown, arguments exclude each other, or, at fit start,
+            nothing can be quantized.
+        RuntimeError: At ``freeze``, if a layer that ``include`` names never ran.
+
     References:
         Jacob et al. 2018, "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only
         Inference"; Krishnamoorthi 2018, "Quantizing deep convolutional networks for efficient inference".
+
+    Examples:
+        >>> quantization = QuantizationAwareTraining(weight_bits=4, start=0.5, freeze=0.9)
+        >>> quantization = QuantizationAwareTraining(  # a language model: weights alone, packed in the file
+        ...     weight_bits=4, activation_bits=None, weight_granularity="per_group:32"
+        ... )
     """
 
     def __init__(

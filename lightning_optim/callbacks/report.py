@@ -75,6 +75,11 @@ class ReportCallback(pl.Callback):
         ImportError: In ``setup``, if matplotlib is missing; the message names the extra.
         OSError: In ``setup`` of a fit, if ``dirpath`` is not writable: it is a file or below one (NotADirectoryError),
             or the system refuses.
+
+    Examples:
+        >>> from lightning_optim import Recipe
+        >>> recipe = Recipe(channel_pruning=0.5, quantization=True)
+        >>> callbacks = [*recipe.callbacks(), ReportCallback("reports/run", title="Half the channels, 8 bits")]
     """
 
     def __init__(self, dirpath: str | Path, *, title: str | None = None, log: bool = True) -> None:

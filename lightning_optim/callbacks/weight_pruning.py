@@ -77,6 +77,11 @@ class WeightPruning(CompressionCallback):
     ``optim_tp``, ``optim_2d``): the masks are those of one process, whatever the number of devices. Live masks cost the
     memory of the selected weights (there: of the parts) once more.
 
+    Raises:
+        TypeError: If an argument is of the wrong type.
+        ValueError: If a number is out of range, a name is unknown, or, at fit start, nothing is selected or the window
+            lies outside of the run.
+
     References:
         Zhu and Gupta 2017, "To prune, or not to prune"; Mishra et al. 2021, "Accelerating Sparse Deep Neural
         Networks" (2:4).

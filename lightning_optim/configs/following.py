@@ -83,6 +83,10 @@ def follow(module: nn.Module) -> dict[str, Solution]:
 
     Returns:
         What was found for each model, by its name; one with ``unstated`` layers keeps its configuration.
+
+    Examples:
+        >>> follow(nn.Linear(2, 2))  # nothing in it has a configuration
+        {}
     """
     solutions = {}
     for name, model in config_models(module).items():

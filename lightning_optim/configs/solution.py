@@ -23,6 +23,10 @@ class Solution:
     Attributes:
         values: Dotted path in the configuration -> new value; only those that change.
         unstated: Name of a layer -> why no configuration can state it. Empty if ``values`` are the whole answer.
+
+    Examples:
+        >>> Solution({"intermediate_size": 32}).unstated  # the values are the whole answer
+        {}
     """
 
     values: dict[str, Any]
@@ -38,6 +42,9 @@ def counts(model: nn.Module) -> dict[str, Count]:
 
     Raises:
         ValueError: If its class cannot be built from its configuration.
+
+    Examples:
+        >>> counts(model)["intermediate_size"]  # of a model of transformers  # doctest: +SKIP
     """
     search = Search(model, model.config)
     if search.shapes({}) is None:
@@ -74,6 +81,12 @@ def solve(model: nn.Module, *, kept: Mapping[str, Sequence[int]] | None = None) 
 
     Returns:
         The values, and the layers that no number states. The values make as much as possible of the model then.
+
+    Examples:
+        >>> from lightning_optim import prune_channels
+        >>> report = prune_channels(model, example_inputs, pruning_ratio=0.5, scope="layer")  # doctest: +SKIP
+        >>> solve(model).values  # doctest: +SKIP
+        {'intermediate_size': 32}
     """
     search = Search(model, model.config, kept)
     if search.shapes({}) is None:

@@ -31,6 +31,11 @@ class Feature:
     Raises:
         TypeError: If a layer is not given by its name.
         ValueError: If the loss is unknown or the weight negative.
+
+    Examples:
+        >>> feature = Feature("net.4", "encoder.9", "hint", weight=0.1)
+        >>> feature.student, feature.teacher
+        ('net.4', 'encoder.9')
     """
 
     student: str

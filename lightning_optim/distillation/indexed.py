@@ -34,6 +34,13 @@ class IndexedDataset(Dataset[Indexed]):
 
     Args:
         dataset: A map-style dataset. Its samples must be the same in every epoch: no augmentation.
+
+    Raises:
+        TypeError: If the dataset has no length, or cannot be indexed.
+
+    Examples:
+        >>> IndexedDataset(["a", "b"])[1]
+        Indexed(item='b', index=1)
     """
 
     def __init__(self, dataset: Any) -> None:
@@ -71,6 +78,11 @@ class IndexedCollate:
 
     Args:
         collate_fn: Collates the samples of the wrapped dataset.
+
+    Examples:
+        >>> collate = IndexedCollate(lambda texts: [text.upper() for text in texts])
+        >>> collate([IndexedDataset(["a", "b"])[1]])
+        Indexed(item=['B'], index=tensor([1]))
     """
 
     def __init__(self, collate_fn: Callable[[list[Any]], Any] = default_collate) -> None:

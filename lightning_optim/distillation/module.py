@@ -121,6 +121,12 @@ class DistillationModule(StandsForStudent, SubclassPoints):
 
     References:
         Hinton et al. 2015, "Distilling the Knowledge in a Neural Network".
+
+    Examples:
+        >>> from lightning_optim.demo import DigitsNet
+        >>> module = DistillationModule(DigitsNet(8), DigitsNet(32), alpha=0.5, temperature=4.0)
+        >>> losses = {"kd": 1.0, "dist": 0.5}
+        >>> module = DistillationModule(DigitsNet(8), DigitsNet(32), loss=losses, features=[("net.3", "net.3", "hint")])
     """
 
     recipe: Mapping[str, Any] | None = None

@@ -22,6 +22,10 @@ class Ramp:
         start: A step (int) or a fraction of the planned steps (float).
         end: A step or a fraction, like ``start``.
 
+    Raises:
+        TypeError: If an argument is of the wrong type.
+        ValueError: If a number is not finite, a name is unknown, or the window is empty.
+
     Examples:
         >>> Ramp(0.9, 0.1).at(0.5)
         0.5

@@ -65,6 +65,17 @@ def student_only(checkpoint_or_module: Any, path: str | Path) -> Path:
         FileNotFoundError: If there is no such checkpoint.
         ValueError: If the file holds no student.
         TypeError: If the module has none.
+
+    Examples:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from lightning_optim import DistillationModule
+        >>> from lightning_optim.demo import DigitsNet
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = student_only(DistillationModule(DigitsNet(8), DigitsNet(16)), Path(folder, "student.ckpt"))
+        ...     student = DigitsNet.load_from_checkpoint(path)
+        >>> student.hparams["width"]
+        8
     """
     if isinstance(checkpoint_or_module, nn.Module):
         file = _of_module(checkpoint_or_module)

@@ -114,6 +114,16 @@ def export_onnx(
             the module cannot be exported.
         RuntimeError: If the file's answers are not the module's; nothing is written then.
         ImportError: If a package is missing; the message names the extra.
+
+    Examples:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from torch import nn
+        >>> net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
+        >>> with tempfile.TemporaryDirectory() as folder:  # doctest: +SKIP
+        ...     report = export_onnx(net, Path(folder, "net.onnx"), torch.zeros(1, 8), inputs=torch.randn(256, 8))
+        >>> report.agreement  # doctest: +SKIP
+        1.0
     """
     path = Path(path)
     if not 0.0 <= least_agreement <= 1.0:

@@ -103,6 +103,12 @@ def export_pretrained(
         ValueError: If the module holds no such model or several, no configuration can state a layer's shape, or a
             quantized layer has no place in the layout; the message names the layers. Also if inputs do not fit.
         RuntimeError: If what is read back gives other answers; nothing is written then.
+
+    Examples:
+        >>> from lightning_optim import prune_depth
+        >>> prune_depth(model, {"input_ids": tokens}, pruning_ratio=0.25)  # doctest: +SKIP
+        >>> print(export_pretrained(model, "small", tokenizer=tokenizer))  # doctest: +SKIP
+        >>> small = AutoModelForCausalLM.from_pretrained("small")  # doctest: +SKIP
     """
     if quantization not in QUANTIZATIONS:
         raise ValueError(f"`quantization` must be None or 'gptq', got {quantization!r}.")

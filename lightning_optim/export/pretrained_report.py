@@ -22,6 +22,10 @@ class PretrainedReport(Listed):
         max_difference: Largest absolute difference of any output from the module's.
         packed: Layers stored as packed integers.
         notes: Sentences on anything unexpected.
+
+    Examples:
+        >>> report = export_pretrained(model, "small")  # doctest: +SKIP
+        >>> report.notes  # what the folder cannot hold  # doctest: +SKIP
     """
 
     path: Path

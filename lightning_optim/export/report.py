@@ -96,6 +96,11 @@ class ExportReport(Listed):
             rounded, as it is in the module.
         mixes: With ``keep_float="auto"``, the files that were timed; the first is the float32 export.
         target: The engine that the file is written for.
+
+    Examples:
+        >>> report = export_onnx(model, "model.onnx", example_inputs, inputs=held_out)  # doctest: +SKIP
+        >>> print(report)  # doctest: +SKIP
+        >>> report.agreement, report.size_ratio, report.latency  # doctest: +SKIP
     """
 
     path: Path

@@ -29,6 +29,10 @@ class ExportedModel(nn.Module):
 
     Raises:
         ImportError: If the engine is not installed; the message names the extra.
+
+    Examples:
+        >>> deployed = ExportedModel("model.onnx")  # doctest: +SKIP
+        >>> accuracy = (deployed(images).argmax(1) == labels).float().mean()  # doctest: +SKIP
     """
 
     def __init__(self, path: str | Path, runtime: str = "onnxruntime") -> None:

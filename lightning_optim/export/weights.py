@@ -110,6 +110,13 @@ def export_safetensors(
         TypeError: If an entry of the metadata is not a string.
         ValueError: If the module is divided among processes.
         RuntimeError: If what is read back differs; nothing is written then.
+
+    Examples:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from torch import nn
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     report = export_safetensors(nn.Linear(8, 2), Path(folder, "model.safetensors"))
     """
     try:
         from safetensors.torch import load_file, save_file

@@ -33,6 +33,12 @@ class FactorizationReport(Listed):
         left_out: Layers that stayed one, and why.
         parameters: (before, after) of the module.
         plan: What of the architecture differs from the user's class, for :func:`lightning_optim.conform`.
+
+    Examples:
+        >>> from torch import nn
+        >>> report = factorize(nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 2)), rank=4, criterion="svd")
+        >>> report.ranks["0"].rank
+        4
     """
 
     ranks: dict[str, LayerRank]

@@ -110,6 +110,15 @@ def quantize_post_training(
         ValueError: If nothing is selected, data is missing (for activations, or for a ``method`` that reads inputs), or
             forward fails with the arguments taken from a batch.
         RuntimeError: If a selected layer is never called, or activations are not finite. The model is then unchanged.
+
+    Examples:
+        >>> import torch
+        >>> from torch import nn
+        >>> net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
+        >>> batches = torch.randn(64, 8).split(16)
+        >>> net = quantize_post_training(net, batches, progress_bar=False)  # 8 bits, weights and activations
+        >>> type(net[0]).__name__
+        'QuantizedLinear'
     """
     alpha = _check_smooth(smooth, activation_bits)
     _check_no_training(observer)

@@ -58,6 +58,11 @@ class ComparisonReport(Documented):
         samples: Number of held-out samples behind each accuracy, where it is known.
         title: Title of page and Markdown.
         summary: Below the title.
+
+    Examples:
+        >>> report = compare({"dense": dense, "int8": int8}, example_inputs, evaluate=accuracy)  # doctest: +SKIP
+        >>> report["int8"]["onnxruntime_ratio"]  # of the dense model's time  # doctest: +SKIP
+        >>> report.write("reports/int8")  # report.html, report.md and its figures, report.json  # doctest: +SKIP
     """
 
     reference: str

@@ -38,6 +38,12 @@ class Trial:
         seconds: It took.
         dense: Whether it is the dense model.
         excess: Bound of the budget -> by how much it is broken; 0 or below where it is kept.
+
+    Examples:
+        >>> settings = {"channel_pruning": {"pruning_ratio": 0.5}}
+        >>> trial = Trial(3, "complete", {"accuracy": 0.98, "bits": 0.25}, settings=settings)
+        >>> trial.label, trial.feasible, trial.recipe.channel_pruning["pruning_ratio"]
+        ('trial 3', True, 0.5)
     """
 
     number: int
@@ -78,6 +84,12 @@ class SearchReport(Documented):
         limits: The budget.
         importances: Objective -> open argument -> its importance, as Optuna computes it; the sum over arguments is 1.
         environment: Versions and machine.
+
+    Examples:
+        >>> report = search(...)  # doctest: +SKIP
+        >>> for trial in report.front:  # doctest: +SKIP
+        ...     print(trial.label, trial.values)
+        >>> report.best(accuracy=">=0.98").recipe.callbacks()  # doctest: +SKIP
     """
 
     objectives: tuple[Objective, ...]

@@ -104,6 +104,19 @@ def search(
     References:
         Akiba et al. 2019, "Optuna: A Next-generation Hyperparameter Optimization Framework"; Bergstra et al. 2011,
         "Algorithms for Hyper-Parameter Optimization" (TPE); Golovin et al. 2017, "Google Vizier" (median rule).
+
+    Examples:
+        >>> import lightning.pytorch as pl
+        >>> from lightning_optim.demo import DigitsData, DigitsNet
+        >>> report = search(  # doctest: +SKIP
+        ...     space={"channel_pruning": [None, {"pruning_ratio": (0.2, 0.7)}]},
+        ...     make_module=DigitsNet,
+        ...     make_trainer=lambda callbacks: pl.Trainer(max_epochs=10, callbacks=callbacks),
+        ...     evaluate=accuracy,  # accuracy(net) -> float, on held-out data
+        ...     datamodule=DigitsData(),
+        ...     trials=20,
+        ... )
+        >>> print(report.best(accuracy=">=0.98").recipe)  # doctest: +SKIP
     """
     check_count("trials", trials)
     check_count("n_startup", n_startup)

@@ -38,6 +38,13 @@ class SparsityReport(Listed):
             squares, over the batches, with the layer's inputs as they were when it was pruned.
         left_out: Other parameters, and why they were left alone.
         granularity: What was removed together.
+
+    Examples:
+        >>> from torch import nn
+        >>> from lightning_optim import prune_weights
+        >>> report = prune_weights(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2)), method="magnitude", sparsity=0.5)
+        >>> report.sparsity
+        0.5
     """
 
     masks: dict[str, Tensor]

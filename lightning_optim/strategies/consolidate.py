@@ -40,6 +40,9 @@ def consolidate(folder: str | Path, file: str | Path, *, progress: bool = True) 
         NotADirectoryError: If ``folder`` is a file.
         IsADirectoryError: If ``file`` is a folder.
         ValueError: If the folder is no such checkpoint, or a part of it is missing.
+
+    Examples:
+        >>> consolidate("checkpoints/last.ckpt", "whole.ckpt")  # a folder of shards becomes one file  # doctest: +SKIP
     """
     folder, file = Path(folder), Path(file)
     if file.is_dir():

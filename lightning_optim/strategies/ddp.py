@@ -53,6 +53,11 @@ class OptimDDP(DDPStrategy):
     Raises:
         ValueError: If ``compress`` is unknown or ``timeout_s`` is not positive.
         MisconfigurationException: In ``setup``, for ``sync_batchnorm=True`` on a CPU.
+
+    Examples:
+        >>> import lightning.pytorch as pl
+        >>> trainer = pl.Trainer(devices=2, strategy="optim_ddp")  # by name  # doctest: +SKIP
+        >>> trainer = pl.Trainer(devices=2, strategy=OptimDDP())  # doctest: +SKIP
     """
 
     def __init__(

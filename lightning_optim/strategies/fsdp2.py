@@ -80,6 +80,11 @@ class OptimFSDP2(ModelParallelStrategy):
         MisconfigurationException: In the Trainer's constructor, for sizes that do not divide the devices, or in a
             notebook; in ``setup``, for a precision, callback or flag that sharding does not support, or if ``tensor``
             finds no pair.
+
+    Examples:
+        >>> import lightning.pytorch as pl
+        >>> trainer = pl.Trainer(devices=8, strategy="optim_fsdp", precision="bf16-mixed")  # by name  # doctest: +SKIP
+        >>> trainer = pl.Trainer(devices=8, strategy=OptimFSDP2(checkpoint="sharded"))  # doctest: +SKIP
     """
 
     def __init__(

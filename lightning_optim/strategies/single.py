@@ -16,6 +16,10 @@ class OptimSingle(SingleDeviceStrategy):
 
     Raises:
         MisconfigurationException: In the Trainer's constructor, for several devices.
+
+    Examples:
+        >>> import lightning.pytorch as pl
+        >>> trainer = pl.Trainer(accelerator="cpu", devices=1, strategy="optim_single", logger=False)
     """
 
     strategy_name = "optim_single"

@@ -192,6 +192,15 @@ def sensitivity(
     Raises:
         ValueError: If forward fails with ``example_inputs``, nothing can be removed, a ratio is out of range, or the
             metric is not finite.
+
+    Examples:
+        >>> import torch
+        >>> from torch import nn
+        >>> net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 2))
+        >>> rows = torch.randn(32, 8)
+        >>> loss = lambda model: -float(model(rows).square().mean())
+        >>> report = sensitivity(net, loss, rows, ratios=(0.25, 0.5), progress=False)
+        >>> ratios = report.targets(max_drop=0.5)  # {layer: ratio}, which ChannelPruning takes
     """
     check_choice("what", what, ("channels", "blocks"))
     if what == "blocks":

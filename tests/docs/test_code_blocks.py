@@ -53,7 +53,7 @@ REGISTRIES = (
     STATISTICS,
 )
 MOST_EPOCHS = 4
-LONG = ("extending.md", "report.md", "start.md")
+LONG = ("extending.md", "index.md", "report.md", "start.md")
 """Pages whose blocks compare several models in several engines."""
 
 
