@@ -35,8 +35,16 @@ class Command:
 
 
 def command_parser(name: str, description: str, **options: Any) -> argparse.ArgumentParser:
-    """Return an empty parser for a command's own arguments."""
+    """Return an empty parser for a command's own arguments, whose help ends with its example, if any."""
+    options.setdefault("epilog", _EXAMPLES.get(name))
     return argparse.ArgumentParser(prog=f"lightning-optim {name}", description=description, **options)
+
+
+_EXAMPLES = {
+    "compare": "example: lightning-optim compare large=large.ckpt small=small.ckpt --config small.yaml "
+    "--accuracy val_acc --report report",
+    "export": "example: lightning-optim export small.ckpt small.onnx --config small.yaml",
+}
 
 
 def console() -> Console:
