@@ -139,10 +139,11 @@ class DigitsData(pl.LightningDataModule):
         parts = {"train": train, "validation": validation, "test": test}
         splits = {name: TensorDataset(*(tensor[rows] for tensor in tensors)) for name, rows in parts.items()}
         if self.labels is not None:
-            splits["train"] = self._with_few_labels(*splits["train"].tensors, self.labels)
+            splits["train"] = self._with_few_labels(splits["train"], self.labels)
         return splits
 
-    def _with_few_labels(self, images: Tensor, labels: Tensor, number: int) -> TensorDataset:
+    def _with_few_labels(self, scans: TensorDataset, number: int) -> TensorDataset:
+        images, labels = scans.tensors
         chosen = torch.randperm(len(labels), generator=torch.Generator().manual_seed(self.seed))[:number]
         if not self.unlabeled:
             return TensorDataset(images[chosen], labels[chosen])

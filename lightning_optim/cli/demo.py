@@ -1,4 +1,4 @@
-"""``lightning-optim demo``: all techniques on scanned digits, in under a minute, without data."""
+"""``lightning-optim demo``: all techniques on scanned digits, in about a minute, without data."""
 
 import logging
 from collections.abc import Sequence
@@ -119,4 +119,4 @@ def _train(
     return net.eval()
 
 
-COMMAND = Command("demo", "all techniques on scanned digits: under a minute, no data needed", run)
+COMMAND = Command("demo", "all techniques on scanned digits: about a minute, no data needed", run)
