@@ -30,7 +30,7 @@ def read(folder):
     return json.loads((folder / "report.json").read_text(encoding="utf-8"))
 
 
-TIMED = ("P", "P/unguarded", "P/inference_time", "P/raw/inference_time_ms")
+TIMED = ("P", "P/unguarded", "P/shown", "P/inference_time", "P/raw/inference_time_ms")
 
 
 def untimed(found):

@@ -112,7 +112,7 @@ def test_equals_one_process(launched, alone, name, case):
     assert ours["losses"] == pytest.approx(theirs["losses"], abs=tolerance)
     assert ours["test"] == pytest.approx(theirs["test"], abs=10 * tolerance)
     assert ours["reached"] == theirs["reached"]
-    timed = ("P", "P/unguarded", "P/inference_time", "P/raw/inference_time_ms")
+    timed = ("P", "P/unguarded", "P/shown", "P/inference_time", "P/raw/inference_time_ms")
     for metric, value in theirs["metrics"].items():
         if metric not in timed:
             assert ours["metrics"][metric] == pytest.approx(value, abs=20 * tolerance), metric
