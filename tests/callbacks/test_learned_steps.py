@@ -158,7 +158,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, cls, window):
     assert all(step.any() for name, step in steps(resumed).items() if not name.endswith("offset"))
 
 
-@pytest.mark.parametrize("cls", [Classifier, ConvNet])
+@pytest.mark.parametrize("cls", [Classifier, pytest.param(ConvNet, marks=pytest.mark.slow)])
 def test_files_load_and_the_exported_one_gives_the_same_answers(tmp_path, cls):
     module = new(cls)
     run = fit(tmp_path, module, learned(weight_bits=3, activation_bits=4))

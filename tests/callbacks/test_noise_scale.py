@@ -68,6 +68,7 @@ def test_the_known_noise_scale_is_found(accumulated):
     assert logged["batch/efficiency"] == pytest.approx(1 / (1 + 8 * accumulated / callback.noise_scale))
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_ranks_find_it_too(tmp_path):
     run_ranks(WORKER, tmp_path)

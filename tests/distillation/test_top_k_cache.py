@@ -361,6 +361,7 @@ def test_samples_in_any_order_and_without_rows(tmp_path):
         torch.testing.assert_close(stored.rest, expected.rest, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_whole_records_before_a_torn_one_are_held(tmp_path):
     parts(tmp_path, [*ONE, []])
     (part,) = parts_of(tmp_path / "c")

@@ -138,6 +138,7 @@ def test_the_real_cuts_have_the_counted_customers_and_items(bought):
     assert (len(validation.items), len(validation.evaluation)) == (2_994, 1_095)
 
 
+@pytest.mark.slow
 def test_baselines_on_the_real_file_agree_with_an_independent_measurement(bought):
     """Recall and NDCG at 20 on the test customers, for all and for new items, from another implementation."""
     task = build_task(merge_repeats(bought), *TEST)

@@ -68,6 +68,7 @@ def test_both_files_together_are_the_one(name, tmp_path, monkeypatch):
     assert torch.equal(ExportedModel(link)(inputs), expected)
 
 
+@pytest.mark.slow
 def test_openvino_reads_both_files(tmp_path, small_files):
     pytest.importorskip("openvino")
     module, inputs = small()

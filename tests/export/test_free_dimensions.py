@@ -54,6 +54,7 @@ def dimensions(path):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [n if n == "Bert" else pytest.param(n, marks=pytest.mark.slow) for n in TEXT_MODELS])
 def test_the_length_of_a_text_model_is_free_up_to_its_positions(name, tmp_path):
     path, longest = tmp_path / "text.onnx", TEXT_MODELS[name][1]

@@ -110,6 +110,7 @@ def test_auto_keeps_the_fastest_mix_and_says_what_it_cost(tmp_path, monkeypatch)
     assert f"{mixed.ALL_INTEGERS}: {second.file_bytes:,} bytes, batch 1: " in str(report)
 
 
+@pytest.mark.slow
 def test_files_that_do_not_differ_keep_their_integers(tmp_path, monkeypatch):
     same = LatencyResult(1.0, 1.0, 1.0, 1.0, 1.0, 8, 4)
     monkeypatch.setattr(mixed, "runtime_latencies", lambda loaded, batches: [[replace(same) for _ in loaded]])

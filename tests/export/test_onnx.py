@@ -103,7 +103,7 @@ OPTIONS = {
 
 
 DEFAULT = [("branches", "8 bits"), ("tied", "one scale")]
-DEFAULT += [("mlp", option) for option in ("4-bit activations", "groups", "dynamic")]
+DEFAULT += [("mlp", option) for option in ("groups", "dynamic")]
 EVERY = [(name, option) for name in ("mlp", "branches", "tied") for option in OPTIONS]
 
 
@@ -167,7 +167,9 @@ class Bags(nn.Module):
         return torch.stack([bag(ids) for bag in self.bags] + weighted, 1)
 
 
-@pytest.mark.parametrize("granularity", [pytest.param(None, marks=pytest.mark.slow), "per_channel", "per_group:4"])
+@pytest.mark.parametrize(
+    "granularity", [*(pytest.param(kind, marks=pytest.mark.slow) for kind in (None, "per_group:4")), "per_channel"]
+)
 def test_bags_are_gathered_and_reduced(granularity, tmp_path):
     module = Bags()
     if granularity is not None:
@@ -195,6 +197,7 @@ def test_max_norm_is_applied_once(tmp_path):
     torch.testing.assert_close(run(tmp_path / "net.onnx", ids)[0], answer(module, ids), atol=1e-2, rtol=0)
 
 
+@pytest.mark.slow
 def test_a_dead_channel_with_a_bias_does_not_overflow(tmp_path):
     module = NETS["mlp"][0]()
     with torch.no_grad():
@@ -286,6 +289,7 @@ def test_a_module_in_training_is_unchanged(phase, tmp_path):
     assert list(report.inputs) == ["x"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float64, marks=pytest.mark.slow)])
 def test_any_precision_is_exported_as_float32(dtype, tmp_path):
     module, inputs = quantized("mlp")
@@ -295,6 +299,7 @@ def test_any_precision_is_exported_as_float32(dtype, tmp_path):
     assert next(module.parameters()).dtype == dtype
 
 
+@pytest.mark.slow
 def test_layers_that_have_not_begun_stay_float_beside_others(tmp_path):
     module, inputs = quantized("residual")
     layers = quantized_layers(module)
@@ -490,6 +495,7 @@ def test_names_that_meet_raise(tmp_path):
         export_onnx(Returns(), tmp_path / "a.onnx", torch.zeros(2, 3), least_agreement=99)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_few_bits_keep_their_biases(tmp_path, bits):
     torch.manual_seed(0)

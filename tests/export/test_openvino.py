@@ -33,6 +33,7 @@ def test_nets_run_with_integers_and_give_their_answers(name, tmp_path):
     assert noted == overflows
 
 
+@pytest.mark.slow
 def test_a_processor_without_vnni_runs_the_weights_as_uint8(tmp_path, monkeypatch):
     """Everywhere: the rewritten file gives the same answers and still runs with integers."""
     monkeypatch.setattr(runtimes, "_overflows_in_openvino", lambda: True)

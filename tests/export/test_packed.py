@@ -126,6 +126,7 @@ def test_the_engine_rounds_inputs_only_a_little(tmp_path):
     assert 0 < report.mean_difference < 0.01 * span
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [64, pytest.param(40, marks=pytest.mark.slow)])
 def test_openvino_reads_the_same_file(tmp_path, width):
     pytest.importorskip("openvino")
@@ -142,6 +143,7 @@ def test_matrices_before_a_bias_of_two_dimensions_stay_packed(tmp_path):
     assert report.integer_matmuls == report.matmuls == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("granularity", [pytest.param("per_channel", marks=pytest.mark.slow), "per_group:8"])
 def test_tables_are_packed_with_any_scales(tmp_path, granularity):
     module = TwoTowers()
@@ -190,6 +192,7 @@ def test_language_models_of_transformers(tmp_path, name):
     assert report.integer_matmuls > 0
 
 
+@pytest.mark.slow
 def test_a_loaded_file_answers_as_it_was_verified(tmp_path):
     torch.manual_seed(0)
     module = quantized(Heads())

@@ -81,9 +81,7 @@ def _more_nets(monkeypatch):
         monkeypatch.setitem(NETS, name, net)
 
 
-@pytest.mark.parametrize(
-    "name", [n if n in ("residual", "attention") else pytest.param(n, marks=pytest.mark.slow) for n in KERNELS]
-)
+@pytest.mark.parametrize("name", [n if n == "residual" else pytest.param(n, marks=pytest.mark.slow) for n in KERNELS])
 def test_nets_keep_the_rules_and_their_answers(name, tmp_path):
     module, inputs = quantized(name, activation_ranges="symmetric")
     report = export_onnx(module, tmp_path / "net.onnx", inputs, target="tensorrt")
@@ -103,6 +101,7 @@ def span(module, inputs):
     return float(output.max() - output.min())
 
 
+@pytest.mark.slow
 def test_weights_without_integer_inputs_are_stored_in_float(tmp_path):
     module, inputs = quantized("recurrent", activation_ranges="symmetric")
     report = export_onnx(module, tmp_path / "net.onnx", inputs, target="tensorrt")
@@ -159,6 +158,7 @@ def test_a_file_that_breaks_a_rule_is_not_written(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_the_symmetric_module_has_the_other_form_too(tmp_path):
     torch.manual_seed(0)
     module, inputs = Branches(), torch.randn(8, 3, 12, 12)

@@ -34,6 +34,7 @@ def launched(tmp_path_factory):
     return launch
 
 
+@pytest.mark.slow
 @every_preset
 def test_a_divided_teacher_teaches_what_a_whole_one_does(launched, preset):
     for ours in launched(preset):

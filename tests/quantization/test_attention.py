@@ -30,7 +30,7 @@ MASKS = (None, "bool", "float", "heads")
 
 
 @pytest.mark.parametrize("add", [(False, False), (True, False), (False, True)], ids=["", "bias_kv", "zero_attn"])
-@pytest.mark.parametrize("sizes", [None, (6, 4)])
+@pytest.mark.parametrize("sizes", [pytest.param(None, marks=pytest.mark.slow), (6, 4)])
 def test_the_projected_attention_gives_what_torch_does(add, sizes):
     cases = itertools.product(BOTH, BOTH, BOTH, MASKS, (None, "bool", "float"), BOTH, BOTH)
     for batch_first, need_weights, average, attn_mask, padding, batched, causal in cases:
@@ -159,7 +159,7 @@ def test_weights_alone_are_those_of_a_float_net_with_rounded_weights():
     ("runtime", "more"),
     [
         ("onnxruntime", {"weight_bits": 7}),
-        ("onnxruntime", {"weight_bits": 7, "activation_ranges": "dynamic"}),
+        pytest.param("onnxruntime", {"weight_bits": 7, "activation_ranges": "dynamic"}, marks=pytest.mark.slow),
         pytest.param("onnxruntime", {"activation_bits": None}, marks=pytest.mark.slow),
         pytest.param("openvino", {"weight_bits": 7}, marks=pytest.mark.slow),
         pytest.param(

@@ -119,6 +119,7 @@ def test_inputs_of_experts_stay_float_and_sizes_count_their_bits():
 SLOW = pytest.mark.slow
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("granularity", "activation_bits"),
     [

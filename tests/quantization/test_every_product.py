@@ -58,6 +58,7 @@ def run(folder, observer, ckpt_path=None):
     return module
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("observer", ["moving_average", pytest.param("learned", marks=pytest.mark.slow)])
 def test_it_resumes_reloads_and_exports(observer, tmp_path):
     pytest.importorskip("onnxruntime")

@@ -75,7 +75,7 @@ def test_gradients_copies_and_files(cls):
     assert type(fresh.body) is cls
 
 
-@BOTH
+@pytest.mark.parametrize("cls", [nn.LSTM, pytest.param(nn.GRU, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("runtime", ["onnxruntime", pytest.param("openvino", marks=pytest.mark.slow)])
 def test_the_file_is_smaller_and_gives_the_same(tmp_path, cls, runtime):
     pytest.importorskip(runtime)

@@ -72,7 +72,9 @@ def test_each_layer_is_rounded_for_what_the_rounded_ones_before_it_give():
         assert torch.equal(net[place].quantized_weight(), fake_quantize_weight(net[place]._parameters["weight"], 4))
 
 
-@pytest.mark.parametrize("name", ["Llama", "T5", "CLIP", "Swin"])
+@pytest.mark.parametrize(
+    "name", ["Llama", *(pytest.param(name, marks=pytest.mark.slow) for name in ("T5", "CLIP", "Swin"))]
+)
 def test_finished_blocks_return_what_they_would_compute(name, monkeypatch):
     """Skipping finished blocks is cheaper and changes nothing, with one stack or two."""
     found = {}

@@ -161,7 +161,9 @@ def test_a_part_of_a_model_leaves_what_the_rest_shares():
 # The file.
 
 
-@pytest.mark.parametrize("module", [NextItem(), TiedHead()], ids=["product", "tied head"])
+@pytest.mark.parametrize(
+    "module", [pytest.param(NextItem(), marks=pytest.mark.slow), TiedHead()], ids=["product", "tied head"]
+)
 def test_a_table_that_is_the_output_matrix_is_stored_once(module, tmp_path):
     onnx = pytest.importorskip("onnx")
     pytest.importorskip("onnxruntime")

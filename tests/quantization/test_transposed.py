@@ -116,6 +116,7 @@ def test_the_file_computes_with_integers_what_the_module_does(tmp_path, runtime)
     assert report.layers["norm"] == "folded into grow"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "more",
     [
@@ -139,6 +140,7 @@ class Decoder(nn.Module):
         return self.out(F.relu(self.up(F.relu(self.down(x)), output_size=[x.shape[2]])))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [pytest.param(9, marks=pytest.mark.slow), 10])
 def test_an_output_size_is_kept(tmp_path, length):
     torch.manual_seed(0)
