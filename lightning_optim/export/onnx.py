@@ -84,8 +84,9 @@ def export_onnx(
             For a text model ``{"input_ids": {1: "length"}, "attention_mask": {1: "length"}}``. Limits set by the
             module's code (a table of 512 positions) are detected and reported in the notes.
         verify: Whether the file is run and compared.
-        target: The engine that the file is written for: "onnxruntime", whose form OpenVINO reads too, "openvino", or
-            "tensorrt": int8 activations without zero points, float biases, opset 19. It takes a module quantized with
+        target: The engine that the file is written for. "onnxruntime": OpenVINO reads its form too. "openvino": the
+            same, but inputs with ``activation_ranges="dynamic"`` are not rounded, which is faster there. "tensorrt":
+            int8 activations without zero points, float biases, opset 19. It takes a module quantized with
             ``activation_ranges="symmetric"``, or a float one, and computes all quantized layers with integers
             (``keep_float="none"``). TensorRT itself is not run: the file is checked by rules, and verified in
             ``runtime``.

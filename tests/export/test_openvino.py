@@ -5,7 +5,9 @@ import pytest
 
 from helpers.exported import quantized
 from lightning_optim.export import export_onnx, runtimes
+from lightning_optim.quantization.prepare import quantized_layers
 
+onnx = pytest.importorskip("onnx")
 pytest.importorskip("openvino")
 pytest.importorskip("onnxscript")
 
@@ -75,3 +77,15 @@ def test_a_signal_after_two_models_does_not_crash_the_process(tmp_path):
     command = [sys.executable, "-c", SIGNALS_AFTER_TWO_MODELS, str(tmp_path / "net.onnx")]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert (ended.returncode, ended.stdout) == (0, "handled\n"), ended.stderr[-2000:]
+
+
+def test_the_form_for_openvino_leaves_inputs_of_dynamic_ranges_float(tmp_path):
+    module, inputs = quantized("mlp", activation_ranges="dynamic")
+    report = export_onnx(module, tmp_path / "net.onnx", inputs, target="openvino", keep_float="none")
+    assert (report.target, report.runtime, report.opset) == ("openvino", "openvino", 21)
+    assert report.layers == {"0": "int8 weight per channel", "2": "int8 weight per channel"}
+    assert report.max_difference < 1e-4
+    assert any("The inputs of 2 layers" in note for note in report.notes)
+    assert {layer.activation_bits for layer in quantized_layers(module).values()} == {8}
+    operators = {node.op_type for node in onnx.load(tmp_path / "net.onnx").graph.node}
+    assert "DynamicQuantizeLinear" not in operators
