@@ -4,6 +4,8 @@
 """
 
 import argparse
+import contextlib
+import io
 import os
 import re
 import statistics
@@ -28,11 +30,13 @@ def code() -> str:
     return re.findall(r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)[0]
 
 
-def run(seed: int) -> dict[str, Any]:
-    """Run the lines with a seed, then the same run without its callback; compare both."""
+def run(seed: int) -> tuple[dict[str, Any], str]:
+    """Run the lines with a seed, then the same run without its callback; return both compared, and what was printed."""
     pl.seed_everything(seed, verbose=False)
     names: dict[str, Any] = {}
-    exec(compile(code(), "README.md", "exec"), names)
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(compile(code(), "README.md", "exec"), names)
     pl.seed_everything(seed, verbose=False)
     dense, data = type(names["model"])(26), names["data"]
     pl.Trainer(max_epochs=names["trainer"].max_epochs, logger=False, enable_progress_bar=False).fit(
@@ -46,7 +50,7 @@ def run(seed: int) -> dict[str, Any]:
 
     models = {"dense": dense.eval(), "small": names["model"].eval()}
     report = lightning_optim.compare(models, images[:1], evaluate=accuracy, engines=["onnxruntime"], reference="dense")
-    return {row["name"]: row for row in report.rows}
+    return {row["name"]: row for row in report.rows}, printed.getvalue()
 
 
 COLUMNS = {
@@ -71,6 +75,11 @@ def table(runs: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def sentences(printed: str) -> str:
+    """Return the sentences that an export's report ends with."""
+    return printed[printed.index("Size: ") :].strip()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
@@ -80,7 +89,7 @@ def main() -> None:
     prepare(threads=1)
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
-        runs = [run(seed) for seed in range(arguments.seeds)]
+        runs, printed = zip(*(run(seed) for seed in range(arguments.seeds)), strict=True)
         os.chdir(ROOT)
     text = f"""# The README's first lines, beside the same net without them
 
@@ -91,6 +100,12 @@ Scanned digits, 719 test images; mean ± standard deviation over the seeds. Time
 turns, relative to the dense net.
 
 {table(runs)}
+
+What they print, below the table of layers, with seed 0:
+
+```text
+{sentences(printed[0])}
+```
 """
     print(text)
     if output:

@@ -26,18 +26,23 @@ def rows_of(path: str, title: str = "") -> dict[str, list[str]]:
     for line in lines[first:]:
         if not line.startswith("|"):
             break
-        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        cells = [cell.strip(" *") for cell in line.strip("|").split("|")]
         name = cells[0] if cells[0] not in rows else f"{cells[0]}, {cells[1]}"
         rows[name] = cells[1:]
     return rows
 
 
+def numbers(cell: str) -> list[float]:
+    """Return the numbers in a cell: ``96.71 ± 0.42`` has two, ``11.18 -> 2.80`` too."""
+    return [float(found.replace(",", "")) for found in NUMBER.findall(cell)]
+
+
 def number(cell: str, place: int = 0) -> float:
-    """Return the number of this place in a cell: ``96.71 ± 0.42`` has two, ``11.18 -> 2.80`` too."""
-    found = NUMBER.findall(cell)
+    """Return the number of this place in a cell."""
+    found = numbers(cell)
     if len(found) <= place:
         raise ValueError(f"{cell!r} has no number {place}.")
-    return float(found[place].replace(",", ""))
+    return found[place]
 
 
 def canvas(width: float = 6.4, height: float = 2.9) -> Any:

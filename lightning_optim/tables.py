@@ -5,12 +5,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from os import PathLike
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
-__all__ = ["Listed", "Listing", "by_reason", "by_stack", "new_figure", "render", "saved"]
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["Listed", "Listing", "Plotted", "by_reason", "by_stack", "new_figure", "render", "size_in_words"]
 
 SHORTEST_RUN = 3
 """Smallest number of equal rows of a stack that are merged into one."""
@@ -30,6 +33,18 @@ def render(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) ->
     stream = io.StringIO()
     Console(file=stream, width=120).print(table)
     return stream.getvalue().rstrip()
+
+
+def size_in_words(size: int) -> str:
+    """Return a number of bytes with its unit.
+
+    Examples:
+        >>> size_in_words(900), size_in_words(1500), size_in_words(2_500_000)
+        ('900 B', '1.5 kB', '2.50 MB')
+    """
+    if size < 1000:
+        return f"{size} B"
+    return f"{size / 1e3:.1f} kB" if size < 1e6 else f"{size / 1e6:.2f} MB"
 
 
 @dataclass(frozen=True)
@@ -79,7 +94,31 @@ class Listed:
         return self.listing().as_html()
 
 
-def new_figure(width: float, height: float) -> Any:
+class Plotted:
+    """A result that draws itself; the class says what the figure shows."""
+
+    def plot(self, path: str | PathLike[str] | None = None) -> "Figure":
+        """Draw it.
+
+        Args:
+            path: Where to write the figure, with an ending that matplotlib knows (``.png``, ``.svg``, ``.pdf``).
+
+        Returns:
+            The figure of matplotlib.
+
+        Raises:
+            ModuleNotFoundError: If matplotlib is not installed; the text names the extra.
+        """
+        figure = self._figure()
+        if path is not None:
+            figure.savefig(path)
+        return figure
+
+    def _figure(self) -> "Figure":
+        raise NotImplementedError
+
+
+def new_figure(width: float, height: float) -> "Figure":
     """Return an empty figure of matplotlib, which loads when one is drawn.
 
     Args:
@@ -94,23 +133,6 @@ def new_figure(width: float, height: float) -> Any:
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError("plots are drawn by matplotlib: pip install 'lightning-optim[report]'.") from error
     return Figure(figsize=(width, height), layout="constrained")
-
-
-class Drawable(Protocol):
-    """What can be written to a file: a figure of matplotlib."""
-
-    def savefig(self, fname: Any) -> None:
-        """Write it."""
-
-
-Drawn = TypeVar("Drawn", bound=Drawable)
-
-
-def saved(figure: Drawn, path: str | PathLike[str] | None) -> Drawn:
-    """Return a figure, written to a file where a path is given."""
-    if path is not None:
-        figure.savefig(path)
-    return figure
 
 
 def by_stack(rows: Iterable[Sequence[Any]]) -> list[tuple[Any, ...]]:

@@ -1,8 +1,8 @@
 """CLI command definition and user-facing error handling."""
 
-import argparse
 import sysconfig
 import traceback
+from argparse import ArgumentParser
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,17 +34,17 @@ class Command:
     run: Callable[[Sequence[str]], int]
 
 
-def command_parser(name: str, description: str, **options: Any) -> argparse.ArgumentParser:
-    """Return an empty parser for a command's own arguments, whose help ends with its example, if any."""
-    options.setdefault("epilog", _EXAMPLES.get(name))
-    return argparse.ArgumentParser(prog=f"lightning-optim {name}", description=description, **options)
+def command_parser(name: str, description: str, *, example: str | None = None, **options: Any) -> ArgumentParser:
+    """Return an empty parser for a command's own arguments.
 
-
-_EXAMPLES = {
-    "compare": "example: lightning-optim compare large=large.ckpt small=small.ckpt --config small.yaml "
-    "--accuracy val_acc --report report",
-    "export": "example: lightning-optim export small.ckpt small.onnx --config small.yaml",
-}
+    Args:
+        name: Of the command.
+        description: What it does.
+        example: Arguments that the help ends with, after the command.
+        options: Of the parser.
+    """
+    prog = f"lightning-optim {name}"
+    return ArgumentParser(prog, description=description, epilog=example and f"example: {prog} {example}", **options)
 
 
 def console() -> Console:

@@ -27,12 +27,16 @@ def run(arguments: Sequence[str]) -> int:
         "compare",
         "Compare the models of checkpoints with the first one: size, operations, latency in each engine, accuracy on "
         "the validation (or test) data, the score P.",
+        example="large=large.ckpt small=small.ckpt --config small.yaml --accuracy val_acc --report report",
     )
     parser.add_argument("checkpoints", nargs="+", metavar="[NAME=]CHECKPOINT", help="the first is the reference")
     parser.add_argument(
         "--accuracy", metavar="METRIC", help="name of a logged metric in [0, 1]; without it there is no P"
     )
     parser.add_argument("--on", choices=("validate", "test"), default="validate", help="which data it is logged on")
+    parser.add_argument(
+        "--samples", type=int, help="samples behind the accuracy; then the report says which are not told apart"
+    )
     parser.add_argument(
         "--batch_size", type=int, default=32, help="rows of the larger call; 0 keeps inputs as they are"
     )
@@ -62,6 +66,7 @@ def run(arguments: Sequence[str]) -> int:
             batch_size=given.batch_size or None,
             engines=given.engines,
             size=given.size,
+            samples=given.samples,
             export={"dynamic_dims": given.dynamic_dims} if given.dynamic_dims else None,
         )
         shown = console()

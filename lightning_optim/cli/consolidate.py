@@ -14,6 +14,7 @@ def run(arguments: Sequence[str]) -> int:
         "consolidate",
         "Merge a folder that OptimFSDP2(checkpoint='sharded') wrote into one checkpoint file. Needs no GPU, but memory "
         "for the whole checkpoint.",
+        example="checkpoints/last.ckpt last-whole.ckpt",
     )
     parser.add_argument("folder", metavar="FOLDER", help="the folder of shards; it stays unchanged")
     parser.add_argument("file", metavar="FILE", help="the file to write; an existing file is replaced")

@@ -39,6 +39,7 @@ def run(arguments: Sequence[str]) -> int:
         "Write the model of a checkpoint as an ONNX file (int8 where it was quantized) after verifying its outputs in "
         "the engine, as a Hugging Face folder, or its weights as a safetensors file. From a checkpoint with "
         "distillation, the student is exported.",
+        example="small.ckpt small.onnx --config small.yaml",
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="compressed or not")
     parser.add_argument("file", metavar="FILE", help="the file or the folder to write; an existing one is replaced")

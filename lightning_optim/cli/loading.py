@@ -47,12 +47,13 @@ PREPARE_HELP = (
 )
 
 
-def objects_parser(name: str, description: str) -> argparse.ArgumentParser:
+def objects_parser(name: str, description: str, *, example: str) -> argparse.ArgumentParser:
     """Return a parser for a command that takes the model and data arguments of ``fit`` and its own."""
     return command_parser(
         name,
         f"{description} Model and data are those of a configuration: --config FILE as `fit` takes it, or --model CLASS "
-        "and --data CLASS (see `lightning-optim fit --help`).",
+        "and --data CLASS (see `lightning-optim fit --help_all`).",
+        example=example,
         allow_abbrev=False,
     )
 

@@ -34,8 +34,7 @@ def _parser() -> argparse.ArgumentParser:
         "recommend",
         "Rank the strategy presets for a model and a set of devices by memory, traffic and time. The model is that of "
         "a configuration (--config FILE, or --model CLASS as in `fit`), or just a number of parameters.",
-        epilog="`lightning-optim recommend --parameters 8e9 --devices 8 --memory_gb 80 --batch_size 2 "
-        "--tokens_per_sample 8192`",
+        example="--parameters 8e9 --devices 8 --memory_gb 80 --batch_size 2 --tokens_per_sample 8192",
     )
     parser.add_argument("--parameters", type=_count, help="number of parameters, instead of a model")
     parser.add_argument("--devices", type=int, required=True, help="per node, as in the Trainer")

@@ -22,6 +22,7 @@ def run(arguments: Sequence[str]) -> int:
         "search",
         "Search for the recipe with the best trade-off, by Optuna. Model, data, Trainer, seed and teacher are those of "
         "a configuration: --config FILE as `fit` takes it (its recipe is not used).",
+        example="--config run.yaml --space space.yaml --trials 40 --accuracy val_acc --storage sqlite:///study.db",
         allow_abbrev=False,
     )
     parser.add_argument("--space", required=True, metavar="FILE", help="a recipe with open arguments, in YAML")

@@ -22,7 +22,9 @@ Pairs = Iterable[tuple[str, Any]]
 
 def run(arguments: Sequence[str]) -> int:
     """Print the plan and provenance of a file, without importing any class it names."""
-    parser = command_parser("show", "Print the provenance of a checkpoint and the changes of its model.")
+    parser = command_parser(
+        "show", "Print the provenance of a checkpoint and the changes of its model.", example="small.ckpt"
+    )
     parser.add_argument("file", metavar="FILE", help="a checkpoint of a Lightning Trainer")
     given = parser.parse_args(arguments)
     with said_plainly():

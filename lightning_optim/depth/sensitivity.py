@@ -2,8 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from os import PathLike
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -13,15 +12,18 @@ from lightning_optim.depth.stacks import find_stacks
 from lightning_optim.modules import copy_module
 from lightning_optim.progress import progress_bar
 from lightning_optim.structure import children_of
-from lightning_optim.tables import Listed, Listing, by_reason, new_figure, saved
+from lightning_optim.tables import Listed, Listing, Plotted, by_reason, new_figure
 from lightning_optim.target import Pattern, as_forward_calls, find_target
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["BlockSensitivityReport", "block_sensitivity"]
 
 
 @dataclass(frozen=True)
-class BlockSensitivityReport(Listed):
-    """The metric of the model without one block at a time.
+class BlockSensitivityReport(Listed, Plotted):
+    """The metric of the model without one block at a time; its plot shows the drops as bars.
 
     Attributes:
         baseline: The metric of the model as it is.
@@ -51,18 +53,7 @@ class BlockSensitivityReport(Listed):
         """Return the drops as a text table."""
         return str(self)
 
-    def plot(self, path: str | PathLike[str] | None = None) -> Any:
-        """Draw the drops as bars, in the order of the model.
-
-        Args:
-            path: Where to write it, with an ending that matplotlib knows (``.png``, ``.svg``, ``.pdf``).
-
-        Returns:
-            The figure of matplotlib.
-
-        Raises:
-            ModuleNotFoundError: If matplotlib is not installed.
-        """
+    def _figure(self) -> "Figure":
         names = list(self.scores)
         figure = new_figure(5, 1.2 + 0.25 * len(names))
         axes = figure.subplots()
@@ -70,7 +61,7 @@ class BlockSensitivityReport(Listed):
         axes.set_yticks(range(len(names)), names)
         axes.invert_yaxis()
         axes.set_xlabel(f"metric lost without the block, of {self.baseline:.4g}")
-        return saved(figure, path)
+        return figure
 
 
 def block_sensitivity(

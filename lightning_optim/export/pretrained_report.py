@@ -4,9 +4,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lightning_optim.tables import Listed, Listing
+from lightning_optim.tables import Listed, Listing, size_in_words
 
-__all__ = ["PretrainedReport", "size_in_words"]
+__all__ = ["PretrainedReport"]
 
 
 @dataclass(frozen=True)
@@ -54,15 +54,3 @@ class PretrainedReport(Listed):
         sentences.append(f"Read back and compared: largest difference {self.max_difference:.3g}.")
         title = f"{self.path} ({self.model}, {self.parameters:,} parameters)"
         return Listing(("file", "size"), rows, title=title, after=[*sentences, *self.notes])
-
-
-def size_in_words(size: int) -> str:
-    """Return a number of bytes with its unit.
-
-    Examples:
-        >>> size_in_words(900), size_in_words(1500), size_in_words(2_500_000)
-        ('900 B', '1.5 kB', '2.50 MB')
-    """
-    if size < 1000:
-        return f"{size} B"
-    return f"{size / 1e3:.1f} kB" if size < 1e6 else f"{size / 1e6:.2f} MB"

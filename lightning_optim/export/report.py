@@ -3,9 +3,8 @@
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -18,7 +17,10 @@ from lightning_optim.modules import EMBEDDINGS
 from lightning_optim.quantization.functions import QuantizedFunctions
 from lightning_optim.quantization.layers import QuantizedLayer
 from lightning_optim.quantization.rows import rounded_names
-from lightning_optim.tables import Listed, Listing, by_reason, new_figure, saved
+from lightning_optim.tables import Listed, Listing, Plotted, by_reason, new_figure, size_in_words
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["ExportReport", "Kernels", "Mix", "describe_layers", "notes_on"]
 
@@ -67,8 +69,10 @@ class Mix:
 
 
 @dataclass(frozen=True)
-class ExportReport(Listed):
+class ExportReport(Listed, Plotted):
     """The result of an export; ``str(report)`` is a table.
+
+    Its plot shows the file's size beside that of the float32 export; with ``keep_float="auto"`` each mix and its time.
 
     Figures are None if nothing was verified (``verify=False``) or there was nothing to compare with.
 
@@ -137,18 +141,7 @@ class ExportReport(Listed):
         title = f"{self.path} ({form})"
         return Listing(("layer", "in the file"), rows, title=title, after=[*self._sentences(), *self.notes])
 
-    def plot(self, path: str | PathLike[str] | None = None) -> Any:
-        """Draw the file's size beside that of the float32 export; with ``keep_float="auto"`` each mix and its time.
-
-        Args:
-            path: Where to write it, with an ending that matplotlib knows (``.png``, ``.svg``, ``.pdf``).
-
-        Returns:
-            The figure of matplotlib.
-
-        Raises:
-            ModuleNotFoundError: If matplotlib is not installed.
-        """
+    def _figure(self) -> "Figure":
         sizes = {mix.name: mix.file_bytes for mix in self.mixes}
         if not sizes:
             sizes = {self.path.name: self.file_bytes}
@@ -167,12 +160,14 @@ class ExportReport(Listed):
             axes.axvline(1, color="0.4", linestyle="--", linewidth=1)
             axes.set_xlabel("time of a call / float32 export")
             axes.legend(frameon=False)
-        return saved(figure, path)
+        return figure
 
     def _sentences(self) -> list[str]:
-        size = f"{_kilobytes(self.file_bytes)}"
+        size = size_in_words(self.file_bytes)
         if self.float_bytes:
-            size += f", {self.file_bytes / self.float_bytes:.2f} of the float32 export's {_kilobytes(self.float_bytes)}"
+            size += (
+                f", {self.file_bytes / self.float_bytes:.2f} of the float32 export's {size_in_words(self.float_bytes)}"
+            )
         sentences = [f"Size: {size}."]
         if self.runtime is None:
             return [*sentences, "Not verified."]
@@ -191,10 +186,6 @@ class ExportReport(Listed):
             sentences.append("Timed in turns, as ratios to the float32 export:")
             sentences += [f"  {mix}." for mix in self.mixes]
         return sentences
-
-
-def _kilobytes(size: int) -> str:
-    return f"{size / 1e3:.1f} kB" if size < 1e6 else f"{size / 1e6:.2f} MB"
 
 
 def describe_layers(

@@ -4,8 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
-from os import PathLike
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +15,11 @@ from lightning_optim.modules import evaluating, without_fast_path
 from lightning_optim.outputs import output_fields, output_tensors
 from lightning_optim.progress import progress_bar
 from lightning_optim.quantization.rows import rounded_names, rows_of
-from lightning_optim.tables import new_figure, saved
+from lightning_optim.tables import Plotted, new_figure
 from lightning_optim.target import ForwardInputs
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["ChosenBits", "check_effective_bits", "choose_bits", "chosen_bits", "note_bits"]
 
@@ -25,8 +27,8 @@ _SEED = 0
 
 
 @dataclass(frozen=True)
-class ChosenBits:
-    """The bits of the layers.
+class ChosenBits(Plotted):
+    """The bits of the layers; its plot shows what each layer costs at these and at all other bits.
 
     Attributes:
         bits: Layer -> bits of its weights.
@@ -44,18 +46,7 @@ class ChosenBits:
     asked: float
     costs: dict[str, dict[int, float]] = field(default_factory=dict)
 
-    def plot(self, path: str | PathLike[str] | None = None) -> Any:
-        """Draw which layer got which bits, and what each layer costs at these and at all other bits.
-
-        Args:
-            path: Where to write it, with an ending that matplotlib knows (``.png``, ``.svg``, ``.pdf``).
-
-        Returns:
-            The figure of matplotlib.
-
-        Raises:
-            ModuleNotFoundError: If matplotlib is not installed.
-        """
+    def _figure(self) -> "Figure":
         names = list(self.bits)
         places = range(len(names))
         figure = new_figure(9.0, 1.2 + 0.26 * len(names))
@@ -75,7 +66,7 @@ class ChosenBits:
         if any(cost > 0 for each in self.costs.values() for cost in each.values()):
             right.set_xscale("log")
         right.set_xlabel("expected squared error of the outputs, of their squares\n(right to left: 2 bits and more)")
-        return saved(figure, path)
+        return figure
 
     def renamed(self, names: Mapping[str, str | None]) -> "ChosenBits":
         """Return it with the names that layers have now, without those that were removed."""

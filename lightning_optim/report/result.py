@@ -4,7 +4,6 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from math import isfinite
-from os import PathLike
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
@@ -17,7 +16,7 @@ from lightning_optim.measure.rounds import ROUNDS, SAME, LatencyResult
 from lightning_optim.report.columns import ENGINES, Column, Row, formatted, label_of
 from lightning_optim.report.document import Card, Documented, Report, as_json
 from lightning_optim.report.verdict import deployed_engine, verdict
-from lightning_optim.tables import saved
+from lightning_optim.tables import Plotted
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -35,8 +34,10 @@ PLAIN = (str, int, float, bool, type(None))
 
 
 @dataclass
-class ComparisonReport(Documented):
+class ComparisonReport(Documented, Plotted):
     """The result of :func:`~lightning_optim.compare`; ``print(report)`` shows a table.
+
+    Its plot shows accuracy against size and against time, with the front that no other model beats in both.
 
     Attributes:
         reference: Name of the row that ratios refer to.
@@ -248,18 +249,10 @@ class ComparisonReport(Documented):
         """
         return self.as_document(figures=True).write(folder, {"report.json": self.to_json()})
 
-    def plot(self, path: str | PathLike[str] | None = None) -> "Figure":
-        """Draw accuracy against size and against time, with the front that no other model beats in both.
-
-        Args:
-            path: Where to write it, with an ending that matplotlib knows (``.png``, ``.svg``, ``.pdf``).
-
-        Raises:
-            ImportError: If matplotlib is missing; the text names the extra.
-        """
+    def _figure(self) -> "Figure":
         from lightning_optim.report.figures import trade_offs
 
-        return saved(trade_offs(self), path)
+        return trade_offs(self)
 
     def to_dataframe(self) -> Any:
         """Return the rows as a pandas DataFrame.

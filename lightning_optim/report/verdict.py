@@ -107,7 +107,7 @@ def tells_apart(
     if samples is None or not all(0 <= found[key] <= 1 for found in (row, reference)):
         return None
     variance = sum(found[key] * (1 - found[key]) for found in (row, reference)) / samples
-    return bool(difference > TWO_ERRORS * math.sqrt(variance) and difference > 0)
+    return bool(difference > TWO_ERRORS * math.sqrt(variance))
 
 
 def _is_share(report: Compared) -> bool:

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +9,7 @@ from lightning_optim.recipe import Recipe
 from lightning_optim.report.columns import Column, Row, formatted
 from lightning_optim.report.document import Card, Documented, Report, Section, as_json
 from lightning_optim.search.objectives import Limit, Objective, read_limit
-from lightning_optim.tables import saved
+from lightning_optim.tables import Plotted
 
 if TYPE_CHECKING:
     import optuna
@@ -75,8 +74,10 @@ class Trial:
 
 
 @dataclass
-class SearchReport(Documented):
+class SearchReport(Documented, Plotted):
     """The result of :func:`~lightning_optim.search`; ``print(report)`` shows the front.
+
+    Its plot is the front: the first objective against the second, or over the trials where there is one only.
 
     Attributes:
         objectives: What was optimized.
@@ -318,18 +319,10 @@ class SearchReport(Documented):
         best = {} if chosen is None or chosen.dense else {"best.yaml": chosen.recipe.to_yaml()}
         return self.as_document(figures=True).write(folder, {"report.json": as_json(self.as_plain()), **best})
 
-    def plot(self, path: str | PathLike[str] | None = None) -> "Figure":
-        """Draw the front: the first objective against the second, or over the trials where there is one only.
-
-        Args:
-            path: Where to write it, with an ending that matplotlib knows (``.png``, ``.svg``, ``.pdf``).
-
-        Raises:
-            ImportError: If matplotlib is missing; the text names the extra.
-        """
+    def _figure(self) -> "Figure":
         from lightning_optim.search.figures import front_figure
 
-        return saved(front_figure(self), path)
+        return front_figure(self)
 
     def as_plain(self) -> dict[str, Any]:
         """Return everything as plain types; :meth:`from_plain` reads it."""

@@ -2,8 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from os import PathLike
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
@@ -25,15 +24,18 @@ from lightning_optim.structured.groups import Removal
 from lightning_optim.structured.removal import ChannelRemoval
 from lightning_optim.structured.selection import refuse_shared, select_roots
 from lightning_optim.structured.traced import TracedModel
-from lightning_optim.tables import Listed, Listing, by_reason, by_stack, new_figure, saved
+from lightning_optim.tables import Listed, Listing, Plotted, by_reason, by_stack, new_figure
 from lightning_optim.target import ForwardInputs, Pattern, as_forward_calls, find_target
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["PruningReport", "prune_channels"]
 
 
 @dataclass(frozen=True)
-class PruningReport(Listed):
-    """What left a model.
+class PruningReport(Listed, Plotted):
+    """What left a model; its plot shows what each group had and has.
 
     Attributes:
         channels: (before, after) of each group, by the name of the layer whose outputs they are.
@@ -61,18 +63,7 @@ class PruningReport(Listed):
         sentence = f"{self.pruning_ratio:.1%} of the channels removed; parameters {before:,} -> {after:,}"
         return Listing(("channels of", "before", "after", "why not"), rows, before=[sentence])
 
-    def plot(self, path: str | PathLike[str] | None = None) -> Any:
-        """Draw the units of each group before and after, the first group on top.
-
-        Args:
-            path: Where to write it, with an ending that matplotlib knows (``.png``, ``.svg``, ``.pdf``).
-
-        Returns:
-            The figure of matplotlib.
-
-        Raises:
-            ModuleNotFoundError: If matplotlib is not installed.
-        """
+    def _figure(self) -> "Figure":
         unit, counts = self._counts()
         figure = new_figure(6, 1.2 + 0.25 * len(counts))
         axes = figure.subplots()
@@ -83,7 +74,7 @@ class PruningReport(Listed):
         axes.invert_yaxis()
         axes.set_xlabel(f"{unit}; parameters {self.parameters[0]:,} -> {self.parameters[1]:,}")
         axes.legend(frameon=False)
-        return saved(figure, path)
+        return figure
 
     def _counts(self) -> tuple[str, dict[str, tuple[int, int]]]:
         """Return what the plot counts, and (before, after) by name."""

@@ -3,8 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from os import PathLike
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from lightning.pytorch.utilities import rank_zero_only
@@ -20,8 +19,11 @@ from lightning_optim.structured.allocation import Allocation
 from lightning_optim.structured.events import ChannelReport, check_ratio, find_prunable, plan_event, statistics_of
 from lightning_optim.structured.removal import apply_removal
 from lightning_optim.structured.selection import refuse_shared, select_roots
-from lightning_optim.tables import Listed, Listing, new_figure, saved
+from lightning_optim.tables import Listed, Listing, Plotted, new_figure
 from lightning_optim.target import ForwardInputs, Pattern, as_forward_calls, find_target
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["SensitivityReport", "sensitivity"]
 
@@ -35,8 +37,8 @@ _ADVICE = (
 
 
 @dataclass(frozen=True)
-class SensitivityReport(Listed):
-    """The metric with a share of one group's channels removed, and nothing else.
+class SensitivityReport(Listed, Plotted):
+    """The metric with a share of one group's channels removed, and nothing else; its plot is a heat map of the drops.
 
     Attributes:
         baseline: The metric of the model as it is.
@@ -67,18 +69,7 @@ class SensitivityReport(Listed):
     def _by_drop(self) -> list[str]:
         return sorted(self.scores, key=lambda name: -sum(self.drops(name)))
 
-    def plot(self, path: str | PathLike[str] | None = None) -> Any:
-        """Draw the drops as a heat map.
-
-        Args:
-            path: Where to write it, with an ending that matplotlib knows (``.png``, ``.svg``, ``.pdf``).
-
-        Returns:
-            The figure of matplotlib.
-
-        Raises:
-            ModuleNotFoundError: If matplotlib is not installed.
-        """
+    def _figure(self) -> "Figure":
         names = self._by_drop()
         figure = new_figure(2.5 + 0.8 * len(self.ratios), 1.2 + 0.3 * len(names))
         axes = figure.subplots()
@@ -87,7 +78,7 @@ class SensitivityReport(Listed):
         axes.set_xticks(range(len(self.ratios)), [f"{ratio:.0%}" for ratio in self.ratios])
         axes.set_xlabel("channels removed")
         figure.colorbar(image, label=f"metric lost, of {self.baseline:.4g}")
-        return saved(figure, path)
+        return figure
 
     def targets(self, *, max_drop: float) -> dict[str, float]:
         """Return the largest ratio of each group up to which no ratio costs more than ``max_drop``.

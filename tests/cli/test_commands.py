@@ -1,6 +1,8 @@
 """The command line: every command, its exit code, and no traceback for a user's mistake."""
 
+import contextlib
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -232,9 +234,11 @@ def test_export_of_what_is_deployed(runs, tmp_path, monkeypatch):
 def test_compare(runs, tmp_path, capsys):
     arguments = [f"dense={runs / 'teacher' / 'teacher.ckpt'}", str(runs / "student" / "student.ckpt"), *MODEL, *DATA]
     options = ["--accuracy", "val_acc", "--engines", "onnxruntime", "--batch_size", "2", "--report", str(tmp_path)]
-    assert main(["compare", *arguments, *options]) == 0
+    assert main(["compare", *arguments, *options, "--samples", "16"]) == 0
     assert "student" in capsys.readouterr().out
-    rows = {row["name"]: row for row in json.loads((tmp_path / "report.json").read_text())["rows"]}
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["samples"] == 16
+    rows = {row["name"]: row for row in report["rows"]}
     assert rows["student"]["parameters"] < rows["dense"]["parameters"]
     assert rows["student"]["integer_kernels"] == rows["student"]["kernels"] > 0
     assert (tmp_path / "report.html").is_file()
@@ -300,7 +304,7 @@ MISTAKES = [
     (["fit", *MODEL, *DATA, *QUIET, "--trainer.strategy", "lightning_optim.strategies.OptimDDP"], "{class_path: "),
     (["fit", *MODEL, *DATA, *QUIET, "--trainer.precision", "int8"], "`trainer.precision` must be one of "),
     (["fit", *MODEL, *DATA, *QUIET, "--optimizer", "Addam"], "`optimizer`: there is no class 'Addam'. Pass its import"),
-    (["fit", *MODEL, *DATA, *QUIET, "--wrong", "1"], "`lightning-optim fit --help` lists its arguments"),
+    (["fit", *MODEL, *DATA, *QUIET, "--wrong", "1"], "`lightning-optim fit --help_all` lists its arguments"),
     (["fit", "--model", "nowhere.Net", *DATA], "`model`: there is no class 'nowhere.Net' (No module named 'nowhere')"),
     (["fit", "--model", DATA[1], *DATA], f"`model`: {DATA[1]} is no LightningModule"),
     (["fit", "--model", "lightning_optim.demo.DigitNet"], "Did you mean 'lightning_optim.demo.DigitsNet'?"),
@@ -420,12 +424,32 @@ def test_without_jsonargparse_the_extra_is_named(monkeypatch, capsys):
     assert 'pip install "lightning-optim[cli]"' in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", [name for name in COMMANDS if name not in ("fit", "validate", "test", "predict")])
-def test_every_command_lists_its_arguments(command, capsys):
-    with pytest.raises(SystemExit) as ended:
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_help_of_a_command_is_one_screen_with_an_example(command, capsys):
+    with contextlib.suppress(SystemExit):  # argparse ends by it
         main([command, "--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(f"usage: lightning-optim {command}")
+    assert len(lines) <= 55
+    if command != "demo":  # it takes no argument
+        assert f"example: lightning-optim {command} " in "\n".join(lines)
+
+
+def test_help_all_lists_the_arguments_of_the_trainer(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["validate", "--help_all"])
     assert ended.value.code == 0
-    assert f"lightning-optim {command}" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "--trainer.accelerator" in printed
+    assert "--ckpt_path" in printed
+
+
+def test_the_short_help_of_fit_names_arguments_that_it_has(capsys):
+    main(["fit", "--help"])
+    short = set(re.findall(r"--[a-z_]+", capsys.readouterr().out)) - {"--help_all", "--trainer"}
+    with pytest.raises(SystemExit):
+        main(["fit", "--help_all"])
+    assert short <= set(re.findall(r"--[a-z_]+", capsys.readouterr().out))
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,10 @@
 """The picture of the front page: quality against file size of the two jobs, from their result files.
 
-``python benchmarks/front_picture.py`` writes ``docs/assets/front-light.svg`` and ``front-dark.svg``, and the badges.
+``python docs/front_picture.py`` writes ``docs/assets/front-light.svg`` and ``front-dark.svg``, and the badges.
 """
 
 import argparse
+import io
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -11,14 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
+from figures import ASSETS, ROOT, numbers, rows_of
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from lightning_optim.report.styles import DARK, INK, KINDS
 
-ROOT = Path(__file__).parents[1]
-NUMBER = re.compile(r"-?[\d,]*\.?\d+")
 Point = tuple[float, float, float]
 """Megabytes, quality, its standard deviation."""
 
@@ -103,22 +103,17 @@ PANELS = (
 
 def read(panel: Panel) -> dict[str, Point]:
     """Return the points of a panel by their row."""
-    text = (ROOT / "benchmarks" / panel.file).read_text(encoding="utf-8")
-    lines = [[cell.strip(" *") for cell in line.strip().strip("|").split("|")] for line in text.splitlines()]
-    header = next(cells for cells in lines if panel.size in cells and panel.quality in cells)
-    rows = {cells[0]: dict(zip(header, cells, strict=True)) for cells in lines if len(cells) == len(header)}
+    rows = rows_of(panel.file)
+    header = next(iter(rows.values()))
+    size, quality = header.index(panel.size), header.index(panel.quality)
     points = {}
     for shown in panel.shown:
         if shown.row not in rows:
-            raise KeyError(f"{panel.file} has no row {shown.row!r}; its rows: {', '.join(rows)}")
-        size, *_ = _numbers(rows[shown.row][panel.size])
-        quality, *spread = _numbers(rows[shown.row][panel.quality])
-        points[shown.row] = (size * panel.megabytes, quality, spread[0] if spread else 0.0)
+            raise ValueError(f"benchmarks/{panel.file} has no row {shown.row!r}; its rows: {', '.join(rows)}.")
+        cells = rows[shown.row]
+        found = numbers(cells[quality])
+        points[shown.row] = (numbers(cells[size])[0] * panel.megabytes, found[0], found[1] if len(found) > 1 else 0.0)
     return points
-
-
-def _numbers(cell: str) -> list[float]:
-    return [float(number.replace(",", "")) for number in NUMBER.findall(cell)]
 
 
 def draw(axis: Axes, panel: Panel, points: Mapping[str, Point]) -> None:
@@ -200,16 +195,15 @@ def badges() -> dict[str, str]:
 
 
 def _svg(figure: Figure) -> str:
-    import io
-
     file = io.StringIO()
     figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
     return "\n".join(line.rstrip() for line in file.getvalue().splitlines()) + "\n"
 
 
 def main() -> None:
+    """Write the pictures and the badges."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=ROOT / "docs" / "assets", help="where the files go")
+    parser.add_argument("--folder", type=Path, default=ASSETS, help="where the files go")
     folder = parser.parse_args().folder
     light = picture()
     dark = re.sub("|".join(DARK), lambda match: DARK[match[0]], light)
