@@ -99,6 +99,8 @@ ENVIRONMENTS = {
             ("nncf==3.4.0", "setuptools<81", "torchao==0.18.0"),
             variables=(("NNCF_EXTENSION_LOAD_TIMEOUT", "0"), ("TORCH_EXTENSIONS_DIR", "{}/extensions")),
         ),
+        # It imports requests and huggingface_hub without requiring them.
+        Environment("modelopt", ("nvidia-modelopt==0.47.0", "requests", "huggingface_hub")),
         # It requires torchvision, whose wheel on PyPI needs a torch with CUDA; its losses do not use it.
         Environment("torchdistill", alone=("torchdistill==1.1.5",)),
     )

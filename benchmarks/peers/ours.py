@@ -2,14 +2,24 @@
 
 Weights are pruned twice: at the ends of the epochs at which ModelPruning acts, and every 10 steps. Channels leave with
 the optimizer's state kept, which is the default, and once with it emptied, as the peer's is. Rounding begins at the
-epoch at which the peers swap their nets in. The criterion is magnitude everywhere, as the peers' is.
+epoch at which the peers swap their nets in; after training, the ranges are those of eight training batches. The
+criterion is magnitude everywhere, as the peers' is.
 """
 
+import copy
+from pathlib import Path
+
 import lightning.pytorch as pl
-from task import BOTH, DIGITS, END, START, STUDENT, Digits, Task, Variant, epoch_window, teacher_of, work
+from task import AFTER, BOTH, DIGITS, END, START, STUDENT, Digits, Task, Variant, epoch_window, teacher_of, work
 from torch import nn
 
-from lightning_optim import ChannelPruning, DistillationModule, QuantizationAwareTraining, WeightPruning
+from lightning_optim import (
+    ChannelPruning,
+    DistillationModule,
+    QuantizationAwareTraining,
+    WeightPruning,
+    quantize_post_training,
+)
 
 TABLES = [nn.EmbeddingBag, nn.Linear]
 """Of the recommender all matrices are pruned, its tables too."""
@@ -54,6 +64,18 @@ def aware(bits: int) -> Variant:
     )
 
 
+def after(keep_float: str) -> Variant:
+    def rounded(module: pl.LightningModule, task: Task) -> nn.Module:
+        served = copy.deepcopy(task.served(module)).eval()
+        return quantize_post_training(served, list(task.calibration()), progress_bar=False)
+
+    def export(module: pl.LightningModule, task: Task, path: Path) -> None:
+        task.export(rounded(module, task), path, keep_float=keep_float)
+
+    name = "ours" if keep_float == "small" else f'ours, keep_float="{keep_float}"'
+    return Variant(name, AFTER, deploy=rounded, export=export)
+
+
 def taught(module: pl.LightningModule, task: Task, seed: int) -> DistillationModule:
     teacher = teacher_of(task, seed)
     return DistillationModule(module, teacher, loss="kd", alpha=0.9, temperature=4.0)
@@ -65,6 +87,8 @@ VARIANTS = [
     channels("reset"),
     aware(8),
     aware(4),
+    after("small"),
+    after("auto"),
     Variant(
         "ours kd",
         "distillation",

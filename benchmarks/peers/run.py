@@ -4,9 +4,9 @@ Makes the environments, runs a worker in each, one after the other, measures the
 process, and writes the tables. Rows of one seed begin at the same weights and see the same batches. What cannot be
 installed, run or exported stands in the table with its reason. Needs the extra ``onnx``.
 
-    python benchmarks/peers/run.py --peers all --seeds 3 --output benchmarks/peers/digits_cpu_2026-11-29.md
+    python benchmarks/peers/run.py --peers all --seeds 3 --output benchmarks/peers/digits_cpu_2026-12-01.md
     python benchmarks/peers/run.py --task recommender --data PATH \
-        --output benchmarks/peers/recommender_cpu_2026-11-29.md
+        --output benchmarks/peers/recommender_cpu_2026-12-01.md
 """
 
 import argparse
@@ -17,6 +17,7 @@ import platform
 import subprocess
 import sys
 from dataclasses import dataclass
+from datetime import date
 from functools import partial
 from pathlib import Path
 from statistics import fmean, geometric_mean, stdev
@@ -66,6 +67,8 @@ PEERS = {
     "torch-pruning": Peer("torch_pruning_alone.py", "own", "channel pruning"),
     "torchao": Peer("torchao_pt2e.py", "torchao", "quantization-aware training"),
     "nncf": Peer("nncf_qat.py", "nncf", "quantization-aware training"),
+    "modelopt": Peer("modelopt_qat.py", "modelopt", "quantization-aware training"),
+    "onnxruntime": Peer("onnxruntime_ptq.py", "own", "post-training quantization"),
     "torchdistill": Peer("torchdistill_kd.py", "torchdistill", "distillation", ("digits",)),
 }
 Found = dict[str, dict[str, Any]]
@@ -296,7 +299,7 @@ def introduction(args: argparse.Namespace, task: Task, found: Found) -> list[str
     other = " --task recommender" if task.name == "recommender" else ""
     return [
         f"# Beside the peers: {task.title}\n",
-        f"2026-11-29, {platform.machine()} CPU, one thread; {', '.join(f'{n} {v}' for n, v in versions.items())}; "
+        f"{date.today()}, {platform.machine()} CPU, one thread; {', '.join(f'{n} {v}' for n, v in versions.items())}; "
         f"each peer in an environment of its own.\n"
         f"`python benchmarks/peers/run.py{other}{data} --peers {args.peers} --seeds {args.seeds} "
         f"--output benchmarks/peers/{args.output.name}`\n",

@@ -19,6 +19,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -34,15 +35,42 @@ from lightning_optim.demo import DigitsData, DigitsNet
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "examples"))
 
-__all__ = ["DENSE", "END", "START", "STUDENT", "TASKS", "Digits", "Recommender", "Task", "Trained", "Variant"]
+__all__ = [
+    "AFTER",
+    "CALIBRATION",
+    "DENSE",
+    "END",
+    "START",
+    "STUDENT",
+    "TASKS",
+    "Digits",
+    "Recommender",
+    "Task",
+    "Trained",
+    "Variant",
+]
 
 BATCH_SIZE = 64
 START, END = 0.1, 0.7
 """The window of pruning, as a fraction of the run."""
-PACKAGES = ("torch", "lightning", "torch-pruning", "torchao", "nncf", "torchdistill", "onnx", "onnxruntime", "numpy")
+PACKAGES = (
+    "torch",
+    "lightning",
+    "torch-pruning",
+    "torchao",
+    "nncf",
+    "nvidia-modelopt",
+    "torchdistill",
+    "onnx",
+    "onnxruntime",
+    "numpy",
+)
 BOTH, DIGITS = ("digits", "recommender"), ("digits",)
 """Tasks of a variant: the longer one has fewer rows."""
 DENSE, STUDENT, TEACHER = "dense", "student", "teacher"
+AFTER = "post-training quantization, 8 bits"
+CALIBRATION = 8
+"""Training batches that ranges are taken from after training."""
 
 
 def cubic(progress: float, final: float) -> float:
@@ -112,7 +140,15 @@ class Task:
         """Return the weights that may become zero: the same for all."""
         raise NotImplementedError
 
-    def export(self, module: nn.Module, path: Path) -> None:
+    def served(self, module: nn.Module) -> nn.Module:
+        """Return what is deployed of a trained module."""
+        return module
+
+    def calibration(self) -> Iterator[dict[str, Tensor]]:
+        """Yield training batches as what is deployed takes them, by name."""
+        raise NotImplementedError
+
+    def export(self, module: nn.Module, path: Path, **words: Any) -> None:
         """Export with the package's exporter, which serves the peers that have none of their own."""
         raise NotImplementedError
 
@@ -181,9 +217,13 @@ class Digits(Task):
     def net_inputs(self, batch: Any) -> tuple[Tensor, ...]:
         return (batch[0],)
 
-    def export(self, module: nn.Module, path: Path) -> None:
+    def export(self, module: nn.Module, path: Path, **words: Any) -> None:
         images, _ = self.splits["test"][:]
-        export_onnx(module, path, images[:32], inputs=images, least_agreement=0.0)
+        export_onnx(module, path, images[:32], inputs=images, least_agreement=0.0, **words)
+
+    def calibration(self) -> Iterator[dict[str, Tensor]]:
+        for images, _ in islice(self.loader(0), CALIBRATION):
+            yield {"images": images}
 
     def feed(self, batch: int) -> list[Tensor]:
         return [self.splits["test"][:batch][0]]
@@ -253,10 +293,20 @@ class Recommender(Task):
         shell.net, shell.terms = net, module.terms
         return shell
 
-    def export(self, module: nn.Module, path: Path) -> None:
+    def served(self, module: nn.Module) -> nn.Module:
         from recommender_model import Serving
 
-        export_onnx(Serving(module), path, self.padded(2), dynamic_dims=self.free(), least_agreement=0.0)
+        return module if isinstance(module, Serving) else Serving(module)
+
+    def export(self, module: nn.Module, path: Path, **words: Any) -> None:
+        example, free = self.padded(2), self.free()
+        export_onnx(self.served(module), path, example, dynamic_dims=free, least_agreement=0.0, **words)
+
+    def calibration(self) -> Iterator[dict[str, Tensor]]:
+        from recommender_model import padded
+
+        for batch in islice(self.loader(0), CALIBRATION):
+            yield padded(batch["inputs"])
 
     def free(self) -> dict[str, dict[int, str]]:
         """Return the dimensions that are free in a file beside the batch."""
