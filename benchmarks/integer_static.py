@@ -6,7 +6,7 @@ theirs in its QDQ format after its own pre-processing. Both files run in ONNX Ru
 way (on processors without VNNI with uint8 weights, without which the products overflow), calls in turns; each file is
 loaded several times, at other places in memory. Needs the extras ``onnx`` and ``examples``.
 
-    python benchmarks/integer_static.py --output benchmarks/integer_static_cpu_2026-11-30.md
+    python benchmarks/integer_static.py --output benchmarks/integer_static_cpu_2026-12-01.md
 """
 
 import argparse
@@ -17,6 +17,7 @@ import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
+from datetime import date
 from pathlib import Path
 from statistics import mean, median, stdev
 from time import thread_time
@@ -29,6 +30,7 @@ import torch.nn.functional as F
 from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantFormat, QuantType, quantize_static
 from onnxruntime.quantization.shape_inference import quant_pre_process
 from quiet import prepare
+from small_layers import vnni
 from torch import Tensor, nn
 
 from lightning_optim import export_onnx, quantize_post_training
@@ -190,7 +192,6 @@ def _spread(values: list[float]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--note", default="", help="a sentence on the machine, for the result file")
     parser.add_argument("--output", type=Path, help="file for the table; default the terminal")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -200,8 +201,8 @@ def main() -> None:
         table = list(rows(args.seeds, Path(folder)))
     lines = [
         "# int8 files: ours against onnxruntime.quantization.quantize_static\n",
-        f"{platform.machine()}, one thread; torch {torch.__version__}, ONNX Runtime {onnxruntime.__version__}. "
-        f"{args.note}\n"
+        f"{date.today()}, {platform.machine()}, one thread; torch {torch.__version__}, ONNX Runtime "
+        f"{onnxruntime.__version__}; the processor has {vnni()}.\n"
         f"`python benchmarks/integer_static.py --seeds {args.seeds}`\n",
         "Time and bytes are ours / theirs: below 1 is better. Time: median ratio of calls in turns, mean ± standard "
         f"deviation over {args.seeds} trained nets. Agreement: test images ({719}) with the float net's class, ours / "

@@ -3,7 +3,7 @@
 Each net repeats one layer four times with ReLUs between; weights are random, since they do not change the time. Its
 int8 files (``keep_float="none"``: all integers; ``"small"``: the default) and its float file take turns, one thread.
 
-    python benchmarks/small_layers.py --output benchmarks/small_layers_cpu_2026-11-30.md
+    python benchmarks/small_layers.py --output benchmarks/small_layers_cpu_2026-12-01.md
 """
 
 import argparse
@@ -75,7 +75,7 @@ def main() -> None:
         "# Small layers with integers",
         "",
         f"{time.strftime('%Y-%m-%d')}, {platform.machine()}, one thread; torch {torch.__version__}, onnxruntime "
-        f"{onnxruntime.__version__}; the processor has {_vnni()}.",
+        f"{onnxruntime.__version__}; the processor has {vnni()}.",
         f"`python benchmarks/small_layers.py --output {output}`",
         "",
         f"Time of a call over that of the float file, in turns; images of {SIDE} x {SIDE}.",
@@ -89,7 +89,7 @@ def main() -> None:
         output.write_text("\n".join(lines) + "\n")
 
 
-def _vnni() -> str:
+def vnni() -> str:
     try:
         return "VNNI" if "vnni" in Path("/proc/cpuinfo").read_text() else "no VNNI"
     except OSError:
