@@ -212,7 +212,7 @@ def distillation(folder: Path) -> None:
 
 def recommender(folder: Path) -> None:
     """Recall against the bytes of the ONNX file, stage by stage."""
-    rows = rows_of("recommender_chain_cpu_2026-11-29.md")
+    rows = rows_of("recommender_chain_cpu_2026-12-01.md")
     figure, axes = canvas(height=3.4)
     chain = ["distilled", "+ channels", "+ int8"]
     places = [(number(rows[name][7]) / 1e6, number(rows[name][0])) for name in chain]

@@ -85,7 +85,7 @@ PANELS = (
     ),
     Panel(
         "Recommender: next basket, Online Retail",
-        "recommender_chain_cpu_2026-11-29.md",
+        "recommender_chain_cpu_2026-12-01.md",
         "ONNX file, bytes",
         1e-6,
         "recall",
