@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+MISSING = "-"
 SIZES = {
     "parameters": "parameters",
     "nonzero": "non-zero",
@@ -23,13 +24,13 @@ def row_of(row: dict[str, Any], metrics: list[str]) -> list[str]:
     for key in metrics:
         spread = f" ± {row[f'{key}_std']:.4f}" if row.get(f"{key}_std") else ""
         cells.append(f"{row[key]:.4f}{spread}")
-    cells += [f"{row[key]:,.0f}" if row.get(key) else "–" for key in SIZES]
+    cells += [f"{row[key]:,.0f}" if row.get(key) else MISSING for key in SIZES]
     if row.get("onnxruntime_ms"):
         low, high = row["onnxruntime_low"], row["onnxruntime_high"]
         cells += [f"{row['onnxruntime_ms']:.3f}", f"{row['onnxruntime_ratio']:.3f} [{low:.3f}, {high:.3f}]"]
     else:
-        cells += ["–", "–"]
-    return [*cells, f"{row['onnxruntime_P']:.3f}" if row.get("onnxruntime_P") else "–"]
+        cells += [MISSING, MISSING]
+    return [*cells, f"{row['onnxruntime_P']:.3f}" if row.get("onnxruntime_P") else MISSING]
 
 
 def table(report: dict[str, Any], metrics: list[str]) -> str:
