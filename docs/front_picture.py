@@ -69,19 +69,18 @@ class Panel:
 
 PANELS = (
     Panel(
-        "Customer messages: 77 intents, Banking77",
-        "intents_chain_cpu_2026-11-29.md",
-        "ONNX file, bytes",
-        1e-6,
-        "accuracy",
-        "accuracy on test messages",
+        "Language model: SmolLM2-135M on customer messages",
+        "language_model_job_cpu_2026-12-01.md",
+        "engine, MB",
+        1.0,
+        "perplexity (engine)",
+        "perplexity (up is better)",
         (
-            Shown("MiniLM (teacher)", "MiniLM, float32", "dense", (-8, 8), to_the_left=True),
-            Shown("its shape, from scratch (control)", "its shape from scratch", "control", (8, -12)),
-            Shown("distilled", "distilled", "compressed", (8, 2)),
-            Shown("+ channels", "+ channels pruned", "compressed", (8, -6)),
-            Shown("+ int8", "+ zeros, int8", "compressed", (8, -4)),
+            Shown("fine-tuned", "fine-tuned, float32", "dense", (-8, 8), to_the_left=True),
+            Shown("its 4 bits, rounded by the engine's builder", "its 4 bits by the builder", "integer", (8, -12)),
+            Shown("compressed", "blocks, width, teacher, 4 bits", "compressed", (8, 2)),
         ),
+        lower=True,
     ),
     Panel(
         "Recommender: next basket, Online Retail",
