@@ -9,7 +9,7 @@ SGD) in one process, the variants in turns; its ratio is to the step of the stud
 torchtune and Liger are installed without their dependencies (``pip install --no-deps --target PEERS torchtune
 liger-kernel``), of which these losses need none.
 
-    python benchmarks/distillation_memory.py --peers PEERS > benchmarks/distillation_memory_cpu_2026-11-30.md
+    python benchmarks/distillation_memory.py --peers PEERS > benchmarks/distillation_memory_cpu_2026-12-01.md
 """
 
 import argparse
