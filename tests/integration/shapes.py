@@ -1,6 +1,6 @@
 """What leaves each architecture of transformers: heads, inner channels, the residual width, blocks, and all of it.
 
-``python tests/integration/shapes.py`` runs all of it and writes the table into docs/support.md; ``test_shapes.py``
+``python tests/integration/shapes.py`` runs all of it and writes the table into docs/support.md; ``test_zoo.py``
 compares. A new architecture is a row of ``PATTERNS``, and its configuration one of ``helpers.pretrained.MODELS``.
 """
 
