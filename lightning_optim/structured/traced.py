@@ -370,7 +370,9 @@ def _same(first: Tensor | None, second: Tensor | None) -> bool:
 def _stand_in(layer: nn.Module) -> nn.Module:
     """Return an object like a layer, with flat indices instead of weights."""
     copied = object.__new__(type(layer))
-    vars(copied).update(vars(layer))
+    # Recurrent layers write a parameter that is set into a list too.
+    own = {name: copy.copy(value) if type(value) in (list, dict) else value for name, value in vars(layer).items()}
+    vars(copied).update(own)
     vars(copied)["_parameters"] = {
         leaf: None if p is None else nn.Parameter(_numbered(p)) if p.is_floating_point() else p
         for leaf, p in layer._parameters.items()
