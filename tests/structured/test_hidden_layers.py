@@ -93,19 +93,3 @@ def test_a_layer_that_breaks_is_named():
     report = prune_channels(module, sequences())
     assert set(report.channels) == {"2"}
     assert report.left_out["0"].startswith("the forward pass fails afterwards in 1 (")
-
-
-@pytest.mark.parametrize("cls", [nn.GRU, nn.LSTM])
-@pytest.mark.filterwarnings("ignore")
-def test_looking_at_a_recurrent_layer_leaves_its_own_list_of_weights_alone(cls):
-    torch.manual_seed(0)
-    module = Net(
-        lambda s, x: s.c(s.r(s.a(x).relu())[0][:, -1]),
-        a=nn.Linear(32, 16),
-        r=cls(16, 8, batch_first=True),
-        c=nn.Linear(8, 3),
-    )
-    example = torch.randn(4, 5, 32)
-    find_prunable(module, as_forward_inputs(example), *select_roots(module))
-    assert module(example).dtype == torch.float32
-    assert all(a is b for a, b in zip(module.r._flat_weights, module.r.parameters(), strict=True))
