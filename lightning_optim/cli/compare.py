@@ -52,6 +52,8 @@ def run(arguments: Sequence[str]) -> int:
     with said_plainly():
         if given.report is not None:
             check_folder("--report", given.report)
+        if given.samples is not None and given.accuracy is None:
+            raise UserError("--samples is the number behind --accuracy, which is not given. Give both, or neither.")
         files = _named(given.checkpoints)
         models = {name: load(objects.words, path) for name, path in files.items()}
     found = [_metrics(model, objects, given.on, given.accuracy) for model in models.values()] if given.accuracy else []

@@ -39,7 +39,7 @@ def parse_mistake(message: str, command: str) -> str:
         reason = _class_mistake(key, message) or _choice_mistake(key, message, given)
         if reason:
             return reason
-    return f"{_one_line(message)}. `lightning-optim {command} --help_all` lists its arguments."
+    return f"{_one_line(message)}. `lightning-optim {command} --help` lists its arguments."
 
 
 def _first(pattern: str, text: str) -> str | None:

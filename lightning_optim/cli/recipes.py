@@ -14,7 +14,7 @@ __all__ = ["COMMAND"]
 def run(arguments: Sequence[str]) -> int:
     """List the recipes, or print one as YAML."""
     parser = command_parser(
-        "recipes", "List the recipes of the package, or print one as YAML to edit.", example="int8-onnx"
+        "recipes", "List the recipes of the package, or print one as YAML to edit.", example="cpu-latency"
     )
     parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="a name or a file to check and print")
     given = parser.parse_args(arguments)

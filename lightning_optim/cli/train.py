@@ -15,7 +15,7 @@ _HELP = {
     "test": "test a checkpoint, compressed or not",
     "predict": "predict with a checkpoint, compressed or not",
 }
-_EXAMPLES = {"fit": "--config small.yaml --recipe int8-onnx --trainer.max_epochs 20"}
+_EXAMPLES = {"fit": "--config small.yaml --recipe cpu-latency --trainer.max_epochs 20"}
 
 
 def run(name: str, arguments: Sequence[str]) -> int:
@@ -45,11 +45,7 @@ def _short_help(name: str) -> ArgumentParser:
         usage=f"lightning-optim {name} [--config FILE] [ARGUMENT ...]",
     )
     add = parser.add_argument
-    add(
-        "--help_all",
-        action="store_true",
-        help="list every argument, also those of the Trainer",
-    )
+    add("--help_all", action="store_true", help="list every argument, also those of the Trainer")
     add("--config", metavar="FILE", help="YAML with any of these arguments; later words replace what it says")
     add("--print_config", action="store_true", help="print the configuration that these words make, and end")
     add("--model", metavar="CLASS", help="a LightningModule: package.Class; its arguments: --model.NAME VALUE")

@@ -304,7 +304,7 @@ MISTAKES = [
     (["fit", *MODEL, *DATA, *QUIET, "--trainer.strategy", "lightning_optim.strategies.OptimDDP"], "{class_path: "),
     (["fit", *MODEL, *DATA, *QUIET, "--trainer.precision", "int8"], "`trainer.precision` must be one of "),
     (["fit", *MODEL, *DATA, *QUIET, "--optimizer", "Addam"], "`optimizer`: there is no class 'Addam'. Pass its import"),
-    (["fit", *MODEL, *DATA, *QUIET, "--wrong", "1"], "`lightning-optim fit --help_all` lists its arguments"),
+    (["fit", *MODEL, *DATA, *QUIET, "--wrong", "1"], "`lightning-optim fit --help` lists its arguments"),
     (["fit", "--model", "nowhere.Net", *DATA], "`model`: there is no class 'nowhere.Net' (No module named 'nowhere')"),
     (["fit", "--model", DATA[1], *DATA], f"`model`: {DATA[1]} is no LightningModule"),
     (["fit", "--model", "lightning_optim.demo.DigitNet"], "Did you mean 'lightning_optim.demo.DigitsNet'?"),
@@ -370,6 +370,8 @@ def test_more_mistakes_with_files(runs, capsys, tmp_path):
         (["compare", files[0], *files, "--accuracy", "val_acc"], "two checkpoints are called 'teacher'"),
         (["compare", *files, "--accuracy", "f1"], "--accuracy f1: validate logged val_acc, val_loss"),
         (["compare", *files, "--engines", "tensorrt"], "tensorrt"),
+        (["compare", *files, "--samples", "16"], "--samples is the number behind --accuracy, which is not given"),
+        (["compare", *files, "--samples", "0", "--accuracy", "val_acc"], "samples"),
         (["compare", files[0], *MODEL], "there are no inputs: pass --data"),
         (["export", files[0], str(tmp_path / "n.onnx"), *files[1:], "--prepare", "nowhere.f"], "--prepare must name"),
     ):
@@ -431,8 +433,15 @@ def test_the_help_of_a_command_is_one_screen_with_an_example(command, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith(f"usage: lightning-optim {command}")
     assert len(lines) <= 55
-    if command != "demo":  # it takes no argument
-        assert f"example: lightning-optim {command} " in "\n".join(lines)
+    if command == "demo":  # it needs no argument
+        return
+    about, found, example = " ".join(" ".join(lines).split()).partition(f"example: lightning-optim {command} ")
+    assert found
+    words = example.split()
+    options = {word.partition(".")[0] for word in words if word.startswith("--")} - {"--config"}
+    assert options <= set(re.findall(r"--[a-z_]+", about))
+    if "--recipe" in words or command == "recipes":
+        Recipe.load(words[words.index("--recipe") + 1] if "--recipe" in words else words[0])
 
 
 def test_help_all_lists_the_arguments_of_the_trainer(capsys):

@@ -93,3 +93,9 @@ def test_a_layer_that_breaks_is_named():
     report = prune_channels(module, sequences())
     assert set(report.channels) == {"2"}
     assert report.left_out["0"].startswith("the forward pass fails afterwards in 1 (")
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+def test_a_recurrent_layer_in_a_part_of_the_model_runs_on_after_a_group_was_tried(kind):
+    module = nn.Sequential(with_layer(kind))
+    assert "0.a" in find_prunable(module, as_forward_inputs(sequences()), *select_roots(module)).groups
