@@ -29,8 +29,7 @@ import torch
 import torch.nn.functional as F
 from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantFormat, QuantType, quantize_static
 from onnxruntime.quantization.shape_inference import quant_pre_process
-from quiet import prepare
-from small_layers import vnni
+from quiet import prepare, vnni
 from torch import Tensor, nn
 
 from lightning_optim import export_onnx, quantize_post_training

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import onnxruntime
 import torch
-from quiet import prepare
+from quiet import prepare, vnni
 from torch import Tensor, nn
 
 from lightning_optim import export_onnx, quantize_post_training
@@ -87,13 +87,6 @@ def main() -> None:
         lines.append(f"| {name} | {' | '.join(measured(net, shape))} |")
         print(lines[-1], flush=True)
         output.write_text("\n".join(lines) + "\n")
-
-
-def vnni() -> str:
-    try:
-        return "VNNI" if "vnni" in Path("/proc/cpuinfo").read_text() else "no VNNI"
-    except OSError:
-        return "VNNI or not (unknown)"
 
 
 if __name__ == "__main__":

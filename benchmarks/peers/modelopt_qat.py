@@ -15,8 +15,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 import modelopt.torch.opt as mto
 import modelopt.torch.quantization as mtq
-import torch
-from task import BOTH, CALIBRATION, DIGITS, Task, Trained, Variant, work
+from task import CALIBRATION, Task, Trained, Variant, aware_variant, work
 from torch import nn
 
 
@@ -55,25 +54,14 @@ def scored(module: pl.LightningModule, task: Task) -> nn.Module:
 
 
 def export(module: pl.LightningModule, task: Task, path: Path) -> None:
-    net = copy.deepcopy(module.net).eval()
-    if task.name == "digits":
-        example, free = {"images": task.feed(32)[0]}, {}
-    else:
-        from recommender_split import ServedNet
-
-        net, example, free = ServedNet(net, module.terms), task.padded(2), task.free()
-    axes = {name: {0: "batch"} | free.get(name, {}) for name in example}
-    words = {"dynamo": False, "opset_version": 17, "input_names": list(example), "dynamic_axes": axes}
-    with torch.no_grad():
-        torch.onnx.export(net, tuple(example.values()), str(path), **words)
+    task.trace(module, copy.deepcopy(module.net).eval(), path)
 
 
 def variant(bits: int) -> Variant:
-    return Variant(
-        f"ModelOpt {bits} bits",
-        f"quantization-aware training, {bits}-bit weights",
-        lambda task: [Aware(task, bits)],
-        wrap=lambda module, task, seed: task.split(module),
+    return aware_variant(
+        "ModelOpt",
+        bits,
+        callbacks=lambda task: [Aware(task, bits)],
         deploy=scored,
         export=export,
         by_hand={
@@ -81,9 +69,6 @@ def variant(bits: int) -> Variant:
                 restored, bits=bits
             )
         },
-        resumed_at=0.75,
-        counted_from=0.55,
-        tasks=BOTH if bits == 8 else DIGITS,
     )
 
 

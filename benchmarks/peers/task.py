@@ -48,6 +48,7 @@ __all__ = [
     "Task",
     "Trained",
     "Variant",
+    "aware_variant",
 ]
 
 BATCH_SIZE = 64
@@ -171,6 +172,19 @@ class Task:
     def with_net(self, module: pl.LightningModule, net: nn.Module) -> nn.Module:
         """Return what is scored where a peer has made another net."""
         return net
+
+    def trace(self, module: pl.LightningModule, net: nn.Module, path: Path) -> None:
+        """Export a net in the place of the module's by torch's older exporter, which some peers need."""
+        if self.name == "digits":
+            example, free = {"images": self.feed(32)[0]}, {}
+        else:
+            from recommender_split import ServedNet
+
+            net, example, free = ServedNet(net, module.terms), self.padded(2), self.free()
+        axes = {name: {0: "batch"} | free.get(name, {}) for name in example}
+        words = {"dynamo": False, "opset_version": 17, "input_names": list(example), "dynamic_axes": axes}
+        with torch.no_grad():
+            torch.onnx.export(net, tuple(example.values()), str(path), **words)
 
     def steps(self) -> int:
         """Steps of an epoch."""
@@ -367,6 +381,25 @@ class Variant:
     counted_from: float = START
     notes: tuple[str, ...] = ()
     tasks: tuple[str, ...] = BOTH
+
+
+def aware_variant(peer: str, bits: int, **words: Any) -> Variant:
+    """Return the variant of a peer that swaps a rounding net in at half of the run.
+
+    Args:
+        peer: Its name in the row.
+        bits: Of the weights.
+        words: What else the variant has.
+    """
+    return Variant(
+        f"{peer} {bits} bits",
+        f"quantization-aware training, {bits}-bit weights",
+        wrap=lambda module, task, seed: task.split(module),
+        resumed_at=0.75,
+        counted_from=0.55,
+        tasks=BOTH if bits == 8 else DIGITS,
+        **words,
+    )
 
 
 class _Begins(pl.Callback):

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 import torch
-from task import BOTH, DIGITS, Task, Trained, Variant, work
+from task import Task, Trained, Variant, aware_variant, work
 from torch import nn
 from torchao.quantization.pt2e import allow_exported_model_train_eval, disable_observer, move_exported_model_to_eval
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_qat_pt2e
@@ -85,11 +85,10 @@ def ready(module: pl.LightningModule, task: Task, run: Trained, bits: int) -> li
 
 
 def variant(bits: int) -> Variant:
-    return Variant(
-        f"torchao PT2E {bits} bits",
-        f"quantization-aware training, {bits}-bit weights",
-        lambda task: [Aware(task, bits)],
-        wrap=lambda module, task, seed: task.split(module),
+    return aware_variant(
+        "torchao PT2E",
+        bits,
+        callbacks=lambda task: [Aware(task, bits)],
         deploy=scored,
         export=export,
         by_hand={
@@ -97,9 +96,6 @@ def variant(bits: int) -> Variant:
                 ready, bits=bits
             )
         },
-        resumed_at=0.75,
-        counted_from=0.55,
-        tasks=BOTH if bits == 8 else DIGITS,
     )
 
 

@@ -100,7 +100,7 @@ def compare(
     Raises:
         TypeError: If ``models`` is not a mapping of names to modules, or ``controls`` not a list of names.
         ValueError: If a name or an export option is unknown, the reference has no size, the batch size is invalid, the
-            models are on different devices, or A is not in [0, 1].
+            models are on different devices, A is not in [0, 1], or ``samples`` are given without ``evaluate``.
         ImportError: If a named engine is not installed; the message names the extra.
 
     Examples:
@@ -115,6 +115,10 @@ def compare(
     for name, count in (("batch_size", batch_size), ("samples", samples)):
         if count is not None:
             check_count(name, count)
+    if samples is not None and evaluate is None:
+        raise ValueError(
+            "`samples` is the number behind the accuracy that `evaluate` returns, and there is no `evaluate`."
+        )
     bench = _Bench(
         as_forward_inputs(example_inputs),
         batch_size,

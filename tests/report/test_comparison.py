@@ -235,6 +235,8 @@ def test_the_file_is_weighed_also_where_only_torch_is_timed():
         ({"size": "weight"}, ValueError, "unknown size 'weight'"),
         ({"batch_size": 0}, ValueError, "`batch_size` must be a whole number >= 1, got 0"),
         ({"batch_size": 2.0}, ValueError, "`batch_size` must be a whole number >= 1, got 2.0"),
+        ({"samples": 0}, ValueError, "`samples` must be a whole number >= 1, got 0"),
+        ({"samples": 100}, ValueError, "`samples` is the number behind the accuracy that `evaluate` returns"),
         ({"controls": "a"}, TypeError, "`controls` must be a list of names of models, got 'a'"),
         ({"controls": [1]}, TypeError, r"`controls` must be a list of names of models, got \[1\]"),
         ({"nets": [net()]}, TypeError, "`models` must be a mapping of name -> nn.Module"),
