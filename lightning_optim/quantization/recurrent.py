@@ -22,9 +22,11 @@ class _QuantizedRecurrent(QuantizedLayer, nn.RNNBase):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Compute as the float layer does, with rounded weights in the phases that round."""
-        weights, own = self.weights_to_read(), self._flat_weights
+        weights = self.weights_to_read()
         if not weights:
             return super().forward(*args, **kwargs)
+        self._update_flat_weights()  # else the call below would, with the float weights, where a parameter is another
+        own = self._flat_weights
         # nn.RNNBase computes with this list, which holds its parameters in the order of their names.
         self._flat_weights = [weights.get(n, p) for n, p in zip(self._flat_weights_names, own, strict=True)]
         try:

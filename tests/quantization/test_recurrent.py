@@ -75,6 +75,18 @@ def test_gradients_copies_and_files(cls):
     assert type(fresh.body) is cls
 
 
+@BOTH
+def test_the_first_call_after_a_parameter_became_another_is_rounded_too(cls):
+    """A pruned or loaded layer has other parameters than its list, which torch makes anew in the next call."""
+    made = quantize_post_training(net(cls), [inputs()], weight_bits=4, progress_bar=False)
+    expected = made(inputs())
+    made.body._parameters.update({name: nn.Parameter(p.detach().clone()) for name, p in made.body.named_parameters()})
+    assert torch.equal(made(inputs()), expected)
+    with torch.no_grad():
+        made.body.bias_ih_l0.add_(1)
+    assert not torch.equal(made(inputs()), expected)
+
+
 @pytest.mark.parametrize("cls", [nn.LSTM, pytest.param(nn.GRU, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("runtime", ["onnxruntime", pytest.param("openvino", marks=pytest.mark.slow)])
 def test_the_file_is_smaller_and_gives_the_same(tmp_path, cls, runtime):
